@@ -1,0 +1,71 @@
+"""Make diffusion-transformer pipelines fast, and say what the speed cost in quality.
+
+Importing this module imports no torch: each name is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hasten import quality
+    from hasten.benchmark import bench
+    from hasten.engine import optimize
+    from hasten.errors import (
+        AlreadyOptimizedError,
+        CallError,
+        HastenError,
+        InputError,
+        ModelError,
+        RecipeError,
+        UnsupportedError,
+    )
+    from hasten.models import load_pipeline
+    from hasten.pipeline import OptimizedPipeline
+    from hasten.recipe import Recipe
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "AlreadyOptimizedError": "hasten.errors",
+    "CallError": "hasten.errors",
+    "HastenError": "hasten.errors",
+    "InputError": "hasten.errors",
+    "ModelError": "hasten.errors",
+    "OptimizedPipeline": "hasten.pipeline",
+    "Recipe": "hasten.recipe",
+    "RecipeError": "hasten.errors",
+    "UnsupportedError": "hasten.errors",
+    "bench": "hasten.benchmark",
+    "load_pipeline": "hasten.models",
+    "optimize": "hasten.engine",
+    "quality": "hasten.quality",
+}
+
+__all__ = [
+    "AlreadyOptimizedError",
+    "CallError",
+    "HastenError",
+    "InputError",
+    "ModelError",
+    "OptimizedPipeline",
+    "Recipe",
+    "RecipeError",
+    "UnsupportedError",
+    "bench",
+    "load_pipeline",
+    "optimize",
+    "quality",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hasten' has no attribute {name!r}")
+    module = import_module(_HOME[name])
+    return module if _HOME[name] == f"hasten.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

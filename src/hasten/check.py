@@ -1,0 +1,80 @@
+"""Every conflict of recipe × model × machine, found before anything is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hasten.errors import AlreadyOptimizedError, UnsupportedError
+from hasten.machine import Machine, Problem
+from hasten.recipe import Recipe
+
+if TYPE_CHECKING:
+    from hasten.models.family import Family
+
+__all__ = ["Problem", "check", "problems", "refuse_optimized"]
+
+MARK = "_hasten_recipe"  # set on an optimised transformer: the recipe's name
+
+
+def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
+    """What of this recipe cannot run on a device of this type here. Needs no model."""
+    found = []
+    if recipe.compile is not None and (trouble := machine.compile_problem(device_type)):
+        fault, fix = trouble
+        rest = "the preset 'cache'" if recipe.cache else "the preset 'baseline'"
+        found.append(Problem(fault, f"{fix}; or use {rest}, which needs no compiler"))
+    if recipe.offload is not None and recipe.offload.kind == "model" and device_type == "cpu":
+        found.append(
+            Problem(
+                'offload.kind = "model" needs an accelerator to offload from, and this is the CPU',
+                "leave [offload] out: on a CPU the weights are in host memory already",
+            )
+        )
+    return found
+
+
+def check(recipe: Recipe, pipe: Any, family: Family, machine: Machine, device_type: str) -> None:
+    """Raise UnsupportedError with every conflict at once; return if there is none."""
+    found = [*problems(recipe, machine, device_type), *_model_problems(recipe, pipe, family)]
+    if found:
+        fixes = list(dict.fromkeys(problem.fix for problem in found))
+        raise UnsupportedError([problem.fault for problem in found], "; ".join(fixes))
+
+
+def refuse_optimized(pipe: Any) -> None:
+    """Raise if this pipeline, or another that shares its transformer, is optimised already."""
+    name = getattr(getattr(pipe, "transformer", None), MARK, None)
+    if name is not None:
+        raise AlreadyOptimizedError(
+            f"the pipeline's transformer is already optimised with the recipe {name!r}",
+            "call restore() on what optimize() returned, or pass the plain pipeline with copy=True",
+        )
+
+
+def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
+    found = []
+    if recipe.compile is not None:
+        blocks = family.repeated_blocks(pipe.transformer)
+        compiled = [name for name, block in blocks if block._compiled_call_impl is not None]
+        if compiled or pipe.transformer._compiled_call_impl is not None:
+            found.append(
+                Problem(
+                    f"the transformer is compiled already ({len(compiled)} of its blocks)",
+                    "leave the compiling to the recipe, or take [compile] out of it",
+                )
+            )
+    if recipe.cache is not None and not hasattr(pipe.scheduler, "step_index"):
+        found.append(
+            Problem(
+                f"{type(pipe.scheduler).__name__} does not say at which step it is",
+                "step caching needs a scheduler with step_index, as all flow-matching ones have",
+            )
+        )
+    if recipe.cache is not None and getattr(pipe.transformer, "is_cache_enabled", False):
+        found.append(
+            Problem(
+                "one of Diffusers' own caches is enabled on the transformer",
+                "call pipe.transformer.disable_cache() first",
+            )
+        )
+    return found

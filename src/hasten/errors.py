@@ -1,0 +1,69 @@
+"""Every error `hasten` raises on purpose.
+
+HastenError                 base: one message, one fix
+├── RecipeError             a recipe is not valid: unknown key, bad value, impossible combination
+├── InputError              a file, directory, prompt set or option is not usable
+├── UnsupportedError        valid, but this machine, model or library version cannot do it
+├── ModelError              a model cannot be found, read or recognised
+├── AlreadyOptimizedError   the pipeline (or the transformer it shares) is optimised already
+└── CallError               an optimised pipeline was driven in a way that cannot be followed
+
+An error carries its faults, one line each, and one fix. The command line prints exactly these
+lines; from Python `str(error)` is the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "AlreadyOptimizedError",
+    "CallError",
+    "HastenError",
+    "InputError",
+    "ModelError",
+    "RecipeError",
+    "UnsupportedError",
+]
+
+
+class HastenError(Exception):
+    """Base of all of them: `faults` (one line each) and `fix` (one line, may be empty)."""
+
+    exit_code = 1
+
+    def __init__(self, faults: str | Sequence[str], fix: str = "") -> None:
+        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
+        self.fix = fix
+        super().__init__("\n".join([*self.faults, *([f"fix: {fix}"] if fix else [])]))
+
+    def __reduce__(self) -> tuple[type[HastenError], tuple[tuple[str, ...], str]]:
+        return type(self), (self.faults, self.fix)
+
+
+class RecipeError(HastenError):
+    """The recipe itself is wrong; every fault is listed at once."""
+
+    exit_code = 2
+
+
+class InputError(HastenError):
+    """A path, file or option value cannot be used; nothing was written."""
+
+    exit_code = 2
+
+
+class UnsupportedError(HastenError):
+    """The recipe is valid but cannot run here; the fix names the nearest recipe that works."""
+
+
+class ModelError(HastenError):
+    """The model cannot be found, is incomplete, is gated, or is of no known family."""
+
+
+class AlreadyOptimizedError(HastenError):
+    """The pipeline is optimised already; restore it first."""
+
+
+class CallError(HastenError):
+    """The transformer was called in an order or with shapes the step cache cannot follow."""

@@ -1,0 +1,297 @@
+"""What this machine can do: read by check, by the loader and by `hasten doctor`.
+
+`Machine` is plain data, so a test can make up any machine; `machine()` looks at the real one.
+Importing this module imports no torch and touches no accelerator; calling `machine()` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["Gpu", "Machine", "Problem", "machine"]
+
+# Triton's oldest supported NVIDIA generation (Volta).
+OLDEST_TRITON_CAPABILITY = (7, 0)
+INSTALL_COMPILER = "apt-get install g++ python3-dev (Debian/Ubuntu)"
+
+
+class Problem(NamedTuple):
+    """Why something cannot work here, in one line, and what to do about it, in one line."""
+
+    fault: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device as torch numbers it; `capability` is (major, minor), e.g. (9, 0)."""
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Software and hardware as found. What is not there is None, False or empty.
+
+    `cxx_compiler` is the one torch.compile would run on the CPU, `c_compiler` the one Triton
+    would run to build its launchers; both are absolute paths of programs that answer `--version`.
+    `torch_architectures` are the GPU generations torch was built for, e.g. ("sm_80", "sm_90").
+    """
+
+    python: str
+    os: str
+    cpu: str
+    cores: int
+    ram_bytes: int | None
+    torch: str
+    cuda: str | None = None
+    driver: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    torch_architectures: tuple[str, ...] = ()
+    mps: bool = False
+    diffusers: str | None = None
+    transformers: str | None = None
+    accelerate: str | None = None
+    triton: str | None = None
+    cxx_compiler: str | None = None
+    c_compiler: str | None = None
+    python_headers: bool = False
+
+    def default_device(self) -> str:
+        """Where `auto` runs: the first CUDA device, else the CPU; MPS only where it is named."""
+        return "cuda" if self.gpus else "cpu"
+
+    def default_dtype(self, device: str) -> str:
+        """The dtype that `auto` means on `device`, by its torch name."""
+        gpu = self.gpu(device)
+        if gpu is None:
+            return "float32"
+        return "bfloat16" if gpu.capability >= (8, 0) else "float16"
+
+    def gpu(self, device: str) -> Gpu | None:
+        """The GPU that `cuda` or `cuda:N` means, None where there is none."""
+        kind, _, index = device.partition(":")
+        if kind != "cuda":
+            return None
+        return next((gpu for gpu in self.gpus if gpu.index == int(index or 0)), None)
+
+    def device_problem(self, device: str) -> Problem | None:
+        """Why nothing can run on `device` (`cpu`, `cuda`, `cuda:N`, `mps`); None where it can."""
+        if re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device) is None:
+            return Problem(
+                f"device {device!r} is not one of cpu, cuda, cuda:N, mps",
+                f"use {self.default_device()}, or auto",
+            )
+        if device.startswith("cuda"):
+            return self._cuda_problem(device)
+        if device == "mps" and not self.mps:
+            return Problem("device mps: torch finds no Apple GPU", "use cpu, or auto")
+        return None
+
+    def _cuda_problem(self, device: str) -> Problem | None:
+        if self.cuda is None and not self.gpus:
+            return Problem(
+                f"device {device}: torch {self.torch} is built without CUDA",
+                "install a CUDA build of torch (see pytorch.org), or use cpu",
+            )
+        if not self.gpus:
+            return Problem(
+                f"device {device}: torch finds no CUDA device",
+                "check that nvidia-smi works and CUDA_VISIBLE_DEVICES is right, or use cpu",
+            )
+        gpu = self.gpu(device)
+        if gpu is None:
+            visible = ", ".join(f"cuda:{gpu.index}" for gpu in self.gpus)
+            return Problem(f"device {device}: there is no such GPU", f"use one of {visible}")
+        if not self._torch_built_for(gpu.capability):
+            return Problem(
+                f"device {device}: torch {self.torch} has no kernels for {gpu.name} "
+                f"(sm_{gpu.capability[0]}{gpu.capability[1]})",
+                f"install a torch build that has them; this one has "
+                f"{', '.join(self.torch_architectures)}",
+            )
+        return None
+
+    def _torch_built_for(self, capability: tuple[int, int]) -> bool:
+        """Binary code runs on later minors of its major; PTX (`compute_`) on anything later."""
+        found = [
+            (kind, divmod(int(number), 10))
+            for kind, number in re.findall(
+                r"\b(sm|compute)_(\d+)", " ".join(self.torch_architectures)
+            )
+        ]
+        return not found or any(
+            built <= capability and (kind == "compute" or built[0] == capability[0])
+            for kind, built in found
+        )
+
+    def compile_problem(self, device: str) -> Problem | None:
+        """Why torch.compile cannot work on `device`; None where it can."""
+        problem = self.device_problem(device)
+        if problem is not None:
+            return problem
+        if device == "mps":
+            return Problem(
+                "torch.compile on mps is not tested with hasten",
+                "use a recipe without [compile], or --device cpu",
+            )
+        return self._cpu_compile_problem() if device == "cpu" else self._triton_problem(device)
+
+    def _cpu_compile_problem(self) -> Problem | None:
+        if self.cxx_compiler is None:
+            return Problem(
+                "torch.compile needs a C++ compiler and none was found "
+                f"(looked for {_looked_for('CXX', inductor_compiler())})",
+                f"{INSTALL_COMPILER}, or set CXX to the path of a compiler you have",
+            )
+        return self._headers_problem()
+
+    def _triton_problem(self, device: str) -> Problem | None:
+        gpu = self.gpu(device)
+        if gpu is not None and gpu.capability < OLDEST_TRITON_CAPABILITY:
+            return Problem(
+                f"torch.compile needs a GPU of compute capability 7.0 or later; {gpu.name} "
+                f"has {gpu.capability[0]}.{gpu.capability[1]}",
+                "use a recipe without [compile]",
+            )
+        if self.triton is None:
+            return Problem(
+                "torch.compile needs Triton and it is not installed", "pip install triton"
+            )
+        if self.c_compiler is None:
+            return Problem(
+                "torch.compile needs a C compiler (for Triton) and none was found "
+                f"(looked for {_looked_for('CC', 'gcc, clang')})",
+                INSTALL_COMPILER,
+            )
+        return self._headers_problem()
+
+    def _headers_problem(self) -> Problem | None:
+        if self.python_headers:
+            return None
+        return Problem(
+            "torch.compile needs the Python headers and there is no Python.h in "
+            f"{sysconfig.get_path('include')}",
+            INSTALL_COMPILER,
+        )
+
+
+@functools.cache
+def machine() -> Machine:
+    """Look at this machine, once a process. Imports torch; initialises CUDA where there is one."""
+    import torch
+
+    gpus = tuple(_gpus())
+    return Machine(
+        python=platform.python_version(),
+        os=platform.platform(),
+        cpu=_cpu_name(),
+        cores=_cores(),
+        ram_bytes=_ram_bytes(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        driver=_nvidia_driver(),
+        gpus=gpus,
+        torch_architectures=tuple(torch.cuda.get_arch_list()) if gpus else (),
+        mps=torch.backends.mps.is_available(),
+        diffusers=version_of("diffusers"),
+        transformers=version_of("transformers"),
+        accelerate=version_of("accelerate"),
+        triton=version_of("triton") or version_of("pytorch-triton"),
+        cxx_compiler=_working(inductor_compiler()),
+        c_compiler=_c_compiler(),
+        python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    )
+
+
+def version_of(distribution: str) -> str | None:
+    """Version of an installed distribution, None where it is not installed; imports nothing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def inductor_compiler() -> str:
+    """The C++ compiler torch.compile will run on the CPU: torch/_inductor/config.py, cpp.cxx."""
+    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+
+
+def _c_compiler() -> str | None:
+    """The C compiler Triton will run: triton/runtime/build.py."""
+    if "CC" in os.environ:
+        return _working(os.environ["CC"])
+    return _working("gcc") or _working("clang")
+
+
+def _working(program: str) -> str | None:
+    """Absolute path of `program` if it starts and exits with 0 on `--version`."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    question = "/help" if Path(path).stem == "cl" else "--version"
+    try:
+        subprocess.run([path, question], capture_output=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return path
+
+
+def _looked_for(variable: str, default: str) -> str:
+    value = os.environ.get(variable)
+    return f"${variable} = {value!r}" if value is not None else f"${variable}, {default}"
+
+
+def _gpus() -> list[Gpu]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = (properties.major, properties.minor)
+        found.append(Gpu(index, properties.name, capability, properties.total_memory))
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores this process may run on, which in a container are fewer than the host has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _ram_bytes() -> int | None:
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        return Path("/sys/module/nvidia/version").read_text("utf-8").strip()
+    except OSError:
+        return None

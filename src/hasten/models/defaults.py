@@ -1,0 +1,61 @@
+"""What a model is called with when the caller says nothing. No torch: the command line reads it.
+
+A model directory may carry `hasten.json` beside `model_index.json`:
+
+    {"width": 128, "height": 128, "steps": 50, "guidance": 3.5, "max_sequence_length": 32}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hasten.errors import ModelError
+
+__all__ = ["TINY_DIR", "ModelDefaults", "defaults_for", "model_directory"]
+
+TINY_DIR = Path(__file__).parent.parent / "assets" / "tiny_flux"
+
+
+class ModelDefaults(BaseModel):
+    """Call defaults: pixels, steps, distilled guidance scale, T5 tokens, bundled prompt set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: Annotated[int, Field(ge=16, le=8192, multiple_of=16)] = 512
+    height: Annotated[int, Field(ge=16, le=8192, multiple_of=16)] = 512
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    guidance: Annotated[float, Field(ge=0, le=100)] = 3.5
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)] = 512
+    prompts: Literal["general", "tiny"] = "general"
+
+
+def model_directory(model: str) -> Path | None:
+    """The local directory behind a model name; None for a hub id or a `shape:` model."""
+    if model == "tiny":
+        return TINY_DIR
+    if model.startswith("shape:"):
+        return None
+    path = Path(model).expanduser()
+    return path if path.exists() or looks_like_path(model) else None
+
+
+def looks_like_path(model: str) -> bool:
+    """A hub id is `owner/name`; anything that starts like a path or nests deeper is a path."""
+    return model.startswith(("/", "./", "../", "~")) or model.count("/") != 1
+
+
+def defaults_for(model: str) -> ModelDefaults:
+    """Defaults of a model by name; FLUX.1-dev's at 512x512 where it has no `hasten.json`."""
+    directory = model_directory(model)
+    path = directory / "hasten.json" if directory else None
+    if path is None or not path.is_file():
+        return ModelDefaults()
+    try:
+        return ModelDefaults.model_validate(json.loads(path.read_text("utf-8")))
+    except (ValidationError, ValueError) as error:
+        first = " ".join(str(error).split())
+        raise ModelError(f"{path}: {first}", "correct the file or delete it") from None

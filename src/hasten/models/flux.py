@@ -1,0 +1,138 @@
+"""FLUX.1 as prologue → blocks → epilogue over the original modules.
+
+The three parts call the very modules of `FluxTransformer2DModel` in the order of its `forward`;
+`tests/models/test_flux.py` holds them bit-equal to it. A forward pass is
+
+    state = family.prologue(transformer, hidden_states=..., ...)
+    for _, state in family.blocks(transformer, state): ...
+    output = family.epilogue(transformer, state)
+
+Shapes: B batch, S image tokens, T text tokens, D = heads x head_dim, C packed latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FluxFamily", "FluxState"]
+
+
+@dataclass(frozen=True)
+class FluxState:
+    """What flows between the blocks.
+
+    image: B×S×D tokens; text: B×T×D tokens; conditioning: B×D (timestep, guidance and pooled text);
+    rotary: cos and sin, (T+S)×head_dim each; kwargs: joint attention arguments, as given.
+    """
+
+    image: Tensor
+    text: Tensor
+    conditioning: Tensor
+    rotary: tuple[Tensor, Tensor]
+    kwargs: dict[str, Any] | None = None
+    double_residuals: Sequence[Tensor] | None = None
+    single_residuals: Sequence[Tensor] | None = None
+    residuals_repeat: bool = False
+
+
+class FluxFamily:
+    """FLUX.1 dev, schnell, Krea, Kontext and Fill: all run one `FluxTransformer2DModel`."""
+
+    name = "flux"
+
+    def prologue(
+        self,
+        transformer: Any,
+        *,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        controlnet_single_block_samples: Sequence[Tensor] | None = None,
+        controlnet_blocks_repeat: bool = False,
+    ) -> FluxState:
+        """Embed the latents (B×S×C), the text (B×T×joint_dim) and what conditions the blocks.
+
+        `timestep` is in [0, 1], as the pipeline passes it; the embedding sees it times 1000, after
+        rounding to the latents' dtype, and so it does `guidance`.
+        """
+        image = transformer.x_embedder(hidden_states)
+        moments = [timestep.to(image.dtype) * 1000]
+        if guidance is not None:
+            moments.append(guidance.to(image.dtype) * 1000)
+        return FluxState(
+            image=image,
+            text=transformer.context_embedder(encoder_hidden_states),
+            conditioning=transformer.time_text_embed(*moments, pooled_projections),
+            rotary=transformer.pos_embed(torch.cat((_two_d(txt_ids), _two_d(img_ids)))),
+            kwargs=self._with_image_prompt(transformer, joint_attention_kwargs),
+            double_residuals=controlnet_block_samples,
+            single_residuals=controlnet_single_block_samples,
+            residuals_repeat=controlnet_blocks_repeat,
+        )
+
+    def blocks(self, transformer: Any, state: FluxState) -> Iterator[tuple[str, FluxState]]:
+        """Run the double-stream, then the single-stream blocks; yield the state after each."""
+        stacks = (
+            ("transformer_blocks", state.double_residuals, state.residuals_repeat),
+            ("single_transformer_blocks", state.single_residuals, False),
+        )
+        for name, residuals, repeat in stacks:
+            stack = getattr(transformer, name)
+            for index, block in enumerate(stack):
+                text, image = block(
+                    hidden_states=state.image,
+                    encoder_hidden_states=state.text,
+                    temb=state.conditioning,
+                    image_rotary_emb=state.rotary,
+                    joint_attention_kwargs=state.kwargs,
+                )
+                if residuals is not None:
+                    image = image + _control(residuals, index, len(stack), repeat)
+                state = replace(state, image=image, text=text)
+                yield f"{name}.{index}", state
+
+    def epilogue(self, transformer: Any, state: FluxState) -> Tensor:
+        """Modulated output norm and projection: the velocity, B×S×C."""
+        output: Tensor = transformer.proj_out(transformer.norm_out(state.image, state.conditioning))
+        return output
+
+    def repeated_blocks(self, transformer: Any) -> list[tuple[str, nn.Module]]:
+        """(name, block), in the order in which they run."""
+        return [
+            (f"{name}.{index}", block)
+            for name in ("transformer_blocks", "single_transformer_blocks")
+            for index, block in enumerate(getattr(transformer, name))
+        ]
+
+    def _with_image_prompt(
+        self, transformer: Any, kwargs: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """IP-Adapter embeddings are projected once, before the blocks."""
+        if kwargs is None or "ip_adapter_image_embeds" not in kwargs:
+            return kwargs
+        rest = {key: kwargs[key] for key in kwargs if key != "ip_adapter_image_embeds"}
+        embeds = transformer.encoder_hid_proj(kwargs["ip_adapter_image_embeds"])
+        return {**rest, "ip_hidden_states": embeds}
+
+
+def _two_d(ids: Tensor) -> Tensor:
+    return ids[0] if ids.ndim == 3 else ids
+
+
+def _control(residuals: Sequence[Tensor], index: int, blocks: int, repeat: bool) -> Tensor:
+    """The ControlNet residual of a block: spread evenly over the blocks, or repeated in turn."""
+    if repeat:
+        return residuals[index % len(residuals)]
+    blocks_each = -(-blocks // len(residuals))
+    return residuals[index // blocks_each]

@@ -1,0 +1,24 @@
+"""What a pass leaves behind: a line for the summary, and how it is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+__all__ = ["Applied"]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One applied pass.
+
+    name: the recipe's section; what: one line of what was changed; left_alone: (what, why) pairs;
+    undo: puts everything back, or None with `cannot_undo` saying why not.
+    """
+
+    name: str
+    what: str
+    undo: Callable[[], None] | None
+    left_alone: tuple[tuple[str, str], ...] = ()
+    cannot_undo: str = ""
+    live: Callable[[], str] = field(default=lambda: "")

@@ -1,0 +1,186 @@
+"""The step cache around a transformer: compute and keep, or predict.
+
+The decision is taken here, outside the transformer's own (maybe compiled) forward, from a static
+plan: no value is read back from the device in the loop. What is kept is the model's output (the
+velocity), so a skipped step costs nothing but the scheduler's update.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from hasten.errors import CallError
+from hasten.passes.applied import Applied
+from hasten.passes.cache.plan import plan_for
+from hasten.passes.cache.predict import PREDICTORS
+from hasten.passes.cache.state import Run, RunCounts
+from hasten.recipe import Cache
+
+__all__ = ["StepCache", "cache_steps", "driven_by"]
+
+# A step has at most this many transformer calls of one name and shape: conditional, unconditional,
+# and two more for perturbed guidance. More of them without a scheduler step in between means that
+# another pipeline, with a scheduler of its own, drives this transformer.
+MOST_CALLS_IN_STEP = 4
+
+_scheduler: ContextVar[Any] = ContextVar("scheduler of the running call", default=None)
+
+
+@contextmanager
+def driven_by(scheduler: Any) -> Iterator[None]:
+    """Transformer calls inside belong to a run of this scheduler."""
+    token = _scheduler.set(scheduler)
+    try:
+        yield
+    finally:
+        _scheduler.reset(token)
+
+
+class StepCache:
+    """Stands before one transformer's forward; holds a `Run` for each scheduler that drives it."""
+
+    def __init__(self, forward: Callable[..., Any], recipe: Cache, home: Callable[[], Any]) -> None:
+        self.forward = forward
+        self.recipe = recipe
+        self.home = home
+        self.predict, self.history_length = PREDICTORS[recipe.predictor]
+        self.context: str | None = None
+        self.runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self.last_run = RunCounts()
+        self.peak_bytes = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Called in place of the transformer's forward, with its arguments and its result."""
+        latents: Tensor = args[0] if args else kwargs["hidden_states"]
+        run, index = self._run()
+        branch = run.enter(index, (self.context, latents.shape))
+        if max(run.calls_in_step.values()) > MOST_CALLS_IN_STEP:
+            raise _foreign_driver()
+        if run.computes(branch):
+            output = self.forward(*args, **kwargs)
+            run.store(branch, output[0])
+            self.peak_bytes = max(self.peak_bytes, run.bytes_held())
+            return output
+        value = self.predict(branch.history, run.sigmas[index])
+        return (value,) if kwargs.get("return_dict") is False else _output(value)
+
+    def drop(self) -> None:
+        """Forget the current run; its counts stay readable as `last_run`."""
+        run = self.runs.pop(_scheduler.get() or self.home(), None)
+        if run is not None:
+            self.last_run = run.counts()
+
+    def _run(self) -> tuple[Run, int]:
+        """The current run and the scheduler's step in it; a new run where a new one has begun."""
+        scheduler = _scheduler.get() or self.home()
+        index = _position(scheduler)
+        run = self.runs.get(scheduler)
+        if run is None or run.timesteps is not scheduler.timesteps or index < run.index:
+            run = self.runs[scheduler] = Run(
+                timesteps=scheduler.timesteps,
+                begin=index,
+                plan=plan_for(self.recipe, len(scheduler.timesteps) - index),
+                sigmas=scheduler.sigmas.tolist(),
+                history_length=self.history_length,
+            )
+        return run, index
+
+
+def cache_steps(pipe: Any, recipe: Cache) -> tuple[Applied, StepCache]:
+    """Put a step cache before the pipeline's transformer. Only this instance is changed."""
+    transformer = pipe.transformer
+    replaced = {name: transformer.__dict__.get(name) for name in _HOOKS}
+    cache = StepCache(transformer.forward, recipe, _scheduler_of(pipe))
+    original_context, original_reset = transformer.cache_context, transformer._reset_stateful_cache
+
+    @contextmanager
+    def cache_context(name: str, **where: Any) -> Iterator[None]:
+        before, cache.context = cache.context, name
+        try:
+            with original_context(name, **where):
+                yield
+        finally:
+            cache.context = before
+
+    def reset(recurse: bool = True) -> None:
+        cache.drop()  # every Diffusers pipeline calls this at the end of its call
+        original_reset(recurse)
+
+    transformer.forward = cache
+    transformer.cache_context = cache_context
+    transformer._reset_stateful_cache = reset
+
+    def undo() -> None:
+        for name, value in replaced.items():
+            if value is None:
+                del transformer.__dict__[name]
+            else:
+                setattr(transformer, name, value)
+
+    def live() -> str:
+        return f"held at most {cache.peak_bytes / 2**20:.2f} MiB of outputs"
+
+    return Applied(name="cache", what=_describe(recipe), undo=undo, live=live), cache
+
+
+_HOOKS = ("forward", "cache_context", "_reset_stateful_cache")
+
+
+def _describe(recipe: Cache) -> str:
+    every = {1: "every step", 2: "every second step", 3: "every third step"}.get(
+        recipe.interval, f"every {recipe.interval}th step"
+    )
+    until = "" if recipe.end_step is None else f", all from step {recipe.end_step} on"
+    return (
+        f"computes steps below {recipe.start_step}, then {every}{until}; "
+        f"{recipe.predictor} of the velocity on the others"
+    )
+
+
+def _scheduler_of(pipe: Any) -> Callable[[], Any]:
+    """The pipeline's scheduler as it is when asked (users replace it); survives the pipeline."""
+    reference, scheduler = weakref.ref(pipe), pipe.scheduler
+
+    def current() -> Any:
+        alive = reference()
+        return scheduler if alive is None else alive.scheduler
+
+    return current
+
+
+def _position(scheduler: Any) -> int:
+    """The step the scheduler stands at, as an index into its `timesteps`."""
+    if not hasattr(scheduler, "step_index") or not hasattr(scheduler, "sigmas"):
+        raise CallError(
+            f"{type(scheduler).__name__} does not say at which step it is",
+            "use a scheduler with step_index and sigmas, e.g. FlowMatchEulerDiscreteScheduler",
+        )
+    index = scheduler.step_index
+    if index is None:
+        index = scheduler.begin_index or 0
+    if scheduler.num_inference_steps is None or index >= len(scheduler.timesteps):
+        raise CallError(
+            "the transformer was called outside a sampling run of the pipeline's scheduler",
+            "call scheduler.set_timesteps first, or restore() the pipeline for other uses",
+        )
+    return int(index)
+
+
+def _foreign_driver() -> CallError:
+    return CallError(
+        f"the transformer was called more than {MOST_CALLS_IN_STEP} times in one sampling step: "
+        "another pipeline with its own scheduler is driving it",
+        "make that pipeline with `fast.from_pipe(PipelineClass)` and call what it returns",
+    )
+
+
+def _output(value: Tensor) -> Any:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=value)

@@ -1,0 +1,238 @@
+"""The declarative recipe: what to do to a pipeline. TOML in, TOML out, no torch.
+
+A recipe is a frozen tree of pydantic models. Every section is optional; an absent section means
+that its pass does not run. `Recipe()` changes nothing at all and is the preset `baseline`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hasten.errors import InputError, RecipeError
+
+__all__ = [
+    "Cache",
+    "Compile",
+    "Offload",
+    "Recipe",
+    "Sampling",
+    "preset_names",
+    "read_recipe",
+    "resolve",
+]
+
+Steps = Annotated[int, Field(ge=1, le=1000)]
+
+
+class Section(BaseModel):
+    """A table of the recipe: unknown keys refused, values never coerced, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Sampling(Section):
+    """Defaults for the pipeline call; what the calling code passes wins."""
+
+    steps: Steps | None = Field(None, description="number of inference steps")
+    guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
+        None, description="guidance scale (the distilled one: not true CFG)"
+    )
+    size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, multiples of 16')
+    max_sequence_length: Annotated[int, Field(ge=1, le=512)] | None = Field(
+        None, description="T5 tokens"
+    )
+
+    @model_validator(mode="after")
+    def _size_is_usable(self) -> Self:
+        if self.size is not None:
+            try:
+                parse_size(self.size)
+            except InputError as error:
+                raise ValueError(error.faults[0]) from None
+        return self
+
+
+class Cache(Section):
+    """Step caching: which steps enter the transformer, and what stands in on the others.
+
+    `interval` computes the steps before `start_step`, from there every `interval`-th, and all of
+    them from `end_step` on. Pruna's and the article's `cache_interval = k` reuses an output *for*
+    k steps and so is `interval = k + 1` here.
+    """
+
+    kind: Literal["interval"] = "interval"
+    start_step: Annotated[int, Field(ge=0, le=1000)] = 2
+    interval: Annotated[int, Field(ge=1, le=1000)] = 3
+    end_step: Annotated[int, Field(ge=1, le=1000)] | None = None
+    predictor: Literal["reuse", "linear"] = "reuse"
+
+    @model_validator(mode="after")
+    def _end_after_start(self) -> Self:
+        if self.end_step is not None and self.end_step < self.start_step:
+            raise ValueError(f"end_step = {self.end_step} is before start_step = {self.start_step}")
+        return self
+
+
+class Compile(Section):
+    """torch.compile of the repeated blocks (one compilation a block class) or of the whole step."""
+
+    mode: Literal["blocks", "full"] = "blocks"
+    dynamic: bool | None = Field(
+        None, description="true: shapes symbolic from the start; absent: once a shape has changed"
+    )
+
+
+class Offload(Section):
+    """Where weights wait. `model` keeps one component at a time on the accelerator."""
+
+    kind: Literal["none", "model"] = "none"
+
+
+class Recipe(Section):
+    """All passes of one optimisation. Order of application: cache, compile, offload."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "custom"
+    description: str = ""
+    sampling: Sampling | None = None
+    cache: Cache | None = None
+    compile: Compile | None = None
+    offload: Offload | None = None
+
+    @classmethod
+    def from_toml(cls, text: str, *, source: str = "recipe") -> Recipe:
+        """Parse TOML text; every fault is reported at once as one RecipeError."""
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(
+                f"{source}: not valid TOML: {_one_line(error)}",
+                "see `hasten recipes show cache` for a recipe that is",
+            ) from None
+        return cls.from_dict(data, source=source)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], *, source: str = "recipe") -> Recipe:
+        """Validate plain data; every fault is reported at once as one RecipeError."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            faults = [f"{source}: {_fault(detail)}" for detail in error.errors()]
+            raise RecipeError(faults, _recipe_fix(error)) from None
+
+    def to_toml(self) -> str:
+        """TOML text that `from_toml` reads back to an equal recipe; unset values are left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON schema (draft 2020-12) of the TOML file, for editors and other tools."""
+        return cls.model_json_schema()
+
+    def but(self, **changes: Any) -> Recipe:
+        """A validated copy with some sections replaced, e.g. `recipe.but(cache=None)`."""
+        return Recipe.model_validate({**dict(self), **changes})
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`"512x768"` -> (width, height) in pixels; both positive multiples of 16, at most 8192."""
+    match = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text.strip())
+    if match is None:
+        raise InputError(f"size {text!r} is not WIDTHxHEIGHT", "write for example 512x512")
+    width, height = int(match[1]), int(match[2])
+    faults = [
+        f"{side} {value} is not a multiple of 16 between 16 and 8192"
+        for side, value in (("width", width), ("height", height))
+        if value % 16 or not 16 <= value <= 8192
+    ]
+    if faults:
+        nearest = "x".join(
+            str(min(8192, max(16, round(value / 16) * 16))) for value in (width, height)
+        )
+        raise InputError(faults, f"the nearest size that works is {nearest}")
+    return width, height
+
+
+def preset_names() -> list[str]:
+    """Names of the presets in the package, the plain pipeline first, then alphabetically."""
+    names = [
+        entry.name.removesuffix(".toml")
+        for entry in resources.files("hasten.presets").iterdir()
+        if entry.name.endswith(".toml")
+    ]
+    return sorted(names, key=lambda name: (name != "baseline", name))
+
+
+def resolve(recipe: str | Path | Recipe) -> Recipe:
+    """A recipe from a Recipe, a preset's name or the path of a .toml file."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    text = str(recipe)
+    if text in preset_names():
+        preset = resources.files("hasten.presets").joinpath(f"{text}.toml")
+        return Recipe.from_toml(preset.read_text("utf-8"), source=text)
+    if isinstance(recipe, Path) or text.endswith(".toml") or "/" in text:
+        return read_recipe(Path(text))
+    close = difflib.get_close_matches(text, preset_names(), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise RecipeError(
+        f"no preset is called {text!r}",
+        f"{hint}presets: {', '.join(preset_names())}; or give the path of a .toml file",
+    )
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file; its name defaults to the file's stem."""
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe file", "check the path") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text", "a recipe is a TOML file in UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}", "check the path") from None
+    recipe = Recipe.from_toml(text, source=str(path))
+    if "name" not in recipe.model_fields_set and re.fullmatch(r"[A-Za-z0-9][\w.-]*", path.stem):
+        return recipe.but(name=path.stem)
+    return recipe
+
+
+def _fault(detail: Any) -> str:
+    """One pydantic error as one line: where, what is wrong, what was given."""
+    where = ".".join(str(part) for part in detail["loc"]) or "recipe"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where!r}{_closest(detail['loc'])}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if isinstance(detail["input"], dict):
+        return f"{where}: {message}"
+    return f"{where} = {json.dumps(detail['input'], default=str)}: {message}"
+
+
+def _closest(location: tuple[Any, ...]) -> str:
+    model: Any = Recipe
+    sections = {"sampling": Sampling, "cache": Cache, "compile": Compile, "offload": Offload}
+    if len(location) > 1:
+        model = sections.get(location[0], Recipe)
+    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _recipe_fix(error: ValidationError) -> str:
+    unknown_section = any(
+        detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1 for detail in error.errors()
+    )
+    if unknown_section:
+        return f"this version of hasten knows the keys {', '.join(Recipe.model_fields)}"
+    return "`hasten recipes show cache-compile` prints a valid recipe; `recipes check` tests yours"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

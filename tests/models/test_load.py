@@ -1,0 +1,125 @@
+"""Loading: names, defaults, and one clear error for each way in which it can fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+import hasten
+from hasten.errors import InputError, ModelError
+from hasten.models import has_random_weights, load_pipeline
+from hasten.models.defaults import TINY_DIR, ModelDefaults, defaults_for, model_directory
+
+tiny = pytest.mark.skipif(
+    not (TINY_DIR / "model_index.json").exists(), reason="the bundled model is not in this checkout"
+)
+
+
+@tiny
+def test_the_bundled_model_loads_and_its_defaults_reach_the_call() -> None:
+    pipe = load_pipeline("tiny", device="cpu")
+    assert not has_random_weights(pipe)
+    fast = hasten.optimize(pipe, "baseline")
+    latents = fast("a drawing of a red apple", num_inference_steps=2, output_type="latent").images
+    assert latents.shape == (1, 64, 64)
+    assert fast.last_run.steps == 2
+
+
+@tiny
+@pytest.mark.parametrize("victim", ["transformer", "vae"])
+def test_a_truncated_file_is_named_corrupt(tmp_path: Path, victim: str) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(TINY_DIR, broken)
+    weights = next((broken / victim).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="truncated or corrupt") as caught:
+        load_pipeline(str(broken), device="cpu")
+    assert len(caught.value.faults) == 1
+    assert "\n" not in caught.value.faults[0]
+
+
+@tiny
+def test_a_missing_file_is_an_error_of_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(TINY_DIR, broken)
+    for weights in (broken / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ModelError) as caught:
+        load_pipeline(str(broken), device="cpu")
+    assert len(caught.value.faults) == 1
+    assert caught.value.fix
+
+
+def test_missing_directories(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such model directory"):
+        load_pipeline(str(tmp_path / "nowhere"), device="cpu")
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
+        load_pipeline(str(tmp_path), device="cpu")
+    with pytest.raises(ModelError, match="no such model directory"):
+        load_pipeline("notamodel", device="cpu")
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def from_pretrained(*_: Any, **__: Any) -> Any:
+        raise OSError("could not load") from error
+
+    return from_pretrained
+
+
+@pytest.mark.parametrize(
+    ("error", "fault", "fix"),
+    [
+        (GatedRepoError, "the model is gated", "HF_TOKEN"),
+        (RepositoryNotFoundError, "no such pipeline on the hub", "spelling"),
+        (LocalEntryNotFoundError, "hub cannot be reached", "HF_HUB_OFFLINE"),
+        (ConnectionError, "hub cannot be reached", "local directory"),
+        (RuntimeError, "cannot be loaded: OSError", "from_pretrained"),
+    ],
+)
+def test_hub_failures_each_get_their_fix(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], fault: str, fix: str
+) -> None:
+    made = error.__new__(error)
+    Exception.__init__(made, "first line\nsecond line")
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", raising(made))
+    with pytest.raises(ModelError, match=fault) as caught:
+        load_pipeline("black-forest-labs/FLUX.1-dev", device="cpu")
+    assert fix in caught.value.fix
+    assert "\n" not in caught.value.faults[0]
+
+
+def test_devices_and_dtypes() -> None:
+    with pytest.raises(InputError, match="not a device"):
+        load_pipeline("tiny", device="quantum")
+    with pytest.raises(InputError, match="not a dtype"):
+        load_pipeline("tiny", device="cpu", dtype="float3")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="sees no CUDA GPU"):
+            load_pipeline("tiny", device="cuda")
+
+
+def test_defaults(tmp_path: Path) -> None:
+    assert defaults_for("black-forest-labs/FLUX.1-dev") == ModelDefaults()
+    assert defaults_for("shape:flux.1-dev").width == 512
+    (tmp_path / "hasten.json").write_text(json.dumps({"width": 64, "height": 96, "steps": 8}))
+    assert defaults_for(str(tmp_path)).height == 96
+    (tmp_path / "hasten.json").write_text(json.dumps({"width": 65}))
+    with pytest.raises(ModelError, match="correct the file"):
+        defaults_for(str(tmp_path))
+
+
+def test_which_names_are_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert model_directory("tiny") == TINY_DIR
+    assert model_directory("shape:flux.1-dev") is None
+    assert model_directory("black-forest-labs/FLUX.1-dev") is None
+    assert model_directory("./here") == Path("here")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert model_directory("a/b") == Path("a/b")

@@ -1,0 +1,68 @@
+"""Compilation: equal results within rounding, one compilation a block class, no recompilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+import hasten
+from hasten.machine import machine
+from hasten.recipe import Recipe
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        machine().compile_problem("cpu") is not None, reason="torch.compile cannot work here"
+    ),
+]
+
+Call = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_blocks_compile_once_a_class_and_match_eager(pipe: Any, call: Call) -> None:
+    expected = call(pipe)
+    fast = hasten.optimize(pipe, "compile")
+    torch.testing.assert_close(call(fast), expected, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert "2 × FluxTransformerBlock, 2 × FluxSingleTransformerBlock" in fast.summary()
+    fast.restore()
+    assert torch.equal(call(pipe), expected)
+
+
+def test_the_step_decision_stays_outside_the_compiled_code(pipe: Any, call: Call) -> None:
+    """Cached and computed steps, another plan, prompt, seed, steps: still the same two graphs."""
+    fast = hasten.optimize(pipe, "cache-compile")
+    call(fast, num_inference_steps=9)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 2
+    call(fast, "another prompt", num_inference_steps=12, seed=4, guidance_scale=2.0)
+    call(fast, num_inference_steps=5, true_cfg_scale=2.0, negative_prompt="blurry")
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_cached_and_compiled_is_cached(make_pipe: Callable[[], Any], call: Call) -> None:
+    cached = call(hasten.optimize(make_pipe(), "cache"))
+    both = call(hasten.optimize(make_pipe(), "cache-compile"))
+    torch.testing.assert_close(both, cached, rtol=1e-4, atol=1e-4)
+
+
+def test_the_whole_forward_compiles_under_a_cache(pipe: Any, call: Call) -> None:
+    recipe = Recipe.from_dict({"compile": {"mode": "full"}, "cache": {"interval": 2}})
+    plain = call(hasten.optimize(pipe, Recipe.from_dict({"cache": {"interval": 2}}), copy=True))
+    fast = hasten.optimize(pipe, recipe)
+    torch.testing.assert_close(call(fast), plain, rtol=1e-4, atol=1e-4)
+    fast.restore()
+    assert "forward" not in pipe.transformer.__dict__

@@ -1,0 +1,68 @@
+"""Conflicts are found before anything is touched, all of them at once, each with its fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hasten.check import check, problems
+from hasten.errors import UnsupportedError
+from hasten.machine import Machine, machine
+from hasten.models.flux import FluxFamily
+from hasten.recipe import Recipe, resolve
+
+
+class NoCompiler:
+    """A machine with nothing to compile with."""
+
+    def compile_problem(self, device_type: str) -> tuple[str, str]:
+        return ("no C++ compiler", "apt-get install g++ python3-dev")
+
+
+class Capable:
+    """A machine on which every compilation works."""
+
+    def compile_problem(self, device_type: str) -> None:
+        return None
+
+
+BOTH = Recipe.from_dict({"compile": {}, "cache": {}, "offload": {"kind": "model"}})
+
+
+def test_no_problem_on_a_capable_machine() -> None:
+    assert problems(BOTH, Capable(), "cuda") == []  # type: ignore[arg-type]
+
+
+def test_each_problem_has_its_fix_and_names_a_recipe_that_works() -> None:
+    found = problems(BOTH, NoCompiler(), "cpu")  # type: ignore[arg-type]
+    assert [problem.fault.split()[0] for problem in found] == ["no", "offload.kind"]
+    assert "g++" in found[0].fix
+    assert "'cache'" in found[0].fix
+
+
+def test_check_raises_all_problems_at_once(pipe: Any) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        check(BOTH, pipe, FluxFamily(), NoCompiler(), "cpu")  # type: ignore[arg-type]
+    assert len(caught.value.faults) == 2
+
+
+def test_compiled_blocks_are_not_compiled_again(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks[0].compile()
+    with pytest.raises(UnsupportedError, match="compiled already"):
+        check(resolve("compile"), pipe, FluxFamily(), Capable(), "cpu")  # type: ignore[arg-type]
+
+
+def test_a_scheduler_that_does_not_know_its_step_cannot_be_cached(pipe: Any) -> None:
+    class Stepless:
+        pass
+
+    pipe.scheduler = Stepless()
+    with pytest.raises(UnsupportedError, match="at which step"):
+        check(resolve("cache"), pipe, FluxFamily(), Capable(), "cpu")  # type: ignore[arg-type]
+
+
+def test_presets_that_need_no_compiler_work_on_this_machine() -> None:
+    here: Machine = machine()
+    for name in ("baseline", "cache", "fewer-steps"):
+        assert problems(resolve(name), here, "cpu") == []

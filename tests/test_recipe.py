@@ -1,0 +1,172 @@
+"""Recipes: round trip, refusal of everything wrong at once, no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hasten.errors import HastenError, InputError, RecipeError
+from hasten.passes.cache.plan import computed_steps
+from hasten.recipe import (
+    Cache,
+    Compile,
+    Offload,
+    Recipe,
+    Sampling,
+    parse_size,
+    preset_names,
+    read_recipe,
+    resolve,
+)
+
+sides = st.integers(1, 512).map(lambda n: 16 * n)
+recipes = st.builds(
+    Recipe,
+    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+    description=st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=40),
+    sampling=st.none()
+    | st.builds(
+        Sampling,
+        steps=st.none() | st.integers(1, 1000),
+        guidance=st.none() | st.floats(0, 100),
+        size=st.none() | st.builds("{}x{}".format, sides, sides),
+        max_sequence_length=st.none() | st.integers(1, 512),
+    ),
+    cache=st.none()
+    | st.builds(
+        Cache,
+        start_step=st.integers(0, 10),
+        interval=st.integers(1, 1000),
+        end_step=st.none() | st.integers(10, 1000),
+        predictor=st.sampled_from(["reuse", "linear"]),
+    ),
+    compile=st.none()
+    | st.builds(
+        Compile,
+        mode=st.sampled_from(["blocks", "full"]),
+        dynamic=st.none() | st.booleans(),
+    ),
+    offload=st.none() | st.builds(Offload, kind=st.sampled_from(["none", "model"])),
+)
+
+
+@given(recipes)
+def test_toml_round_trip(recipe: Recipe) -> None:
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_named_and_described(name: str) -> None:
+    preset = resolve(name)
+    assert preset.name == name
+    assert preset.description
+    assert Recipe.from_toml(preset.to_toml()) == preset
+
+
+def test_preset_cache_is_the_articles_and_fewer_steps_its_rival() -> None:
+    cache = resolve("cache").cache
+    assert cache is not None
+    assert computed_steps(cache, 50) == 18
+    sampling = resolve("fewer-steps").sampling
+    assert sampling is not None
+    assert sampling.steps == 18
+
+
+@pytest.mark.parametrize(
+    ("toml", "faults"),
+    [
+        ("[cahe]\ninterval = 2", ["unknown key 'cahe' (did you mean 'cache'?)"]),
+        ("[cache]\nintervall = 2", ["unknown key 'cache.intervall' (did you mean 'interval'?)"]),
+        ("[cache]\ninterval = 0", ["cache.interval = 0"]),
+        ('[cache]\ninterval = "3"', ['cache.interval = "3"']),
+        ("[cache]\nstart_step = 1.5", ["cache.start_step = 1.5"]),
+        ("[cache]\nstart_step = 5\nend_step = 2", ["end_step = 2 is before start_step = 5"]),
+        ('[sampling]\nsize = "100x512"', ["width 100 is not a multiple of 16"]),
+        ("[sampling]\nguidance = nan", ["sampling.guidance"]),
+        ('[offload]\nkind = "disk"', ['offload.kind = "disk"']),
+        ('name = "a b"', ['name = "a b"']),
+        (
+            '[cache]\ninterval = 0\npredictor = "magic"\n[compile]\nmode = "fast"',
+            ["cache.interval = 0", 'cache.predictor = "magic"', 'compile.mode = "fast"'],
+        ),
+        ("[cache", ["not valid TOML"]),
+    ],
+)
+def test_every_fault_is_reported_at_once(toml: str, faults: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_toml(toml, source="my.toml")
+    assert len(caught.value.faults) == len(faults)
+    for fault in faults:
+        assert any(fault in line for line in caught.value.faults), caught.value.faults
+    assert all(line.startswith("my.toml: ") and "\n" not in line for line in caught.value.faults)
+    assert caught.value.fix
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        resolve("cache").name = "other"  # type: ignore[misc]
+
+
+def test_but_replaces_sections_and_validates() -> None:
+    assert resolve("cache-compile").but(cache=None).cache is None
+    with pytest.raises(ValidationError):
+        resolve("cache").but(name="not a name")
+
+
+def test_unknown_presets_name_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean 'cache-compile'\?"):
+        resolve("cache-compil")
+
+
+def test_recipe_files(tmp_path: Path) -> None:
+    path = tmp_path / "quick.toml"
+    path.write_text("[cache]\ninterval = 4\n")
+    assert resolve(path).name == "quick"
+    assert resolve(str(path)) == read_recipe(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_recipe(path)
+    with pytest.raises(InputError, match="no such recipe file"):
+        resolve(tmp_path / "missing.toml")
+    with pytest.raises(InputError, match="directory"):
+        read_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["512x512", "512X768", " 16×8192 "])
+def test_sizes(text: str) -> None:
+    width, height = parse_size(text)
+    assert width % 16 == height % 16 == 0
+
+
+@pytest.mark.parametrize("text", ["512", "x", "0x16", "512x513", "8208x16", "-16x16", "16x16x16"])
+def test_sizes_that_are_refused(text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_size(text)
+    assert caught.value.fix
+
+
+def test_the_json_schema_describes_every_section() -> None:
+    schema = Recipe.json_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
+
+
+def test_reading_recipes_imports_no_torch() -> None:
+    code = (
+        "import sys, hasten; from hasten.recipe import resolve; resolve('cache');"
+        "from hasten.passes.cache.plan import plan_for; import hasten.models.defaults;"
+        "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_errors_carry_faults_and_one_fix() -> None:
+    error = HastenError(["one", "two"], "do this")
+    assert error.faults == ("one", "two")
+    assert str(error) == "one\ntwo\nfix: do this"
