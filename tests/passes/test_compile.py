@@ -23,6 +23,10 @@ pytestmark = [
 
 Call = Callable[..., torch.Tensor]
 
+# One for the double-stream blocks; two for the single-stream ones, because the first of them gets
+# its tokens contiguous and the others get a view of their predecessor's concatenation.
+GRAPHS = 3
+
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Any:
@@ -36,18 +40,18 @@ def test_blocks_compile_once_a_class_and_match_eager(pipe: Any, call: Call) -> N
     expected = call(pipe)
     fast = hasten.optimize(pipe, "compile")
     torch.testing.assert_close(call(fast), expected, rtol=1e-4, atol=1e-4)
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == GRAPHS
     assert "2 × FluxTransformerBlock, 2 × FluxSingleTransformerBlock" in fast.summary()
     fast.restore()
     assert torch.equal(call(pipe), expected)
 
 
 def test_the_step_decision_stays_outside_the_compiled_code(pipe: Any, call: Call) -> None:
-    """Cached and computed steps, another plan, prompt, seed, steps: still the same two graphs."""
+    """Cached and computed steps, another plan, prompt, seed, steps: still the same graphs."""
     fast = hasten.optimize(pipe, "cache-compile")
     call(fast, num_inference_steps=9)
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs == 2
+    assert graphs == GRAPHS
     call(fast, "another prompt", num_inference_steps=12, seed=4, guidance_scale=2.0)
     call(fast, num_inference_steps=5, true_cfg_scale=2.0, negative_prompt="blurry")
     assert counters["stats"]["unique_graphs"] == graphs

@@ -31,7 +31,7 @@ def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Appl
     listed = ", ".join(f"{count} × {name}" for name, count in classes.items())
     return Applied(
         name="compile",
-        what=f"{listed}, one compilation a class",
+        what=f"{listed}, each class compiled once for all its blocks",
         undo=undo,
         left_alone=(
             ("embedders, norm_out, proj_out", "run once a step, outside the repeated blocks"),
