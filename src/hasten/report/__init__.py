@@ -1,0 +1,42 @@
+"""From `results.json` to a Markdown table, a plot and a page that stands alone. No torch here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hasten.errors import InputError
+from hasten.results import Results, read_results
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    results: Results | str | os.PathLike[str], out_dir: str | os.PathLike[str]
+) -> Path:
+    """Write `table.md`, `speedup.png` and `report.html` to `out_dir`; return the page's path.
+
+    Pictures are looked for beside the results file, or in `out_dir` where `results` is not a path.
+    Raises InputError where the file is not valid results or `out_dir` cannot be written.
+    """
+    # Imported here: matplotlib and jinja2 take longer to load than `hasten --help` may take.
+    from hasten.report import html, pictures, plot, table
+
+    out = Path(out_dir)
+    images_dir = out
+    if not isinstance(results, Results):
+        images_dir = Path(results).parent
+        results = read_results(results)
+    album = pictures.collect(results, images_dir, out)
+    page = out / "report.html"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table.md").write_text(table.to_markdown(results), encoding="utf-8")
+        plot.write_plot(results, out / "speedup.png")
+        page.write_text(html.render(results, album), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise InputError(
+            f"{out}: the report cannot be written: {error.strerror}",
+            fix="choose a directory that can be written, with room for about 15 MB",
+        ) from None
+    return page

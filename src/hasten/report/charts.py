@@ -1,0 +1,205 @@
+"""Geometry of the two inline SVG charts, in CSS pixels. The template only writes it down."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hasten.report import numbers
+from hasten.report.drawn import drawn_rows, facts, scored_rows
+from hasten.report.kinds import Kind, kind_of
+from hasten.report.table import metric
+from hasten.results import Results, Row
+
+WIDE, NARROW = 560, 330
+CHARACTER = 6.6  # mean advance of the 12 px label font, rounded up
+
+
+@dataclass(frozen=True)
+class Tick:
+    position: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    recipe: str
+    kind: Kind
+    y: float
+    width: float
+    speed: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Bars:
+    width: int
+    height: float
+    ticks: list[Tick]
+    one: float
+    bars: list[Bar]
+
+
+@dataclass(frozen=True)
+class Label:
+    x: float
+    y: float
+    anchor: str
+
+
+@dataclass(frozen=True)
+class Point:
+    recipe: str
+    kind: Kind
+    mark: str
+    label: Label
+    title: str
+
+
+@dataclass(frozen=True)
+class Scatter:
+    width: int
+    height: int
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    frontier: str
+    points: list[Point]
+
+
+def nice_ticks(largest: float, wanted: int) -> list[float]:
+    """Multiples of 1, 2 or 5 × 10ᵏ from 0 up to `largest`, about `wanted` of them."""
+    rough = largest / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    return [round(step * index, 10) for index in range(math.floor(largest / step + 1e-9) + 1)]
+
+
+def bars(results: Results, width: int) -> Bars:
+    """Name and numbers on one line, the bar under them: nothing can overlap at any width."""
+    rows = drawn_rows(results)
+    pitch, top = 38, 4
+    longest = max((row.speedup or 0.0 for row in rows), default=0.0) or 1.0
+    drawn = [
+        Bar(
+            row.recipe,
+            kind_of(row),
+            top + pitch * index,
+            (row.speedup or 0.0) / longest * width,
+            numbers.speedup(row.speedup),
+            " · ".join(facts(row)),
+        )
+        for index, row in enumerate(rows)
+    ]
+    ticks = [Tick(value / longest * width, f"{value:g}×") for value in nice_ticks(longest, 6)]
+    return Bars(width, top + pitch * len(rows) + 22, ticks, width / longest, drawn)
+
+
+def scatter(results: Results, width: int, height: int) -> Scatter:
+    """Speed-up over LPIPS, both axes from zero, with the best speed for each LPIPS as a line."""
+    rows = scored_rows(results)
+    left, right, top, bottom = 38.0, width - 12.0, 34.0, height - 44.0
+    far = max((_lpips(row) or 0.0 for row in rows), default=0.0) * 1.08 or 0.1
+    fast = max((row.speedup or 0.0 for row in rows), default=0.0) * 1.08 or 1.0
+
+    def place(row: Row) -> tuple[float, float]:
+        across, up = (_lpips(row) or 0.0) / far, (row.speedup or 0.0) / fast
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    places = [place(row) for row in rows]
+    labels = _place_labels([row.recipe for row in rows], places, (left, right, top, bottom))
+    points = [
+        Point(
+            row.recipe,
+            kind_of(row),
+            _mark(kind_of(row).key, *places[index]),
+            labels[index],
+            title=f"{row.recipe}: {numbers.speedup(row.speedup)}, {', '.join(facts(row))}",
+        )
+        for index, row in enumerate(rows)
+    ]
+    x_ticks = [
+        Tick(left + value / far * (right - left), f"{value:g}")
+        for value in nice_ticks(far, 5 if width > NARROW else 4)
+    ]
+    y_ticks = [
+        Tick(bottom - value / fast * (bottom - top), f"{value:g}×") for value in nice_ticks(fast, 5)
+    ]
+    frontier = _frontier(places, right)
+    return Scatter(width, height, left, right, top, bottom, x_ticks, y_ticks, frontier, points)
+
+
+def _lpips(row: Row) -> float | None:
+    return metric(row, "lpips").value
+
+
+def _frontier(places: list[tuple[float, float]], right: float) -> str:
+    """A staircase through the points that no other beats in both speed and LPIPS."""
+    path, best = "", math.inf
+    for x, y in sorted(places):
+        if y < best:
+            path += f"H{x:.1f}V{y:.1f}" if path else f"M{x:.1f} {y:.1f}"
+            best = y
+    return f"{path}H{right:.1f}" if path else ""
+
+
+def _mark(kind: str, x: float, y: float) -> str:
+    """Circle, square, triangle, diamond: kinds stay apart without colour."""
+    if kind == "recipe":
+        return f"M{x - 5.5:.1f} {y:.1f}a5.5 5.5 0 1 0 11 0a5.5 5.5 0 1 0 -11 0z"
+    if kind == "fewer":
+        return f"M{x:.1f} {y - 6.5:.1f}l6.5 11.5h-13z"
+    if kind == "peer":
+        return f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"
+    return f"M{x - 5:.1f} {y - 5:.1f}h10v10h-10z"
+
+
+Box = tuple[float, float, float, float]
+
+
+def _place_labels(names: list[str], places: list[tuple[float, float]], frame: Box) -> list[Label]:
+    """For each point the first free of eight places around it; points and labels are obstacles."""
+    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    chosen = []
+    for name, (x, y) in zip(names, places, strict=True):
+        width = CHARACTER * len(name)
+        options = [
+            Label(x + dx, y + dy, anchor)
+            for dx, dy, anchor in (
+                (10, 4, "start"),
+                (-10, 4, "end"),
+                (0, -11, "middle"),
+                (0, 20, "middle"),
+                (9, -8, "start"),
+                (9, 16, "start"),
+                (-9, -8, "end"),
+                (-9, 16, "end"),
+            )
+        ]
+        boxes = [_label_box(option, width) for option in options]
+        costs = [_cost(box, taken, frame) for box in boxes]
+        best = costs.index(min(costs))
+        taken.append(boxes[best])
+        chosen.append(options[best])
+    return chosen
+
+
+def _label_box(label: Label, width: float) -> Box:
+    start = label.x - {"start": 0.0, "middle": width / 2, "end": width}[label.anchor]
+    return (start, label.y - 10, start + width, label.y + 3)
+
+
+def _cost(box: Box, taken: list[Box], frame: Box) -> float:
+    """Area shared with what is taken; leaving the frame costs more than any overlap."""
+    left, right, top, bottom = frame
+    outside = max(0.0, left - box[0]) + max(0.0, box[2] - right)
+    outside += max(0.0, top - box[1]) + max(0.0, box[3] - bottom)
+    shared = sum(
+        max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
+        * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
+        for other in taken
+    )
+    return shared + 1000 * outside

@@ -1,0 +1,172 @@
+"""`speedup.png`: one bar a row, from zero, with its seconds and its LPIPS written beside it."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from hasten.report import numbers
+from hasten.report.drawn import drawn_rows, facts, not_drawn
+from hasten.report.kinds import kind_of, present_kinds
+from hasten.results import Results, Row
+
+# A README column is about 830 CSS pixels wide; twice that many device pixels stay sharp.
+WIDTH, DPI = 8.3, 200
+# Inches, from the edges inwards: a fixed layout gives the same picture for the same results.
+HEAD, FOOT, BAR, LINE, MARGIN = 1.0, 0.42, 0.36, 0.175, 0.15
+NO_METADATA = {"Software": None}  # the same results give the same bytes
+HALO = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+INK, MUTED, RULE = "#1f2328", "#59636e", "#d8dee4"
+
+
+def write_plot(results: Results, path: Path) -> None:
+    """Without pyplot: no global backend is chosen and no figure stays open. Writing PNG is Agg."""
+    draw(results).savefig(path, format="png", dpi=DPI, facecolor="white", metadata=NO_METADATA)
+
+
+def draw(results: Results) -> Figure:
+    rows, footer = drawn_rows(results), _footer(results)
+    subtitle = textwrap.wrap(_subtitle(results), 115)
+    below = FOOT + LINE * len(footer)
+    height = HEAD + LINE * (len(subtitle) - 1) + BAR * max(len(rows), 1) + below
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+
+    def write(text: str, y: float, size: float, colour: str, weight: str = "normal") -> None:
+        """One line of text whose centre is `y` inches above the lower edge."""
+        figure.text(
+            MARGIN / WIDTH,
+            y / height,
+            text,
+            fontsize=size,
+            color=colour,
+            fontweight=weight,
+            va="center",
+            parse_math=False,
+        )
+
+    write("Speed-up over the baseline", height - 0.24, 13, INK, "bold")
+    for index, line in enumerate(subtitle):
+        write(line, height - 0.5 - LINE * index, 9, MUTED)
+    for index, line in enumerate(footer):
+        write(line, MARGIN + LINE * (len(footer) - 1 - index), 8.5, MUTED)
+    if not rows:
+        write("No row was measured.", below + BAR / 2, 10, INK)
+        return figure
+    names = 0.2 + 0.083 * max(len(_short(row.recipe)) for row in rows)
+    width, bars = WIDTH - names - MARGIN, BAR * len(rows)
+    axes = figure.add_axes((names / WIDTH, below / height, width / WIDTH, bars / height))
+    _bars(axes, rows)
+    _dress(axes, rows, width)
+    _legend(figure, rows, (below + bars + 0.24) / height)
+    return figure
+
+
+def _bars(axes: Axes, rows: list[Row]) -> None:
+    widths = [row.speedup or 0.0 for row in rows]
+    kinds = [kind_of(row) for row in rows]
+    axes.barh(
+        range(len(rows)),
+        widths,
+        height=0.62,
+        color=[kind.colour for kind in kinds],
+        hatch=[kind.hatch for kind in kinds],
+        edgecolor="white",
+        linewidth=0,
+    )
+    for index, row in enumerate(rows):
+        number = axes.annotate(
+            numbers.speedup(row.speedup),
+            (widths[index], index),
+            (6, -0.5),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+            fontweight="bold",
+            color=INK,
+            bbox=HALO,
+        )
+        axes.annotate(
+            _words(row),
+            (1, 0.5),
+            (8, 0),
+            xycoords=number,
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=MUTED,
+            bbox=HALO,
+        )
+
+
+def _dress(axes: Axes, rows: list[Row], width: float) -> None:
+    """Scale, ticks and lines. The scale starts at zero and leaves room for every bar's words."""
+    longest = max(row.speedup or 0.0 for row in rows) or 1.0
+    words = [0.68 + 0.066 * len(_words(row)) for row in rows]
+    room = [
+        (row.speedup or 0.0) * width / (width - word) for row, word in zip(rows, words, strict=True)
+    ]
+    axes.set_xlim(0, max(*room, longest))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [_short(row.recipe) for row in rows])
+    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(0, longest)
+    ticks = [tick for tick in ticks if tick <= longest * 1.001]
+    axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    for label in axes.get_yticklabels():
+        label.set(parse_math=False, fontsize=10, color=INK)
+    axes.tick_params(length=0)
+    axes.tick_params(axis="x", labelsize=9, labelcolor=MUTED)
+    axes.vlines(ticks[1:], -0.5, len(rows) - 0.5, color=RULE, linewidth=0.7, zorder=0)
+    axes.axvline(1, color=INK, linewidth=0.9, linestyle=(0, (3, 3)), zorder=0.5)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(INK)
+
+
+def _words(row: Row) -> str:
+    return "  ·  ".join(facts(row))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 32 else f"{name[:31]}…"
+
+
+def _legend(figure: Figure, rows: list[Row], y: float) -> None:
+    kinds = present_kinds(rows)
+    handles = [
+        Patch(facecolor=kind.colour, hatch=kind.hatch, edgecolor="white", linewidth=0)
+        for kind in kinds
+    ]
+    figure.legend(
+        handles=handles,
+        labels=[kind.label for kind in kinds],
+        loc="center left",
+        bbox_to_anchor=(MARGIN / WIDTH, y),
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.4,
+        columnspacing=1.6,
+        ncols=len(kinds),
+        fontsize=8.5,
+        labelcolor=MUTED,
+        frameon=False,
+    )
+
+
+def _subtitle(results: Results) -> str:
+    work, count = results.workload, len(results.workload.prompts)
+    return (
+        f"{work.model}, {work.width} × {work.height}, {work.steps} steps, {work.dtype}, "
+        f"{results.environment.device}; median of {count} prompt{'s' * (count != 1)}"
+    )
+
+
+def _footer(results: Results) -> list[str]:
+    """Why a row has no bar, wrapped to the width of the picture."""
+    lines: list[str] = []
+    for text in not_drawn(results):
+        lines += textwrap.wrap(f"Not drawn: {text}", 120, subsequent_indent="   ")
+    return lines

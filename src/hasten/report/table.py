@@ -1,0 +1,230 @@
+"""The table: one line a row of the results, with what is worth knowing about it beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hasten.report import numbers
+from hasten.results import BASELINE, Environment, Results, Row, Workload
+
+# A baseline that moved by more than this makes every speed-up doubtful.
+STEADY = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, and the number it sorts by (None sorts last in either direction)."""
+
+    text: str
+    value: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """`best` says which way is better; `wide` columns are only shown where there is room."""
+
+    key: str
+    title: str
+    cell: Callable[[Row], Cell]
+    best: str = ""
+    wide: bool = False
+
+
+def columns(results: Results) -> list[Column]:
+    """The columns these results can fill, without the recipe's name and the notes."""
+    chosen = [
+        Column("seconds", "s / image", _seconds, "low"),
+        Column("speedup", "speed-up", _speedup, "high"),
+        Column("steps", "steps computed", _steps, "low"),
+        Column("lpips", "LPIPS", lambda row: metric(row, "lpips"), "low"),
+        Column("ssim", "SSIM", lambda row: metric(row, "ssim"), "high"),
+        Column("psnr", "PSNR dB", lambda row: metric(row, "psnr"), "high"),
+    ]
+    if _any_quality(results, BASELINE, "ms_ssim"):
+        chosen.append(Column("ms_ssim", "MS-SSIM", lambda row: metric(row, "ms_ssim"), "high"))
+    for reference in other_references(results):
+        chosen.append(_reference_column(reference))
+    chosen.append(Column("memory", "peak memory", _memory, "low"))
+    if any(row.transformer_ms_per_step is not None for row in results.rows):
+        chosen.append(Column("step", "ms / step", _step, "low", wide=True))
+    if any(row.setup_seconds is not None for row in results.rows):
+        chosen.append(Column("setup", "setup s", _setup, "low", wide=True))
+    return chosen
+
+
+def other_references(results: Results) -> list[str]:
+    """Rows other than the baseline that pictures were scored against, in order of appearance."""
+    found = dict.fromkeys(entry.reference for row in results.rows for entry in row.quality)
+    return [name for name in found if name != BASELINE]
+
+
+def metric(row: Row, name: str, reference: str = BASELINE) -> Cell:
+    """The mean of one metric over a row's prompts; the reference itself has none."""
+    if row.recipe == reference:
+        return Cell("reference")
+    quality = row.quality_against(reference)
+    value: float | None = getattr(quality, name) if quality else None
+    return Cell(METRIC_FORMAT[name](value), value)
+
+
+METRIC_FORMAT = {
+    "lpips": numbers.distance,
+    "ssim": numbers.similarity,
+    "psnr": numbers.decibels,
+    "ms_ssim": numbers.similarity,
+}
+
+
+def notes(row: Row, results: Results) -> list[str]:
+    """Everything a reader must know before quoting the row, one short text each."""
+    found = []
+    if row.status != "ok":
+        found.append(f"{row.status}: {row.reason}")
+    if row.peer:
+        found.append(f"peer: {row.peer}")
+    if row.calibrated is False:
+        found.append("calibrated: false")
+    shared = common_notes(results)
+    found += [note for note in row.notes if note not in shared]
+    if row.status == "ok":
+        common = common_quality_reason(results)
+        reasons = dict.fromkeys(entry.reason for entry in row.quality if entry.reason)
+        found += [f"quality: {reason}" for reason in reasons if reason != common]
+    return found
+
+
+def common_notes(results: Results) -> list[str]:
+    """Notes that every measured row has, which are then said once, below the table."""
+    measured = [row for row in results.rows if row.status == "ok"]
+    if len(measured) < 2:
+        return []
+    return [note for note in measured[0].notes if all(note in row.notes for row in measured)]
+
+
+def common_quality_reason(results: Results) -> str | None:
+    """The reason that every scored row gives, which is then said once, below the table."""
+    reasons = [
+        entry.reason
+        for row in results.rows
+        if row.status == "ok" and row.recipe != BASELINE
+        for entry in row.quality
+    ]
+    return reasons[0] if len(set(reasons)) == 1 else None
+
+
+def drift_line(results: Results) -> str:
+    drift, last = results.drift, results.rows[-1].seconds_per_image
+    if drift is None or last is None:
+        return "Drift: not measured, the baseline was not rendered a second time."
+    steady = abs(drift - 1) <= STEADY
+    return (
+        f"Drift: the baseline, rendered again at the end, took {numbers.seconds(last.median)} s, "
+        f"{numbers.percent_change(drift)} against the first time. "
+        "Smaller differences between recipes than this mean nothing."
+        + ("" if steady else " The machine was not steady: measure again before quoting a number.")
+    )
+
+
+def workload_facts(workload: Workload) -> list[tuple[str, str]]:
+    count = len(workload.prompts)
+    facts = [
+        ("model", workload.model),
+        ("size", f"{workload.width} × {workload.height}"),
+        ("steps", str(workload.steps)),
+        ("guidance", "none" if workload.guidance is None else f"{workload.guidance:g}"),
+        ("dtype", workload.dtype),
+        ("seed", str(workload.seed)),
+        ("prompts", f"{count} from {workload.prompt_source}"),
+    ]
+    if workload.rounds > 1:
+        facts.append(("rounds", str(workload.rounds)))
+    if workload.max_sequence_length is not None:
+        facts.append(("text tokens", str(workload.max_sequence_length)))
+    return facts
+
+
+def environment_facts(environment: Environment) -> list[tuple[str, str]]:
+    """Every key that is known, in the schema's order."""
+    labels = {"gpu_memory_bytes": "GPU memory", "gpu": "GPU", "cpu": "CPU", "os": "OS"}
+    known = environment.model_dump(exclude_none=True)
+    known["date"] = known["date"].replace("T", " ")
+    if "gpu_memory_bytes" in known:
+        known["gpu_memory_bytes"] = numbers.memory(known["gpu_memory_bytes"])
+    return [(labels.get(key, key), str(value)) for key, value in known.items()]
+
+
+def to_markdown(results: Results) -> str:
+    """A GitHub table with its workload above and drift, quality and environment below."""
+    shown = [column for column in columns(results) if not column.wide]
+    head = ["recipe", *[column.title for column in shown], "notes"]
+    align = [":--", *["--:" for _ in shown], ":--"]
+    lines = [_facts_line(workload_facts(results.workload)), "", _line(head), _line(align)]
+    for row in results.rows:
+        cells = [column.cell(row).text for column in shown]
+        lines.append(_line(map(_escape, [row.recipe, *cells, "; ".join(notes(row, results))])))
+    if shared := common_notes(results):
+        lines += ["", f"Every row: {_escape('; '.join(shared))}."]
+    lines += ["", drift_line(results)]
+    if reason := common_quality_reason(results):
+        lines += ["", f"Quality: {_escape(reason)}."]
+    lines += ["", f"Environment: {_facts_line(environment_facts(results.environment))}", ""]
+    return "\n".join(lines)
+
+
+def _any_quality(results: Results, reference: str, name: str) -> bool:
+    return any(metric(row, name, reference).value is not None for row in results.rows)
+
+
+def _reference_column(reference: str) -> Column:
+    title = f"LPIPS vs {reference}"
+    return Column(f"lpips-{reference}", title, lambda row: metric(row, "lpips", reference), "low")
+
+
+def _seconds(row: Row) -> Cell:
+    measured = row.seconds_per_image
+    if measured is None:
+        return Cell(numbers.MISSING)
+    spread = f"{numbers.seconds(measured.p10)}–{numbers.seconds(measured.p90)}"
+    return Cell(numbers.seconds(measured.median), measured.median, spread)
+
+
+def _speedup(row: Row) -> Cell:
+    return Cell(numbers.speedup(row.speedup), row.speedup)
+
+
+def _steps(row: Row) -> Cell:
+    computed = row.steps_computed
+    return Cell(numbers.steps(computed), computed.mean if computed else None)
+
+
+def _memory(row: Row) -> Cell:
+    weights = f"weights {numbers.memory(row.weights_bytes)}" if row.weights_bytes else ""
+    return Cell(numbers.memory(row.peak_memory_bytes), row.peak_memory_bytes, weights)
+
+
+def _step(row: Row) -> Cell:
+    return Cell(numbers.milliseconds(row.transformer_ms_per_step), row.transformer_ms_per_step)
+
+
+def _setup(row: Row) -> Cell:
+    first = row.first_image_seconds
+    detail = "" if first is None else f"+ {numbers.seconds(first)}"
+    return Cell(numbers.seconds(row.setup_seconds), row.setup_seconds, detail)
+
+
+def _facts_line(facts: list[tuple[str, str]]) -> str:
+    return " · ".join(f"{_escape(name)} {_escape(text)}" for name, text in facts)
+
+
+def _escape(text: str) -> str:
+    """Text as text: no Markdown, no HTML, no line break and no cell border inside a cell."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "\\`*_[]|~":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

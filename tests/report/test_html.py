@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from hasten.errors import InputError
+from hasten.report import html, write_report
+from hasten.report.kinds import BASELINE_KIND, FEWER_STEPS, PEER, RECIPE
+from hasten.report.pictures import Album
+from hasten.results import Results, Row
+from tests.report.builders import make_results, measured_row
+
+HOSTILE = [
+    "<script>alert('prompt')</script>",
+    "</style><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)\' {{ 7 * 7 }} {% raw %} &amp;',
+]
+
+
+class Page(HTMLParser):
+    """Counts what a browser would act upon."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_three_files_are_written_and_the_page_returned(folder: Path) -> None:
+    assert {"table.md", "speedup.png", "report.html"} <= {path.name for path in folder.iterdir()}
+
+
+def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in {"iframe", "object", "embed", "base"}
+        for name in ("src", "srcset", "poster", "action", "data"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, name)
+        assert not any(name.startswith("on") for name in attributes)
+        if tag == "link":
+            assert attributes["href"] == "data:,"
+
+
+def test_links_lead_to_the_pngs_and_nowhere_else(page: Page, folder: Path) -> None:
+    links = [attributes["href"] or "" for attributes in page.named("a")]
+    assert len(links) == 8 * 4
+    assert all((folder / link).is_file() for link in links)
+
+
+def test_style_and_script_hold_no_address() -> None:
+    for name in ("report.css", "report.js"):
+        text = (html.TEMPLATES / name).read_text(encoding="utf-8")
+        assert not re.search(r"https?:|//[a-z]+\.|url\(|@import|</", text)
+
+
+def test_hostile_prompts_recipes_and_reasons_stay_text(tmp_path: Path) -> None:
+    rows = (
+        Row(recipe="bad", status="failed", reason=HOSTILE[0], toml=HOSTILE[1]),
+        measured_row('<b onclick="x">', 1.0, 50, 3, (), notes=(HOSTILE[1],), peer=HOSTILE[2]),
+    )
+    results = make_results(tmp_path, count=3, size=(16, 16), captions=HOSTILE, extra_rows=rows)
+    text = write_report(results, tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.named("script")) == 1
+    assert len(page.named("style")) == 1
+    assert all(
+        set(image) <= {"src", "alt", "decoding", "draggable", "class"}
+        for image in page.named("img")
+    )
+    assert not any(name.startswith("on") for _, found in page.tags for name in found)
+    words = "".join(page.words)
+    for prompt in HOSTILE:
+        assert prompt in words
+
+
+def test_the_policy_allows_the_page_s_own_script_and_style_only(page: Page) -> None:
+    policy = next(m["content"] or "" for m in page.named("meta") if "http-equiv" in m)
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert policy.count("sha256-") == 2
+
+
+def test_every_number_is_one_of_the_table(page: Page, results: Results) -> None:
+    words = " ".join(page.words)
+    for line in html.lines(results):
+        for cell in line.cells:
+            assert cell.text in words
+    assert "calibrated: false" in words
+    assert "+1.5 % against the first time" in words
+
+
+def test_sorting_values_are_exact(page: Page, results: Results) -> None:
+    values = {attributes.get("data-value") for attributes in page.named("td")}
+    for row in results.rows:
+        assert row.speedup is None or str(row.speedup) in values
+
+
+def test_a_row_without_pictures_says_why(page: Page) -> None:
+    assert "No pictures of tensorrt-fp8: no TensorRT runtime" in " ".join(page.words)
+
+
+def test_ids_are_unique_and_references_resolve(page: Page) -> None:
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for target in (attributes.get("aria-labelledby") or "").split():
+            assert target in ids
+
+
+def test_results_without_pictures_or_quality_still_make_a_page(tmp_path: Path) -> None:
+    full = make_results(tmp_path, count=2, pictures=False)
+    rows = tuple(row.model_copy(update={"quality": ()}) for row in full.rows)
+    text = html.render(full.model_copy(update={"rows": rows}), Album("no pictures"))
+    assert "No pictures were saved with these results." in text
+    assert "Not drawn: no recipe has an LPIPS" in text
+
+
+def test_a_failed_baseline_still_makes_a_page(tmp_path: Path) -> None:
+    full = make_results(tmp_path, count=1, pictures=False)
+    failed = Row(recipe="baseline", status="failed", reason="out of memory")
+    text = html.render(full.model_copy(update={"rows": (failed,)}), Album("no pictures"))
+    assert "No recipe was measured against the baseline." in text
+    assert "failed: out of memory" in text
+
+
+def test_the_lede_names_this_library_s_fastest_and_its_cost(results: Results) -> None:
+    assert html.lede(results) == "Fastest: max, 6.56× (0.610 s, LPIPS 0.148, calibrated: false)."
+
+
+def test_kinds_follow_name_and_peer(results: Results) -> None:
+    kinds = {line.row.recipe: line.kind for line in html.lines(results)}
+    assert kinds["baseline"] is kinds["baseline-again"] is BASELINE_KIND
+    assert kinds["fewer-steps-18"] is FEWER_STEPS
+    assert kinds["cache-dit-18"] is PEER
+    assert kinds["max"] is RECIPE
+
+
+def test_pictures_are_found_beside_the_results_file(folder: Path, tmp_path: Path) -> None:
+    page = write_report(folder / "results.json", tmp_path / "elsewhere")
+    assert page.parent == tmp_path / "elsewhere"
+    assert "missing" not in page.read_text(encoding="utf-8")
+
+
+def test_results_that_are_not_valid_write_nothing(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"schema": 1}', encoding="utf-8")
+    with pytest.raises(InputError, match="workload"):
+        write_report(tmp_path / "results.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_an_input_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_report(folder / "results.json", tmp_path / "file" / "out")

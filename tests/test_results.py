@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from hasten.errors import InputError
+from hasten.results import (
+    PromptQuality,
+    Results,
+    Row,
+    read_results,
+    summarize_quality,
+    summarize_seconds,
+    write_results,
+)
+
+# The contract, written out by hand: every key that readers of results.json may rely on.
+CONTRACT: dict[str, Any] = {
+    "schema": 1,
+    "workload": {
+        "model": "tiny",
+        "width": 512,
+        "height": 512,
+        "steps": 50,
+        "guidance": 3.5,
+        "seed": 0,
+        "dtype": "bfloat16",
+        "prompt_source": "bundled",
+        "prompts": [{"id": 0, "text": "a red panda", "seed": 0}],
+    },
+    "environment": {
+        "device": "cpu",
+        "torch": "2.13.0",
+        "diffusers": "0.42.1",
+        "hasten": "0.1.0",
+        "cuda": None,
+        "commit": "abc",
+        "date": "2026-11-22T21:00:00+00:00",
+    },
+    "rows": [
+        {
+            "recipe": "baseline",
+            "peer": None,
+            "status": "ok",
+            "reason": None,
+            "notes": [],
+            "calibrated": None,
+            "seconds_per_image": {
+                "median": 2.0,
+                "mean": 2.0,
+                "p10": 1.2,
+                "p90": 2.8,
+                "n": 3,
+                "samples": [1.0, 3.0, 2.0],
+            },
+            "speedup": 1.0,
+            "transformer_ms_per_step": 40.0,
+            "steps_computed": {"mean": 18, "min": 18, "max": 18},
+            "setup_seconds": 0.0,
+            "first_image_seconds": 0.0,
+            "peak_memory_bytes": 0,
+            "weights_bytes": 0,
+            "quality": [
+                {
+                    "reference": "compile",
+                    "lpips": 0.1,
+                    "ssim": 0.9,
+                    "psnr": 100.0,
+                    "ms_ssim": None,
+                    "reason": "sides of 160 pixels or less",
+                    "n": 1,
+                    "per_prompt": [
+                        {"id": 0, "lpips": 0.1, "ssim": 0.9, "psnr": 100.0, "ms_ssim": None}
+                    ],
+                }
+            ],
+            "images": ["images/baseline/000.png"],
+            "toml": 'name = "baseline"',
+        },
+        {"recipe": "fp8", "status": "unsupported", "reason": "no FP8 here"},
+    ],
+}
+
+
+def contract() -> dict[str, Any]:
+    copy: dict[str, Any] = json.loads(json.dumps(CONTRACT))
+    return copy
+
+
+def written(directory: Path, data: object) -> Path:
+    path = directory / "results.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+def test_the_contract_is_read_and_written_back_key_for_key(tmp_path: Path) -> None:
+    results = read_results(written(tmp_path, CONTRACT))
+    write_results(tmp_path / "again.json", results)
+    again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
+    assert again["rows"][0] == CONTRACT["rows"][0]
+    assert CONTRACT["workload"].items() <= again["workload"].items()
+    assert CONTRACT["environment"].items() <= again["environment"].items()
+    assert read_results(tmp_path / "again.json") == results
+
+
+@given(st.lists(st.floats(0, 1e4), min_size=1, max_size=60))
+def test_seconds_are_those_of_numpy(samples: list[float]) -> None:
+    found = summarize_seconds(samples)
+    p10, median, p90 = np.percentile(samples, [10, 50, 90])
+    assert found.n == len(found.samples) == len(samples)
+    np.testing.assert_allclose(
+        [found.median, found.p10, found.p90, found.mean],
+        [median, p10, p90, np.mean(samples)],
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("samples", [[], [float("nan")], [float("inf")], [-1.0]])
+def test_seconds_that_cannot_be_summarised_are_refused(samples: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"no samples|finite|greater than"):
+        summarize_seconds(samples)
+
+
+def test_a_metric_that_one_prompt_lacks_has_no_mean() -> None:
+    quality = summarize_quality(
+        "baseline",
+        [
+            PromptQuality(id=0, lpips=0.2, ssim=0.8, psnr=20.0, ms_ssim=0.9),
+            PromptQuality(id=1, lpips=0.4, ssim=0.6, psnr=30.0, ms_ssim=None),
+        ],
+        reason="prompt 1 is too small for MS-SSIM",
+    )
+    assert quality.lpips == pytest.approx(0.3)
+    assert quality.psnr == pytest.approx(25.0)
+    assert quality.ms_ssim is None
+
+
+def test_no_metric_needs_a_reason() -> None:
+    assert summarize_quality("baseline", [], "random weights").lpips is None
+    with pytest.raises(ValidationError, match="no reason"):
+        summarize_quality("baseline", [])
+
+
+def faults_of(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_results(path)
+    assert caught.value.fix
+    assert caught.value.exit_code == 2
+    assert all("\n" not in fault for fault in caught.value.faults)
+    return "\n".join(caught.value.faults)
+
+
+def test_a_missing_file_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file") as caught:
+        read_results(tmp_path / "none.json")
+    assert "hasten bench" in caught.value.fix
+
+
+@pytest.mark.parametrize("text", ["", "{", "results", '{"schema": 1,}'])
+def test_text_that_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
+    assert "not JSON" in faults_of(written(tmp_path, text))
+
+
+def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_bytes(b'{"schema": "\xff"}')
+    assert "not JSON" in faults_of(path)
+
+
+@pytest.mark.parametrize("data", [[], {}, 3, {"rows": []}])
+def test_other_json_is_not_taken_for_results(tmp_path: Path, data: object) -> None:
+    assert "not a results file" in faults_of(written(tmp_path, data))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True])
+def test_unknown_versions_are_refused(tmp_path: Path, version: object) -> None:
+    assert "not known" in faults_of(written(tmp_path, contract() | {"schema": version}))
+
+
+def test_every_fault_is_listed_with_its_place(tmp_path: Path) -> None:
+    data = contract()
+    data["rows"][0]["speedup"] = "fast"
+    data["rows"][0]["colour"] = "blue"
+    data["workload"]["width"] = 0
+    found = faults_of(written(tmp_path, data)).splitlines()
+    assert len(found) == 3
+    for place in ("rows[0].speedup", "rows[0].colour", "workload.width"):
+        assert sum(place in fault for fault in found) == 1
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, number: str) -> None:
+    text = json.dumps(CONTRACT).replace('"speedup": 1.0', f'"speedup": {number}')
+    assert "rows[0].speedup" in faults_of(written(tmp_path, text))
+
+
+def broken(path: str, value: object) -> dict[str, Any]:
+    """The contract with one value replaced; `path` is keys and indices joined by dots."""
+    data = contract()
+    *parents, last = path.split(".")
+    place: Any = data
+    for key in parents:
+        place = place[int(key)] if key.isdigit() else place[key]
+    place[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("rows.0.seconds_per_image.median", 1.5, "the samples give 2.0"),
+        ("rows.0.seconds_per_image.n", 2, "3 samples"),
+        ("rows.0.seconds_per_image", None, "seconds_per_image is null"),
+        ("rows.1.reason", None, "no reason"),
+        ("rows.1.status", "skipped", "unsupported"),
+        ("rows.1.recipe", "baseline", "more than one row"),
+        ("rows.0.recipe", "compile", "first row"),
+        ("rows.0.images", ["../secret.png"], "leaves the results directory"),
+        ("rows.0.images", ["/etc/secret.png"], "leaves the results directory"),
+        ("rows.0.images", ["a.png", "b.png"], "2 images for 1 prompts"),
+        ("rows.0.quality.0.lpips", 0.2, "per_prompt gives 0.1"),
+        ("rows.0.quality.0.psnr", 101.0, "less than or equal to 100"),
+        ("rows.0.quality.0.per_prompt.0.id", 7, "unknown prompts [7]"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, path: str, value: object, words: str) -> None:
+    assert words in faults_of(written(tmp_path, broken(path, value)))
+
+
+def test_a_last_baseline_belongs_at_the_end(tmp_path: Path) -> None:
+    data = contract()
+    data["rows"].insert(1, data["rows"][0] | {"recipe": "baseline-again"})
+    assert "must be the last row" in faults_of(written(tmp_path, data))
+
+
+def test_drift_is_the_ratio_of_the_two_baselines() -> None:
+    data = contract()
+    slower = summarize_seconds([2.0, 2.1, 2.2]).model_dump()
+    again = data["rows"][0] | {"recipe": "baseline-again", "seconds_per_image": slower}
+    data["rows"].append(again)
+    assert Results.model_validate(data).drift == pytest.approx(1.05)
+    assert Results.model_validate(CONTRACT).drift is None
+
+
+def test_rows_are_found_by_name() -> None:
+    results = Results.model_validate(CONTRACT)
+    assert results.row_by_name("fp8").status == "unsupported"
+    with pytest.raises(InputError, match="'cache'") as caught:
+        results.row_by_name("cache")
+    assert "baseline, fp8" in caught.value.fix
+
+
+def test_quality_is_found_by_its_reference() -> None:
+    row = Results.model_validate(CONTRACT).rows[0]
+    found = row.quality_against("compile")
+    assert found is not None
+    assert found.lpips == 0.1
+    assert row.quality_against("baseline") is None
+
+
+def test_nothing_can_be_changed_in_place() -> None:
+    row = Results.model_validate(CONTRACT).rows[1]
+    with pytest.raises(ValidationError, match="frozen"):
+        row.reason = "another"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, "old")
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(InputError, match="No space left"):
+        write_results(path, Results.model_validate(CONTRACT))
+    assert path.read_text(encoding="utf-8") == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_directory_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        write_results(tmp_path / "none" / "results.json", Results.model_validate(CONTRACT))
+
+
+def test_nan_is_never_written_even_past_validation(tmp_path: Path) -> None:
+    results = Results.model_validate(CONTRACT)
+    row: Row = results.rows[0].model_copy(update={"speedup": float("nan")})
+    with pytest.raises(InputError, match="not written"):
+        write_results(tmp_path / "results.json", results.model_copy(update={"rows": (row,)}))
+    assert os.listdir(tmp_path) == []
