@@ -1,0 +1,112 @@
+"""Where a benchmark runs, looked at in a process of its own.
+
+Asking torch about a GPU holds memory on it, which every row would miss; so the parent never does:
+`python -m hasten.benchmark.environment DEVICE DTYPE` prints `Surroundings` as JSON and ends.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel
+
+import hasten
+from hasten.benchmark.process import python_command, python_environment
+from hasten.errors import HastenError
+from hasten.machine import machine
+from hasten.results import Environment
+
+__all__ = ["Surroundings", "commit", "look", "look_in_process"]
+
+
+class Surroundings(BaseModel):
+    """The environment, what `auto` means in it, and why `device` cannot be used, if so."""
+
+    environment: Environment
+    device: str
+    dtype: str
+    fault: str | None = None
+    fix: str = ""
+
+
+def look(device: str, dtype: str) -> Surroundings:
+    """Look around from this process. Imports torch and initialises CUDA where there is one."""
+    import torch
+
+    here = machine()
+    device = here.default_device() if device == "auto" else device
+    gpu = here.gpu(device)
+    problem = here.device_problem(device)
+    return Surroundings(
+        environment=Environment(
+            device=device,
+            torch=here.torch,
+            diffusers=here.diffusers or "none",
+            hasten=metadata.version("hasten"),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            cuda=here.cuda,
+            commit=commit(),
+            python=here.python,
+            transformers=here.transformers,
+            os=here.os,
+            cpu=f"{here.cpu}, {here.cores} cores",
+            threads=torch.get_num_threads(),
+            gpu=gpu.name if gpu else None,
+            gpu_memory_bytes=gpu.memory_bytes if gpu else None,
+            driver=here.driver,
+        ),
+        device=device,
+        dtype=here.default_dtype(device) if dtype == "auto" else dtype,
+        fault=problem.fault if problem else None,
+        fix=problem.fix if problem else "",
+    )
+
+
+def look_in_process(device: str, dtype: str) -> Surroundings:
+    """`look`, from a process that ends. Raises HastenError where torch cannot be imported."""
+    done = subprocess.run(
+        python_command("hasten.benchmark.environment", device, dtype),
+        env=python_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last_line = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise HastenError(
+            f"looking at this machine failed: {last_line}",
+            "check that `python -c 'import torch'` works; `hasten doctor` says more",
+        )
+    return Surroundings.model_validate_json(done.stdout.splitlines()[-1])
+
+
+def commit() -> str | None:
+    """Git commit of the hasten that is running, `-dirty` where its files have changed.
+
+    None where it is no checkout; that its folder lies inside one (a virtual environment in
+    somebody's repository) does not count.
+    """
+    package = Path(hasten.__file__)
+    if _git(package.parent, "ls-files", "--error-unmatch", package.name) is None:
+        return None
+    head = _git(package.parent, "rev-parse", "HEAD")
+    changed = _git(package.parent, "status", "--porcelain", "--untracked-files=no", ".")
+    return f"{head}-dirty" if head and changed else head
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    print(look(*sys.argv[1:]).model_dump_json())

@@ -1,0 +1,97 @@
+"""Pictures and times of one loaded, optimised pipeline."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.benchmark.job import Job
+from hasten.benchmark.score import Told, save_floats, save_png
+from hasten.benchmark.timer import timed
+from hasten.benchmark.workload import PassSettings
+from hasten.errors import HastenError
+from hasten.results import Prompt
+
+__all__ = ["denoise_seconds", "render", "render_all"]
+
+DENOISE_RUNS = 3
+
+
+def render(engine: Any, prompt: Prompt, settings: PassSettings) -> Tensor:
+    """One image, 3×H×W in [0, 1], on the pipeline's device; its noise is drawn on the CPU so that
+    it is the same on every device."""
+    arguments = _call_arguments(prompt, settings)
+    image: Tensor = engine.fast(prompt.text, output_type="pt", **arguments).images[0]
+    return image
+
+
+def render_all(
+    engine: Any, job: Job, settings: PassSettings, tell: Told
+) -> tuple[list[float], list[int]]:
+    """Render each prompt once, alone: its seconds, and how many steps it computed.
+
+    Between the images, outside the timed region, they are written to the folders the job names.
+    Raises HastenError for an image that is not finite, unless the weights are random.
+    """
+    device = torch.device(job.device)
+    prompts = job.workload.prompts
+    seconds, computed = [], []
+    for done, prompt in enumerate(prompts):
+        tell("render", done, len(prompts))
+        image, elapsed = timed(device, render, engine, prompt, settings)
+        seconds.append(elapsed)
+        computed.append(engine.fast.last_run.computed)
+        if job.images is not None:
+            _keep(image, prompt, job, Path(job.images), engine.random_weights)
+    tell("render", len(prompts), len(prompts))
+    return seconds, computed
+
+
+def denoise_seconds(
+    engine: Any, prompt: Prompt, settings: PassSettings, device: torch.device
+) -> float:
+    """Median seconds of all sampling steps, text encoded before and nothing decoded after."""
+    pipe = engine.pipe
+    with torch.no_grad():
+        embeds, pooled, _ = pipe.encode_prompt(
+            prompt=prompt.text,
+            prompt_2=None,
+            device=pipe._execution_device,
+            max_sequence_length=settings.max_sequence_length,
+        )
+
+    def denoise() -> None:
+        engine.fast(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            output_type="latent",
+            **_call_arguments(prompt, settings),
+        )
+
+    return statistics.median(timed(device, denoise)[1] for _ in range(DENOISE_RUNS))
+
+
+def _call_arguments(prompt: Prompt, settings: PassSettings) -> dict[str, Any]:
+    return {
+        "generator": torch.Generator("cpu").manual_seed(prompt.seed),
+        "width": settings.width,
+        "height": settings.height,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "max_sequence_length": settings.max_sequence_length,
+    }
+
+
+def _keep(image: Tensor, prompt: Prompt, job: Job, images: Path, random_weights: bool) -> None:
+    if random_weights:
+        image = image.nan_to_num(0)
+    elif not image.isfinite().all():
+        raise HastenError(f"image {prompt.id} has values that are not finite")
+    image = image.float().clamp(0, 1)
+    save_png(images / f"{prompt.id:03d}.png", image)
+    if job.references or job.keep_floats:
+        save_floats(Path(job.floats), prompt.id, image)

@@ -1,0 +1,156 @@
+"""One row, measured in a process of its own: `python -m hasten.benchmark.row JOB.json FD`.
+
+Its progress goes to the file descriptor FD as JSON lines, its outcome to the file the job names.
+Nothing of it outlives it: no patch, flag, compiled code or memory reaches the next row.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import statistics
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo.config
+from torch import nn
+
+from hasten.benchmark.job import Job, Outcome, Refusal, write_text
+from hasten.benchmark.render import denoise_seconds, render, render_all
+from hasten.benchmark.score import Told, score
+from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes, timed
+from hasten.benchmark.workload import settings_of
+from hasten.errors import HastenError, InputError, ModelError, UnsupportedError
+from hasten.recipe import Recipe
+from hasten.results import (
+    Quality,
+    Row,
+    StepsComputed,
+    summarize_quality,
+    summarize_seconds,
+)
+
+__all__ = ["main", "measure"]
+
+
+def main(job_file: str, progress_descriptor: str) -> None:
+    """Measure the job in `job_file`; whatever goes wrong becomes the row's status and reason."""
+    job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
+    descriptor = int(progress_descriptor)
+    os.set_inheritable(descriptor, False)
+
+    def tell(stage: str, done: int, total: int) -> None:
+        line = json.dumps({"stage": stage, "done": done, "total": total})
+        os.write(descriptor, f"{line}\n".encode())
+
+    write_text(Path(job.outcome), _outcome(job, tell).model_dump_json())
+
+
+def _outcome(job: Job, tell: Told) -> Outcome:
+    try:
+        return Outcome(row=measure(job, import_module(job.engine), tell))
+    except BrokenPipeError:  # nobody is waiting for this row any more
+        raise
+    except UnsupportedError as error:
+        return Outcome(row=_unmeasured(job, "unsupported", _one_line(error)))
+    except Exception as error:
+        traceback.print_exc()
+        refusal = None
+        if isinstance(error, ModelError | InputError):
+            refusal = Refusal(kind=type(error).__name__, faults=error.faults, fix=error.fix)
+        return Outcome(row=_unmeasured(job, "failed", _one_line(error)), refusal=refusal)
+
+
+def measure(job: Job, engine_module: Any, tell: Told) -> Row:
+    """Measure the job's row in this process: its times and memory, then its quality."""
+    device = torch.device(job.device)
+    row, random_weights = _timed_row(job, device, engine_module, tell)
+    gc.collect()  # the metrics need the memory that the model held
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row.model_copy(update={"quality": _quality(job, device, random_weights, tell)})
+
+
+def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -> tuple[Row, bool]:
+    """The row without its quality, and whether its model has random weights.
+
+    Setup is loading and optimising; the first image includes whatever compiles on first use. One
+    more image warms up, then each prompt is rendered once, alone, between two synchronisations.
+    """
+    # Dynamo would otherwise give up compiling at its limit and go on uncompiled, silently.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    settings = settings_of(Recipe.from_toml(job.toml, source=job.row), job.workload)
+    first = job.workload.prompts[0]
+
+    tell("load", 0, 1)
+    engine, setup_seconds = timed(device, engine_module.load, job)
+    tell("first image", 0, 1)
+    _, first_seconds = timed(device, render, engine, first, settings)
+    tell("warm up", 0, 1)
+    render(engine, first, settings)
+    reset_peak_memory(device)
+    seconds, computed = render_all(engine, job, settings, tell)
+    peak, counted = peak_memory(device)
+    tell("time the transformer", 0, 1)
+    step_seconds = denoise_seconds(engine, first, settings, device) / settings.steps
+    row = Row(
+        recipe=job.row,
+        status="ok",
+        notes=(*engine.fast.notes, counted),
+        seconds_per_image=summarize_seconds(seconds),
+        transformer_ms_per_step=1000 * step_seconds,
+        steps_computed=StepsComputed(
+            mean=statistics.fmean(computed), min=min(computed), max=max(computed)
+        ),
+        setup_seconds=setup_seconds,
+        first_image_seconds=first_seconds,
+        peak_memory_bytes=peak,
+        weights_bytes=storage_bytes(
+            part for part in engine.pipe.components.values() if isinstance(part, nn.Module)
+        ),
+        toml=job.toml,
+    )
+    return row, engine.random_weights
+
+
+def _quality(
+    job: Job, device: torch.device, random_weights: bool, tell: Told
+) -> tuple[Quality, ...]:
+    prompts = [prompt.id for prompt in job.workload.prompts]
+    found = []
+    for reference, folder in job.references.items():
+        if random_weights:
+            reason = "random weights: the pictures mean nothing"
+            found.append(summarize_quality(reference, (), reason))
+        elif folder is None:
+            reason = f"the reference row {reference} has no pictures"
+            found.append(summarize_quality(reference, (), reason))
+        else:
+            pair = (Path(job.floats), Path(folder))
+            found.append(score(*pair, reference, prompts, device=device, tell=tell))
+    if not job.keep_floats:
+        shutil.rmtree(job.floats, ignore_errors=True)
+    return tuple(found)
+
+
+def _unmeasured(job: Job, status: Any, reason: str) -> Row:
+    return Row(recipe=job.row, status=status, reason=reason, toml=job.toml)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, HastenError):
+        return "; ".join([*error.faults, *([f"fix: {error.fix}"] if error.fix else [])])
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        return "torch.compile reached its recompile limit and would have gone on uncompiled"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,99 @@
+"""Which rows a benchmark has, and in what order they run. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hasten.benchmark.faults import Faults
+from hasten.passes.cache.plan import computed_steps
+from hasten.recipe import Recipe, Sampling, resolve
+from hasten.results import BASELINE, BASELINE_AGAIN
+
+__all__ = ["DEFAULT_RECIPES", "PlannedRow", "plan_rows", "rotated"]
+
+DEFAULT_RECIPES = ("baseline", "compile", "cache", "cache-compile")
+LONGEST_NAME = 64
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row's name, which is also its file name, and the recipe it measures."""
+
+    name: str
+    recipe: Recipe
+
+
+def plan_rows(
+    recipes: Sequence[Recipe], steps: int, references: Sequence[str], faults: Faults
+) -> tuple[PlannedRow, ...]:
+    """Rows in the order in which they are rendered for the first time.
+
+    `baseline` first and `baseline-again` last, always. Other references come right after the
+    baseline, because everything behind them is scored against them. The rest keeps its order;
+    each row that caches is followed by its rival (see `rival_of`). The same recipe twice is one
+    row.
+    """
+    plain = resolve(BASELINE)
+    rows = {BASELINE: PlannedRow(BASELINE, plain)}
+    for recipe in sorted(recipes, key=lambda recipe: recipe.name not in references):
+        _add(PlannedRow(recipe.name, recipe), rows, faults)
+        rival = rival_of(recipe, steps)
+        if rival is not None:
+            _add(rival, rows, faults)
+    if BASELINE_AGAIN in rows:
+        faults.add(*_name_taken(BASELINE_AGAIN))
+    for reference in references:
+        if reference not in rows:
+            faults.add(
+                f"reference {reference!r} is not a row of this benchmark",
+                f"add it to the recipes, or choose one of {', '.join(rows)}",
+            )
+    return (*rows.values(), PlannedRow(BASELINE_AGAIN, plain))
+
+
+def rival_of(recipe: Recipe, steps: int) -> PlannedRow | None:
+    """The honest rival of a recipe that caches: no cache, and as many steps as it computes.
+
+    Where only the number of steps is left in it, it is called `fewer-steps-K`, else
+    `NAME-fewer-steps-K`.
+    """
+    if recipe.cache is None:
+        return None
+    sampling = recipe.sampling or Sampling.model_validate({})
+    computed = computed_steps(recipe.cache, sampling.steps or steps)
+    fewer = Sampling.model_validate({**dict(sampling), "steps": computed})
+    name = f"fewer-steps-{computed}"
+    rival = recipe.but(
+        cache=None,
+        sampling=fewer,
+        description=f"{recipe.name} without its cache, in {computed} steps",
+    )
+    only_steps = Recipe(sampling=Sampling.model_validate({"steps": computed}))
+    if not _same(rival, only_steps):
+        name = f"{recipe.name[: LONGEST_NAME - len(name) - 1]}-{name}"
+    return PlannedRow(name, rival.but(name=name))
+
+
+def rotated(rows: Sequence[PlannedRow], turn: int) -> tuple[PlannedRow, ...]:
+    """The order of round `turn` (0 is the first): all but the two baselines move up by `turn`."""
+    first, *middle, last = rows
+    cut = turn % len(middle) if middle else 0
+    return (first, *middle[cut:], *middle[:cut], last)
+
+
+def _add(row: PlannedRow, rows: dict[str, PlannedRow], faults: Faults) -> None:
+    if not _same(rows.setdefault(row.name, row).recipe, row.recipe):
+        faults.add(*_name_taken(row.name))
+
+
+def _same(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes do the same, whatever they are called."""
+    return one.but(name="x", description="") == other.but(name="x", description="")
+
+
+def _name_taken(name: str) -> tuple[str, str]:
+    return (
+        f"two different recipes would have the row {name!r}",
+        "give your recipe another name: its first line is name = ...",
+    )

@@ -1,0 +1,72 @@
+"""Time and memory, measured so that a device's queue cannot hide anything."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from time import perf_counter
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+__all__ = ["peak_memory", "reset_peak_memory", "storage_bytes", "synchronize", "timed"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def timed(
+    device: torch.device, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> tuple[T, float]:
+    """The result of `work(*args, **kwargs)` and its seconds, the device idle before and after."""
+    synchronize(device)
+    start = perf_counter()
+    result = work(*args, **kwargs)
+    synchronize(device)
+    return result, perf_counter() - start
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, where it is the device's own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Peak bytes since the last reset, and what was counted."""
+    if device.type == "cuda":
+        counted = "peak memory: what torch allocated on the GPU"
+        return torch.cuda.max_memory_allocated(device), counted
+    return _peak_resident(), "peak memory: resident set of the process"
+
+
+def storage_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of all parameters and buffers, each storage once however many tensors share it."""
+    storages = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            storages[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _peak_resident() -> int:
+    # Linux keeps ru_maxrss across fork and exec, so a small child of a large parent would show the
+    # parent's; VmHWM starts anew with the program.
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

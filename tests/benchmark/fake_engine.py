@@ -1,0 +1,89 @@
+"""An engine without a model: pictures from noise, and every way in which a row can go wrong.
+
+What it does is written in the recipe's description.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from hasten.benchmark.job import Job
+from hasten.errors import ModelError, UnsupportedError
+from hasten.passes.cache.plan import plan_for
+from hasten.recipe import Recipe
+
+LEAK = "HASTEN_TEST_LEAK"
+
+
+class Pipe:
+    _execution_device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.components = {"transformer": torch.nn.Linear(8, 4), "scheduler": object()}
+
+    def encode_prompt(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return torch.zeros(1, 4, 8), torch.zeros(1, 8), None
+
+
+class Fast:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.notes = (recipe.description,)
+        self.last_run = SimpleNamespace(steps=0, computed=0, skipped=0)
+        self.calls = 0
+
+    def __call__(self, prompt: str | None = None, **given: Any) -> SimpleNamespace:
+        self.calls += 1
+        _misbehave(self.recipe.description, self.calls)
+        steps = given["num_inference_steps"]
+        plan = plan_for(self.recipe.cache, steps) if self.recipe.cache else (True,) * steps
+        computed = sum(plan)
+        self.last_run = SimpleNamespace(steps=steps, computed=computed, skipped=steps - computed)
+        time.sleep(0.001 * computed)
+        size = (1, 3, given["height"], given["width"])
+        image = torch.rand(size, generator=given["generator"])
+        image = (image + 0.01 * (len(plan) - computed) + len(prompt or "") / 1000).clamp(0, 1)
+        if self.recipe.description == "nan" and self.calls > 2:
+            image[0, 0, 0, 0] = float("nan")
+        return SimpleNamespace(images=image)
+
+
+def load(job: Job) -> SimpleNamespace:
+    recipe = Recipe.from_toml(job.toml)
+    if job.workload.model == "missing":
+        raise ModelError("missing: no such model", "give another")
+    if recipe.description == "unsupported":
+        raise UnsupportedError("no compiler", "install one")
+    if recipe.description == "leak and die":
+        os.environ[LEAK] = "1"
+        torch.set_default_dtype(torch.float64)
+    if recipe.description == "find the leak":
+        assert LEAK not in os.environ
+        assert torch.get_default_dtype() is torch.float32
+    return SimpleNamespace(pipe=Pipe(), fast=Fast(recipe), random_weights=job.row == "random")
+
+
+def _misbehave(how: str, calls: int) -> None:
+    if how == "fail" and calls == 3:
+        raise ValueError("first line\nsecond line")
+    if how == "leak and die" and calls == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "wait" and calls == 4 and "HASTEN_TEST_WAIT" in os.environ:
+        time.sleep(60)
+    if how == "recompile":
+        _recompile()
+
+
+def _recompile() -> None:
+    @torch.compile(backend="eager", dynamic=False)
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    for length in range(1, 20):
+        double(torch.ones(length + 1))

@@ -1,0 +1,17 @@
+"""The real engine around the small random pipeline of conftest, whose pictures count as real."""
+
+from __future__ import annotations
+
+import torch
+
+from hasten.benchmark.engine import Engine
+from hasten.benchmark.job import Job
+from hasten.engine import optimize
+from hasten.models.shape import build_shape
+from hasten.recipe import Recipe
+from tests.conftest import SMALL
+
+
+def load(job: Job) -> Engine:
+    pipe = build_shape(SMALL, torch.device(job.device), torch.float32)
+    return Engine(pipe, optimize(pipe, Recipe.from_toml(job.toml)), random_weights=False)

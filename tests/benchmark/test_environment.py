@@ -1,0 +1,62 @@
+"""The environment as recorded, and the commit only of hasten's own checkout."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import hasten
+from hasten.benchmark.environment import commit, look, look_in_process
+from hasten.errors import HastenError
+
+
+def test_this_machine() -> None:
+    here = look("cpu", "auto")
+    assert (here.device, here.dtype, here.fault) == ("cpu", "float32", None)
+    assert here.environment.torch == torch.__version__
+    assert here.environment.cpu
+    assert here.environment.threads == torch.get_num_threads()
+    assert here.environment.date.endswith("+00:00")
+
+
+def test_from_another_process_it_is_the_same() -> None:
+    there, here = look_in_process("cpu", "bfloat16"), look("cpu", "bfloat16")
+    assert there.dtype == "bfloat16"
+    assert there.environment.torch == here.environment.torch
+
+
+def test_a_python_that_cannot_look_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.benchmark.environment.python_command", lambda *_: ["false"])
+    with pytest.raises(HastenError, match="it said nothing") as caught:
+        look_in_process("cpu", "auto")
+    assert len(caught.value.faults) == 1
+
+
+def test_the_commit_is_that_of_a_checkout_that_tracks_hasten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "hasten" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text("")
+    monkeypatch.setattr(hasten, "__file__", str(package))
+    assert commit() is None
+    _git(tmp_path, "init", "-q")
+    _git(tmp_path, "commit", "-q", "--allow-empty", "-m", "somebody else's")
+    assert commit() is None
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "hasten")
+    head = _git(tmp_path, "rev-parse", "HEAD")
+    assert commit() == head
+    package.write_text("changed = True")
+    assert commit() == f"{head}-dirty"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    author = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    done = subprocess.run(
+        ["git", "-C", str(folder), *author, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

@@ -1,0 +1,90 @@
+"""Child processes: messages, logs, ends of every kind, and nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.benchmark.process import how_it_ended, run_module
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run Python source as a module with the argument `given` and collect its messages."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    def call(source: str, on_message: Any = None) -> tuple[int, list[Any], str]:
+        (tmp_path / "child.py").write_text(f"import json, os, sys\nfd = int(sys.argv[2])\n{source}")
+        heard: list[Any] = []
+        log = tmp_path / "log"
+        status = run_module("child", "given", log=log, on_message=on_message or heard.append)
+        return status, heard, log.read_text()
+
+    return call
+
+
+def test_messages_output_and_status(run: Any) -> None:
+    status, heard, log = run(
+        "for n in range(3): os.write(fd, f'{json.dumps([n, sys.argv[1]])}\\n'.encode())\n"
+        "print('out'); print('err', file=sys.stderr); sys.exit(3)"
+    )
+    assert status == 3
+    assert heard == [[0, "given"], [1, "given"], [2, "given"]]
+    assert sorted(log.split()) == ["err", "out"]
+
+
+def test_a_message_may_come_in_pieces(run: Any) -> None:
+    _, heard, _ = run(
+        "os.write(fd, b'[1, '); import time; time.sleep(0.05); os.write(fd, b'2]\\n')"
+    )
+    assert heard == [[1, 2]]
+
+
+def test_a_signal_has_its_name(run: Any) -> None:
+    status, _, _ = run("os.kill(os.getpid(), 11)")
+    assert how_it_ended(status) == "its process was ended by SIGSEGV"
+    assert "out of memory" in how_it_ended(-signal.SIGKILL)
+    assert how_it_ended(3) == "its process ended with exit code 3"
+
+
+def test_a_worker_that_holds_the_pipe_neither_blocks_nor_survives(run: Any) -> None:
+    start = time.monotonic()
+    status, heard, log = run(
+        "worker = os.fork()\n"
+        "if worker == 0:\n    import time; time.sleep(60)\n"
+        "print(worker); os.write(fd, b'1\\n')"
+    )
+    assert (status, heard) == (0, [1])
+    assert time.monotonic() - start < 10
+    assert _gone(int(log))
+
+
+def test_an_interrupt_here_ends_the_child(run: Any) -> None:
+    heard: list[int] = []
+
+    def interrupt(message: int) -> None:
+        heard.append(message)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("os.write(fd, f'{os.getpid()}\\n'.encode()); import time; time.sleep(60)", interrupt)
+    assert _gone(heard[0])
+
+
+def _gone(process: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        state = Path(f"/proc/{process}/stat")
+        if state.exists() and state.read_text().rsplit(")")[-1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False

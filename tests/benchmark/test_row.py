@@ -1,0 +1,143 @@
+"""One row measured in this process: with a real small pipeline, and with every way to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from hasten.benchmark import row as row_module
+from hasten.benchmark.job import Job
+from hasten.benchmark.row import measure
+from hasten.recipe import Recipe, resolve
+from tests.benchmark import fake_engine, small_engine
+from tests.benchmark.plans import FAKE, make_plan, odd
+
+
+@pytest.fixture(autouse=True)
+def _dynamo_as_it_was() -> Iterator[None]:
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        yield
+
+
+def job_for(folder: Path, recipe: Recipe, references: tuple[str, ...] = (), **options: Any) -> Job:
+    return Job(
+        row=recipe.name,
+        toml=recipe.to_toml(),
+        workload=make_plan([], max_sequence_length=8, **options).workload,
+        device="cpu",
+        images=str(folder / "images"),
+        floats=str(folder / recipe.name),
+        keep_floats=not references,
+        references={name: str(folder / name) for name in references},
+        outcome=str(folder / "outcome.json"),
+        engine=FAKE,
+    )
+
+
+def quiet(*_: Any) -> None:
+    """Progress nobody hears."""
+
+
+def outcome(folder: Path, recipe: Recipe, **options: Any) -> Any:
+    return row_module._outcome(job_for(folder, recipe, **options), quiet)
+
+
+def test_a_real_pipeline_cached_and_scored(tmp_path: Path) -> None:
+    heard: list[str] = []
+    engine: ModuleType = small_engine
+    baseline = measure(job_for(tmp_path, resolve("baseline")), engine, quiet)
+    cached = measure(
+        job_for(tmp_path, resolve("cache"), ("baseline",)), engine, lambda *m: heard.append(m[0])
+    )
+    assert baseline.quality == ()
+    assert baseline.steps_computed is not None
+    assert cached.steps_computed is not None
+    assert (baseline.steps_computed.mean, cached.steps_computed.max) == (6, 4)
+    (quality,) = cached.quality
+    assert quality.lpips is not None
+    assert 0 < quality.lpips < 1
+    assert baseline.weights_bytes == cached.weights_bytes
+    assert len(list((tmp_path / "baseline").iterdir())) == 2
+    assert not (tmp_path / "cache").exists()
+    with Image.open(tmp_path / "images" / "001.png") as picture:
+        assert picture.size == (48, 32)
+    assert list(dict.fromkeys(heard)) == [
+        "load",
+        "first image",
+        "warm up",
+        "render",
+        "time the transformer",
+        "score against baseline",
+    ]
+    assert "random weights" in " ".join(baseline.notes)
+
+
+def test_numbers_come_from_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(1000))
+    monkeypatch.setattr("hasten.benchmark.timer.perf_counter", lambda: float(next(ticks) ** 2))
+    found = measure(job_for(tmp_path, resolve("cache"), limit=3), fake_engine, quiet)
+    # Two ticks each: load 0 to 1, first image 4 to 9, prompts 16 to 25, 36 to 49, 64 to 81.
+    assert found.setup_seconds == 1
+    assert found.first_image_seconds == 5
+    assert found.seconds_per_image is not None
+    assert found.seconds_per_image.samples == (9, 13, 17)
+    assert found.transformer_ms_per_step == 1000 * 25 / 6
+    assert found.weights_bytes == (8 * 4 + 4) * 4
+
+
+def test_an_exception_is_one_line_and_the_log_has_the_rest(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = outcome(tmp_path, odd("fail"))
+    assert (found.row.status, found.row.reason) == ("failed", "ValueError: first line")
+    assert found.refusal is None
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_unsupported_has_its_reason_and_fix(tmp_path: Path) -> None:
+    found = outcome(tmp_path, odd("unsupported"))
+    assert found.row.status == "unsupported"
+    assert found.row.reason == "no compiler; fix: install one"
+
+
+def test_a_picture_that_is_not_finite_fails(tmp_path: Path) -> None:
+    found = outcome(tmp_path, odd("nan"))
+    assert (found.row.status, found.row.reason) == (
+        "failed",
+        "image 0 has values that are not finite",
+    )
+
+
+def test_the_recompile_limit_fails_instead_of_running_uncompiled(tmp_path: Path) -> None:
+    found = outcome(tmp_path, odd("recompile"))
+    assert found.row.status == "failed"
+    assert "recompile limit" in found.row.reason
+
+
+def test_a_model_that_cannot_be_had_is_a_refusal(tmp_path: Path) -> None:
+    found = outcome(tmp_path, odd("x"), model="missing")
+    assert found.refusal.kind == "ModelError"
+    assert found.refusal.faults == ("missing: no such model",)
+
+
+def test_random_weights_and_missing_references_are_reasons(tmp_path: Path) -> None:
+    job = job_for(tmp_path, odd("random"), ("baseline",))
+    (quality,) = measure(job, fake_engine, quiet).quality
+    assert (quality.n, quality.reason) == (0, "random weights: the pictures mean nothing")
+    job = job_for(tmp_path, odd("x")).model_copy(update={"references": {"baseline": None}})
+    (quality,) = measure(job, fake_engine, quiet).quality
+    assert quality.reason == "the reference row baseline has no pictures"
+
+
+def test_nobody_waiting_ends_the_row(tmp_path: Path) -> None:
+    def tell(*_: Any) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        row_module._outcome(job_for(tmp_path, odd("x")), tell)

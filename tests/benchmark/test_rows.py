@@ -1,0 +1,153 @@
+"""Which rows there are and in which order, whatever is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.benchmark.faults import Faults
+from hasten.benchmark.rows import PlannedRow, plan_rows, rival_of, rotated
+from hasten.errors import InputError
+from hasten.recipe import Cache, Compile, Recipe, Sampling, resolve
+
+
+def planned(
+    *names: str | Recipe, steps: int = 50, references: tuple[str, ...] = ("baseline",)
+) -> list[PlannedRow]:
+    faults = Faults()
+    rows = plan_rows([resolve(name) for name in names], steps, references, faults)
+    faults.raise_any()
+    return list(rows)
+
+
+def names(*args: Any, **kwargs: Any) -> list[str]:
+    return [row.name for row in planned(*args, **kwargs)]
+
+
+def test_the_default_table() -> None:
+    assert names("baseline", "compile", "cache", "cache-compile") == [
+        "baseline",
+        "compile",
+        "cache",
+        "fewer-steps-18",
+        "cache-compile",
+        "cache-compile-fewer-steps-18",
+        "baseline-again",
+    ]
+
+
+def test_the_baselines_come_unasked_and_once() -> None:
+    assert names() == ["baseline", "baseline-again"]
+    assert names("compile", "baseline", "compile") == ["baseline", "compile", "baseline-again"]
+
+
+def test_a_rival_has_no_cache_and_the_computed_steps() -> None:
+    rows = {row.name: row.recipe for row in planned("cache-compile", steps=8)}
+    rival = rows["cache-compile-fewer-steps-4"]  # steps 0, 1, 2, 5
+    assert rival.cache is None
+    assert rival.compile == rows["cache-compile"].compile
+    assert rival.sampling is not None
+    assert rival.sampling.steps == 4
+    assert rival.name == "cache-compile-fewer-steps-4"
+
+
+def test_a_recipes_own_steps_decide_over_the_workloads() -> None:
+    own = resolve("cache").but(sampling={"steps": 8})
+    assert names(own, steps=50)[2] == "fewer-steps-4"
+
+
+def test_two_caches_that_compute_equally_many_share_a_rival() -> None:
+    linear = Recipe(name="linear", cache=Cache(predictor="linear"))
+    assert names("cache", linear) == [
+        "baseline",
+        "cache",
+        "fewer-steps-18",
+        "linear",
+        "baseline-again",
+    ]
+
+
+def test_a_rival_that_keeps_more_than_its_steps_is_called_after_its_recipe() -> None:
+    strong = Recipe(name="strong", cache=Cache(), sampling=Sampling(guidance=7.0))
+    rows = {row.name: row.recipe for row in planned("cache", strong)}
+    assert rows["fewer-steps-18"].sampling == Sampling(steps=18)
+    assert rows["strong-fewer-steps-18"].sampling == Sampling(steps=18, guidance=7.0)
+
+
+def test_the_longest_name_still_has_a_valid_rival() -> None:
+    recipe = Recipe(name="x" * 64, cache=Cache(), compile=Compile())
+    rival = rival_of(recipe, 50)
+    assert rival is not None
+    assert len(rival.name) == 64
+    assert rival.name.endswith("x-fewer-steps-18")
+
+
+def test_other_references_run_before_what_is_scored_against_them() -> None:
+    order = names("cache", "compile", references=("baseline", "compile"))
+    assert order == ["baseline", "compile", "cache", "fewer-steps-18", "baseline-again"]
+
+
+@pytest.mark.parametrize(
+    ("recipes", "references", "word"),
+    [
+        ([Recipe(name="cache", compile=Compile())], (), "'cache'"),
+        ([Recipe(name="baseline", compile=Compile())], (), "'baseline'"),
+        ([Recipe(name="baseline-again")], (), "'baseline-again'"),
+        ([], ("baseline", "compile"), "reference 'compile'"),
+    ],
+)
+def test_clashes_are_input_errors(
+    recipes: list[Recipe], references: tuple[str, ...], word: str
+) -> None:
+    with pytest.raises(InputError, match=word) as caught:
+        planned("cache", *recipes, references=references)
+    assert caught.value.fix
+
+
+caches = st.builds(
+    Cache,
+    start_step=st.integers(0, 60),
+    interval=st.integers(1, 60),
+    predictor=st.sampled_from(["reuse", "linear"]),
+)
+recipes = st.builds(
+    Recipe,
+    name=st.sampled_from(["a", "b", "c", "d-1", "e.f"]),
+    cache=st.none() | caches,
+    compile=st.none() | st.just(Compile()),
+)
+
+
+@settings(deadline=None)  # other work on the machine is no failure
+@given(chosen=st.lists(recipes, max_size=5, unique_by=lambda r: r.name), steps=st.integers(1, 60))
+def test_every_plan(chosen: list[Recipe], steps: int) -> None:
+    rows = planned(*chosen, steps=steps)
+    order = [row.name for row in rows]
+    assert order[0] == "baseline"
+    assert order[-1] == "baseline-again"
+    assert len(set(order)) == len(order)
+    assert [name for name in order if name in {r.name for r in chosen}] == [r.name for r in chosen]
+    for row in rows:
+        assert row.name in (row.recipe.name, "baseline-again")
+        rival = rival_of(row.recipe, steps)
+        assert (rival is None) == (row.recipe.cache is None)
+        if rival is not None:
+            assert rival.recipe.cache is None
+            assert rival.recipe.sampling is not None
+            assert 1 <= (rival.recipe.sampling.steps or 0) <= steps
+            assert order.index(rival.name) <= order.index(row.name) + 1
+
+
+@settings(deadline=None)  # other work on the machine is no failure
+@given(count=st.integers(0, 6), turn=st.integers(0, 20))
+def test_a_rotation_moves_only_what_is_between_the_baselines(count: int, turn: int) -> None:
+    rows = [PlannedRow(str(n), Recipe()) for n in range(count + 2)]
+    order = rotated(rows, turn)
+    assert sorted(row.name for row in order) == sorted(row.name for row in rows)
+    assert (order[0], order[-1]) == (rows[0], rows[-1])
+    if count:
+        assert order[1] == rows[1 + turn % count]
+    assert rotated(rows, 0) == tuple(rows)

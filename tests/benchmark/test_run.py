@@ -1,0 +1,212 @@
+"""Whole benchmarks in real processes: an engine without a model here, the bundled model last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from PIL import Image
+
+import hasten
+from hasten.benchmark.run import run_plan
+from hasten.benchmark.store import Store
+from hasten.errors import InputError, ModelError
+from hasten.recipe import resolve
+from hasten.results import Results, read_results
+from tests.benchmark.plans import FAKE, files_below, make_plan, odd
+
+pytestmark = pytest.mark.slow
+
+
+class Finished(NamedTuple):
+    out: Path
+    results: Results
+    heard: list[tuple[str, int, int]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Seven rows: cache and its rival, one that sets globals and then dies, one that looks for
+    them, one that cannot run here, and the two baselines."""
+    out = tmp_path_factory.mktemp("bench")
+    recipes = [resolve("cache"), odd("leak and die"), odd("find the leak"), odd("unsupported")]
+    heard: list[tuple[str, int, int]] = []
+    results = run_plan(
+        make_plan(recipes), Store(out), engine=FAKE, progress=lambda *message: heard.append(message)
+    )
+    return Finished(out, results, heard)
+
+
+def test_every_row_is_there_with_its_status(finished: Finished) -> None:
+    assert [(row.recipe, row.status) for row in finished.results.rows] == [
+        ("baseline", "ok"),
+        ("cache", "ok"),
+        ("fewer-steps-4", "ok"),
+        ("leak-and-die", "failed"),
+        ("find-the-leak", "ok"),
+        ("unsupported", "unsupported"),
+        ("baseline-again", "ok"),
+    ]
+    assert read_results(finished.out / "results.json") == finished.results
+
+
+def test_a_killed_process_is_a_reason_and_leaves_a_log(finished: Finished) -> None:
+    row = finished.results.row_by_name("leak-and-die")
+    assert row.reason == (
+        "its process was ended by SIGKILL (often: out of memory); see logs/leak-and-die.log"
+    )
+    assert (finished.out / "logs" / "leak-and-die.log").exists()
+
+
+def test_numbers_follow_from_the_raw_samples(finished: Finished) -> None:
+    baseline = finished.results.rows[0].seconds_per_image
+    assert baseline is not None
+    for row in finished.results.rows:
+        if row.seconds_per_image is not None:
+            samples = row.seconds_per_image.samples
+            assert len(samples) == 2
+            assert row.seconds_per_image.median == pytest.approx(statistics.median(samples))
+            assert row.speedup == pytest.approx(
+                statistics.median(baseline.samples) / statistics.median(samples)
+            )
+            assert row.peak_memory_bytes is not None
+            assert row.peak_memory_bytes > 50e6
+
+
+def test_steps_computed_are_the_engines(finished: Finished) -> None:
+    counts = {row.recipe: row.steps_computed for row in finished.results.rows}
+    assert {name: count.mean for name, count in counts.items() if count} == {
+        "baseline": 6,
+        "cache": 4,
+        "fewer-steps-4": 4,
+        "find-the-leak": 6,
+        "baseline-again": 6,
+    }
+
+
+def test_the_last_baseline_equals_the_first(finished: Finished) -> None:
+    again = finished.results.rows[-1].quality_against("baseline")
+    assert again is not None
+    assert (again.lpips, again.psnr, again.n) == (0.0, 100.0, 2)
+    assert again.ssim == pytest.approx(1, abs=1e-6)
+    cache = finished.results.row_by_name("cache").quality_against("baseline")
+    assert cache is not None
+    assert cache.psnr is not None
+    assert cache.psnr < 100
+
+
+def test_pictures_exist_and_the_unrounded_ones_are_gone(finished: Finished) -> None:
+    for row in finished.results.rows:
+        assert len(row.images) == (2 if row.status == "ok" else 0)
+        for name in row.images:
+            with Image.open(finished.out / name) as picture:
+                assert picture.size == (48, 32)
+    assert not (finished.out / ".work").exists()
+    assert {"results.json", "report.html", "table.md"} <= files_below(finished.out)
+
+
+def test_progress_says_which_row_and_how_far(finished: Finished) -> None:
+    assert ("cache (2/7): render", 1, 2) in finished.heard
+    assert finished.heard[-1] == ("baseline-again (7/7): score against baseline", 2, 2)
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from hasten.benchmark.run import run_plan
+from hasten.benchmark.store import Store
+from tests.benchmark.plans import FAKE, make_plan, odd
+run_plan(make_plan([odd("wait")]), Store(Path(sys.argv[1])), engine=FAKE,
+         progress=lambda *message: print(*message, flush=True))
+"""
+
+
+def test_an_interrupt_keeps_what_is_done_and_resume_goes_on(tmp_path: Path) -> None:
+    _interrupt_second_row(tmp_path)
+    kept = read_results(tmp_path / "results.json")
+    assert [row.recipe for row in kept.rows] == ["baseline"]
+    assert (tmp_path / "report.html").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+    store = Store(tmp_path)
+    with pytest.raises(InputError, match="cannot resume: steps was 6, now is 7"):
+        run_plan(make_plan([odd("wait")], steps=7), store, resume=True, engine=FAKE)
+    heard: list[str] = []
+    results = run_plan(
+        make_plan([odd("wait")]),
+        store,
+        resume=True,
+        engine=FAKE,
+        progress=lambda what, *_: heard.append(what),
+    )
+    assert [row.recipe for row in results.rows] == ["baseline", "wait", "baseline-again"]
+    assert results.rows[0] == kept.rows[0]
+    assert not [what for what in heard if what.startswith("baseline (")]
+    again = results.rows[-1].quality_against("baseline")
+    assert again is not None
+    assert again.lpips == 0
+
+    before = (tmp_path / "rows" / "wait.json").read_bytes()
+    assert run_plan(make_plan([odd("wait")]), store, resume=True, engine=FAKE) == results
+    assert (tmp_path / "rows" / "wait.json").read_bytes() == before
+
+
+def _interrupt_second_row(out: Path) -> None:
+    """Start a benchmark in a process, and interrupt it while its second row renders."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "HASTEN_TEST_WAIT": "1"}
+    command = [sys.executable, "-c", INTERRUPTED, str(out)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as parent:
+        assert parent.stdout is not None
+        for line in parent.stdout:
+            if line.startswith("wait (2/3): render 1"):
+                break
+        parent.send_signal(signal.SIGINT)
+        _, errors = parent.communicate(timeout=30)
+    assert parent.returncode != 0
+    assert errors.strip().splitlines()[-1] == "KeyboardInterrupt"
+    assert not _running_jobs(out)
+
+
+def _running_jobs(out: Path) -> list[str]:
+    """Command lines of processes that still work on a job in `out`."""
+    for _ in range(50):
+        lines = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                lines.append(file.read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+        found = [line for line in lines if "hasten.benchmark.row" in line and str(out) in line]
+        if not found:
+            return []
+        time.sleep(0.1)
+    return found
+
+
+def test_a_model_that_cannot_be_had_raises_and_writes_no_results(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such model"):
+        run_plan(make_plan([resolve("cache")], model="missing"), Store(tmp_path), engine=FAKE)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_the_bundled_model_from_python(tmp_path: Path) -> None:
+    results = hasten.bench(
+        "tiny", ["baseline"], tmp_path, limit=1, steps=2, size="64x64", device="cpu"
+    )
+    assert [row.status for row in results.rows] == ["ok", "ok"]
+    again = results.rows[-1].quality_against("baseline")
+    assert again is not None
+    assert (again.lpips, again.psnr) == (0.0, 100.0)
+    assert again.ssim == pytest.approx(1, abs=1e-6)
+    assert results.environment.device == "cpu"
+    assert results.workload.dtype == "float32"
+    assert (results.rows[0].weights_bytes or 0) > 1e6
