@@ -1,0 +1,51 @@
+# The whole workflow. Needs Python 3.11 or later with venv, make, and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out
+STAMP := $(VENV)/.installed
+# Two workers were the faster on two cores; JOBS=0 runs in one process.
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo bench test check format clean
+.DEFAULT_GOAL := help
+
+help:  ## what the targets do
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+setup: $(STAMP)  ## make .venv with pinned versions and install hasten into it
+
+$(STAMP): requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: $(PYTHON) is not Python 3.11 or later' >&2; \
+	    echo 'fix: make setup PYTHON=python3.12, or whichever you have' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'error: $(PYTHON) has no venv module' >&2; \
+	    echo 'fix: apt-get install python3-venv (Debian/Ubuntu)' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: setup  ## benchmark the bundled model here: table, pictures, report
+	$(BIN)/hasten bench --limit 8 --out $(OUT)/demo
+
+bench: setup  ## the same with 50 prompts
+	$(BIN)/hasten bench --out $(OUT)/bench
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+check: setup  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## rewrite the sources as check wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and outputs (not .venv)
+	rm -rf out dist build site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,83 @@
+"""The commands by name, and how each run of the program ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from hasten import __version__
+from hasten.cli.bench import bench
+from hasten.cli.doctor import doctor
+from hasten.cli.failure import explain
+from hasten.cli.generate import generate
+from hasten.cli.recipes import recipes
+
+app = typer.Typer(
+    name="hasten",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(bench)
+app.add_typer(recipes, name="recipes")
+app.command()(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hasten {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def hasten(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Make diffusion-transformer pipelines fast, and say what the speed cost in quality."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 ok, 1 failure, 2 bad usage or bad input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--debug" not in arguments:
+        # transformers, not yet imported, would warn of optional packages that FLUX does not need.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return _run(arguments)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        failure = explain(error)
+        for line in failure.lines():
+            print(line, file=sys.stderr)
+        return failure.exit_code
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    try:
+        # Not `command.main()`: it would print usage errors and Ctrl-C in its own form.
+        with command.make_context("hasten", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    finally:
+        sys.stdout.flush()
+    return 0

@@ -1,0 +1,128 @@
+"""`hasten bench`: the same prompts through several recipes; table, pictures, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hasten.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    DtypeOption,
+    Guidance,
+    Json,
+    MaxSequenceLength,
+    Model,
+    Seed,
+    Size,
+    Steps,
+)
+from hasten.errors import HastenError
+
+if TYPE_CHECKING:
+    from hasten.results import Results
+
+Recipes = Annotated[
+    str, typer.Option(metavar="NAME,NAME,...", help="Presets or .toml files; baseline is added.")
+]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Where results and pictures go.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="One prompt a line, or tiny or general.  [default: the model's]"
+    ),
+]
+Last = Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the last N prompts.")]
+Limit = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Then keep the first N of those.")
+]
+Rounds = Annotated[int, typer.Option(metavar="N", min=1, max=100, help="Repeat in rotated order.")]
+References = Annotated[
+    str, typer.Option("--reference", metavar="ROW,ROW,...", help="Rows to score pictures against.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep the rows that --out already has.")]
+
+
+def bench(
+    *,
+    recipes: Recipes = "baseline,compile,cache,cache-compile",
+    out: Out = Path("out"),
+    prompts: Prompts = None,
+    last: Last = None,
+    limit: Limit = None,
+    model: Model = "tiny",
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    steps: Steps = None,
+    size: Size = None,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    max_sequence_length: MaxSequenceLength = None,
+    rounds: Rounds = 1,
+    reference: References = "baseline",
+    resume: Resume = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
+    from hasten import bench as run
+    from hasten.cli.progress import ProgressBar
+
+    with ProgressBar() as progress:
+        progress.stage("starting")
+        results = run(
+            model=model,
+            recipes=_names(recipes),
+            out=out,
+            prompts=prompts,
+            last=last,
+            limit=limit,
+            steps=steps,
+            size=size,
+            seed=seed,
+            guidance=guidance,
+            max_sequence_length=max_sequence_length,
+            device=device,
+            dtype=dtype.value,
+            rounds=rounds,
+            references=_names(reference),
+            resume=resume,
+            progress=progress.show,
+        )
+    if as_json:
+        print(results.model_dump_json(by_alias=True, indent=1))
+    else:
+        _print(results, out)
+    failed = [row for row in results.rows if row.status == "failed"]
+    if failed:
+        raise HastenError(
+            [f"row {row.recipe} failed: {row.reason}" for row in failed],
+            f"each row's log is in {out / 'logs'}; `--resume` renders only what is missing",
+        )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+def _print(results: Results, out: Path) -> None:
+    """The report's table without its wide columns, what to know of the rows, and where it is."""
+    from hasten.cli.table import print_table
+    from hasten.report import table
+
+    shown = [column for column in table.columns(results) if not column.wide]
+    head = ["recipe", *[column.title for column in shown]]
+    rows = [[row.recipe, *[column.cell(row).text for column in shown]] for row in results.rows]
+    print_table(head, rows, right=" " + "r" * len(shown))
+    remarks = [(row.recipe, note) for row in results.rows for note in table.notes(row, results)]
+    if remarks:
+        print()
+        print_table(("notes", ""), remarks)
+    print()
+    if reason := table.common_quality_reason(results):
+        print(f"Quality: {reason}.")
+    print(table.drift_line(results))
+    print(f"Report: {out / 'report.html'}")

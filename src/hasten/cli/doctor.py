@@ -1,0 +1,270 @@
+"""`hasten doctor`: what works on this machine, what does not, and the fix.
+
+Every line comes from trying the thing, not from guessing: imports are imported, the compiler
+compiles. What takes long or needs the network is tried only when asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from hasten.cli.options import Debug, Json
+from hasten.errors import HastenError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hasten.machine import Machine, Problem
+
+REINSTALL = "the installation is incomplete: install hasten again"
+GATED_MODEL = "black-forest-labs/FLUX.1-dev"
+# What torch.compile builds for the CPU: a shared library that uses Python and OpenMP.
+PROBE = """#include <Python.h>
+#include <omp.h>
+extern "C" int probe() { return omp_get_max_threads() + PY_MAJOR_VERSION; }
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. Where a `required` one is `no`, hasten cannot work."""
+
+    what: str
+    status: Literal["ok", "no", "not checked"]
+    detail: str
+    fix: str = ""
+    required: bool = False
+
+
+def doctor(
+    thorough: Annotated[
+        bool,
+        typer.Option("--thorough", help="Also load the bundled model and compile (about 30 s)."),
+    ] = False,
+    hub: Annotated[
+        bool, typer.Option("--hub", help="Also ask the model hub for access to FLUX.1-dev.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what works on this machine, what does not, and the fix."""
+    from hasten.cli.progress import ProgressBar
+
+    with ProgressBar() as progress:
+        progress.stage("importing torch")
+        from hasten.machine import machine
+
+        here = machine()
+        findings = []
+        for what, look in _checks(here, thorough=thorough, hub=hub):
+            progress.stage(what)
+            findings.append(_finding(what, look))
+    if as_json:
+        data = {"machine": asdict(here), "findings": [asdict(finding) for finding in findings]}
+        print(json.dumps(data, indent=2))
+    else:
+        _print(here, findings)
+    broken = [found for found in findings if found.required and found.status == "no"]
+    if broken:
+        raise UnsupportedError(
+            [f"{found.what}: {found.detail}" for found in broken],
+            "; ".join(dict.fromkeys(found.fix for found in broken)),
+        )
+
+
+Look = Callable[[], Finding]
+
+
+def _checks(here: Machine, *, thorough: bool, hub: bool) -> Iterator[tuple[str, Look]]:
+    """What to look at, in order."""
+    device = here.default_device()
+    yield "diffusers", _diffusers
+    yield "gpu", lambda: _gpu(here)
+    yield "torch.compile", lambda: _compile(here, device, thorough=thorough)
+    yield "bundled model", lambda: _bundled_model(thorough=thorough)
+    for name in _preset_names():
+        yield f"recipe {name}", partial(_preset, name, here, device)
+    yield "model hub", lambda: _hub(ask=hub)
+
+
+def _finding(what: str, look: Look) -> Finding:
+    """What `look` found; an error of hasten's own is a finding as well."""
+    try:
+        return look()
+    except HastenError as error:
+        return Finding(what, "no", "; ".join(error.faults), error.fix, required=True)
+
+
+def _diffusers() -> Finding:
+    try:
+        from diffusers import FluxPipeline
+        from transformers import CLIPTextModel, T5EncoderModel
+    except Exception as error:  # a broken installation can fail in any way
+        reason = " ".join(str(error).split())[:200]
+        fix = "pip install --upgrade diffusers transformers accelerate"
+        return Finding("diffusers", "no", f"import fails: {reason}", fix, required=True)
+    names = ", ".join(kind.__name__ for kind in (FluxPipeline, T5EncoderModel, CLIPTextModel))
+    return Finding("diffusers", "ok", f"{names} import", required=True)
+
+
+def _gpu(here: Machine) -> Finding:
+    problem = here.device_problem("cuda")
+    if problem is not None:
+        return Finding("gpu", "no", f"{problem.fault}; everything runs on the CPU", problem.fix)
+    import torch
+
+    for gpu in here.gpus:
+        device = f"cuda:{gpu.index}"
+        ones = torch.ones(64, 64, device=device, dtype=torch.float16)
+        if (ones @ ones).float().sum().item() != 64.0**3:
+            return Finding("gpu", "no", f"{device} computes wrong sums", "reboot it")
+    return Finding("gpu", "ok", ", ".join(gpu.name for gpu in here.gpus))
+
+
+def _compile(here: Machine, device: str, *, thorough: bool) -> Finding:
+    what = f"torch.compile ({device})"
+    problem = here.compile_problem(device)
+    if problem is None and device == "cpu" and sys.platform == "linux":
+        problem = compiler_problem(str(here.cxx_compiler))
+    if problem is not None:
+        return Finding(what, "no", *problem)
+    if not thorough:
+        found = here.cxx_compiler if device == "cpu" else f"triton {here.triton}"
+        return Finding(what, "ok", f"{found} (--thorough compiles something)")
+    import torch
+
+    try:
+        compiled: Any = torch.compile(_sum_of_cosines)
+        value = compiled(torch.zeros(32, 32, device=device)).item()
+    except Exception as error:  # inductor wraps whatever the compiler said
+        reason = " ".join(str(error).split())[:200]
+        return Finding(what, "no", reason, "use recipes without [compile]")
+    detail = "compiled a function" if value == 1024 else f"wrong result: {value}, not 1024"
+    return Finding(what, "ok" if value == 1024 else "no", detail)
+
+
+def _sum_of_cosines(x: Any) -> Any:
+    return x.cos().sum()
+
+
+def compiler_problem(compiler: str) -> Problem | None:
+    """Compile a four-line library as torch.compile would; None where that works."""
+    from hasten.machine import Problem
+
+    with tempfile.TemporaryDirectory(prefix="hasten-doctor-") as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text(PROBE, "utf-8")
+        include = sysconfig.get_path("include")
+        done = subprocess.run(
+            [compiler, "-shared", "-fPIC", "-fopenmp", f"-I{include}", source, "-o", library],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    if done.returncode == 0:
+        return None
+    said = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+    return Problem(
+        f"{compiler} cannot build a library with OpenMP and Python.h: {said.strip()[:200]}",
+        "apt-get install g++ libgomp1 python3-dev (Debian/Ubuntu)",
+    )
+
+
+def _bundled_model(*, thorough: bool) -> Finding:
+    from hasten.models.defaults import TINY_DIR
+
+    what = "bundled model"
+    files = sorted(TINY_DIR.rglob("*.safetensors"))
+    if not (TINY_DIR / "model_index.json").is_file() or not files:
+        return Finding(what, "no", f"not in {TINY_DIR}", REINSTALL, True)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+    except SafetensorError as error:
+        return Finding(what, "no", f"{file.name}: {error}", REINSTALL, True)
+    size = sum(file.stat().st_size for file in files) / 2**20
+    if not thorough:
+        return Finding(what, "ok", f"{size:.0f} MiB", required=True)
+    from hasten import load_pipeline, optimize
+    from hasten.cli.progress import silence_library_bars
+
+    silence_library_bars()
+    fast = optimize(load_pipeline("tiny"), "baseline")
+    fast("a red circle", num_inference_steps=2)
+    return Finding(what, "ok", f"{size:.0f} MiB, rendered two steps", required=True)
+
+
+def _preset_names() -> list[str]:
+    from hasten.recipe import preset_names
+
+    return preset_names()
+
+
+def _preset(name: str, here: Machine, device: str) -> Finding:
+    from hasten.check import problems
+    from hasten.recipe import resolve
+
+    found = problems(resolve(name), here, device)
+    if not found:
+        return Finding(f"recipe {name}", "ok", f"runs on {device}")
+    faults, fixes = zip(*found, strict=True)
+    return Finding(f"recipe {name}", "no", "; ".join(faults), "; ".join(dict.fromkeys(fixes)))
+
+
+def _hub(*, ask: bool) -> Finding:
+    what = "model hub"
+    if not ask:
+        return Finding(what, "not checked", "only needed for hub models; --hub checks")
+    from huggingface_hub import auth_check
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        auth_check(GATED_MODEL)
+    except (GatedRepoError, RepositoryNotFoundError):
+        fix = f"accept the licence on the hub page of {GATED_MODEL}, then `hf auth login`"
+        return Finding(what, "no", f"reachable, but no access to {GATED_MODEL}", fix)
+    except Exception as error:  # every way a network can fail
+        reason = " ".join(str(error).split())[:120]
+        return Finding(what, "no", f"not reachable: {reason}", "check the network and proxies")
+    return Finding(what, "ok", f"access to {GATED_MODEL}")
+
+
+def _print(here: Machine, findings: list[Finding]) -> None:
+    from hasten.cli.table import print_table
+
+    print_table(("machine", ""), _about(here))
+    print()
+    print_table(("check", "status", "detail"), [(f.what, f.status, f.detail) for f in findings])
+    fixes = dict.fromkeys((f.what, f.fix) for f in findings if f.status == "no" and f.fix)
+    if fixes:
+        print()
+        print_table(("to fix", ""), list(fixes))
+
+
+def _about(here: Machine) -> list[tuple[str, str]]:
+    memory = f", {here.ram_bytes / 2**30:.0f} GiB" if here.ram_bytes else ""
+    rows = [
+        ("system", f"{here.os}, Python {here.python}"),
+        ("cpu", f"{here.cpu}, {here.cores} cores{memory}"),
+        ("torch", f"{here.torch}{f', CUDA {here.cuda}' if here.cuda else ''}"),
+        ("libraries", f"diffusers {here.diffusers}, transformers {here.transformers}, "
+         f"accelerate {here.accelerate}, triton {here.triton or 'not installed'}"),
+    ]  # fmt: skip
+    for gpu in here.gpus:
+        capability = ".".join(map(str, gpu.capability))
+        rows.append((f"cuda:{gpu.index}", f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, "
+                     f"compute {capability}, driver {here.driver or 'unknown'}"))  # fmt: skip
+    return rows

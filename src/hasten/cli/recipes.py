@@ -1,0 +1,106 @@
+"""`hasten recipes`: list the presets, show one, check a file, print the schema."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hasten.cli.options import Debug, Device, Json
+from hasten.errors import RecipeError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hasten.recipe import Recipe
+
+recipes = typer.Typer(
+    help="Presets by name, and checks of your own recipe files.", rich_markup_mode=None
+)
+
+Name = Annotated[str, typer.Argument(help="A preset's name or a .toml file.", show_default=False)]
+
+
+@recipes.callback(invoke_without_command=True)
+def _list_by_default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes.command("list")
+def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
+    """Name and description of every preset."""
+    from hasten.cli.table import print_table
+    from hasten.recipe import preset_names, resolve
+
+    presets = [resolve(name) for name in preset_names()]
+    if as_json:
+        print(json.dumps([{"name": p.name, "description": p.description} for p in presets]))
+        return
+    print_table(("recipe", "what it does"), [(p.name, p.description) for p in presets])
+
+
+@recipes.command()
+def show(name: Name, as_json: Json = False, debug: Debug = False) -> None:
+    """Print a recipe as TOML (or JSON), to read or to start your own from."""
+    from hasten.recipe import resolve
+
+    recipe = resolve(name)
+    if as_json:
+        print(json.dumps(recipe.model_dump(exclude_none=True), indent=2))
+    else:
+        print(recipe.to_toml(), end="")
+
+
+@recipes.command()
+def check(
+    name: Name,
+    device: Device = "auto",
+    schema_only: Annotated[
+        bool, typer.Option("--schema-only", help="Do not look at this machine.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say everything that is wrong with a recipe, and whether it can run on this machine."""
+    from hasten.cli.failure import joined_fixes
+    from hasten.recipe import resolve
+
+    try:
+        recipe = resolve(name)
+    except RecipeError as error:
+        if as_json:
+            print(json.dumps({"valid": False, "works_here": None, "faults": list(error.faults)}))
+        raise
+    where, found = ("", []) if schema_only else _problems_here(recipe, device)
+    if as_json:
+        works = None if schema_only else not found
+        faults = [fault for fault, _ in found]
+        print(json.dumps({"valid": True, "works_here": works, "faults": faults}))
+    if found:
+        raise UnsupportedError(
+            [f"{name}: {fault}" for fault, _ in found], joined_fixes([fix for _, fix in found])
+        )
+    if not as_json:
+        print(f"{name}: valid{f', and works here on {where}' if where else ''}")
+
+
+@recipes.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of recipe files, for editors."""
+    from hasten.recipe import Recipe
+
+    print(json.dumps(Recipe.json_schema(), indent=2))
+
+
+def _problems_here(recipe: Recipe, device: str) -> tuple[str, list[tuple[str, str]]]:
+    """The device meant, and what of the recipe it cannot do."""
+    from hasten.check import problems
+    from hasten.machine import machine
+
+    here = machine()
+    device = here.default_device() if device == "auto" else device
+    missing = here.device_problem(device)
+    if missing is not None:
+        return device, [missing]
+    kind = device.partition(":")[0]
+    return device, [(fault, fix) for fault, fix in problems(recipe, here, kind)]

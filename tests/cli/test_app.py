@@ -1,0 +1,207 @@
+"""The program as a whole: help, version, start-up time, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import hasten
+from tests.cli.conftest import Run
+
+COMMANDS = ("generate", "bench", "recipes", "doctor")
+PROGRAM = [sys.executable, "-c", "import sys; from hasten.cli import main; sys.exit(main())"]
+
+
+def test_help_names_every_command(run: Run) -> None:
+    ended = run("--help")
+    assert ended.code == 0
+    assert ended.err == ""
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", ended.out, re.M)
+
+
+def test_no_command_prints_the_help(run: Run) -> None:
+    assert run() == run("--help")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_without_torch(run: Run, command: str) -> None:
+    ended = run(command, "--help")
+    assert ended.code == 0
+    assert f"hasten {command}" in ended.out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"hasten {hasten.__version__}\n", "")
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    """Under 0.3 s (the best of three: other work may share the machine)."""
+    code = (
+        "import sys\n"
+        "from hasten.cli import main\n"
+        "main(['--help'])\n"
+        "heavy = {'torch', 'pydantic', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(' '.join(sorted(heavy)) or 0)\n"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.3
+
+
+def test_a_bug_is_one_line_without_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[str]:
+        raise ValueError("first line\nsecond line")
+
+    monkeypatch.setattr("hasten.recipe.preset_names", broken)
+    ended = run("recipes", "list")
+    assert ended.code == 1
+    assert ended.err.splitlines() == [
+        "error: unexpected ValueError: first line",
+        "fix: run again with --debug for the traceback and report it",
+    ]
+    shown = run("recipes", "list", "--debug")
+    assert shown.code == 1
+    assert "Traceback (most recent call last)" in shown.err
+    assert shown.errors == ended.errors
+
+
+def test_debug_shows_where_a_deliberate_error_came_from(run: Run) -> None:
+    ended = run("recipes", "show", "nonesuch", "--debug")
+    assert ended.code == 2
+    assert "Traceback" in ended.err
+    assert ended.errors == ["error: no preset is called 'nonesuch'"]
+
+
+def raising(error: BaseException) -> object:
+    def preset_names() -> list[str]:
+        raise error
+
+    return preset_names
+
+
+def test_ctrl_c_is_130_and_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.recipe.preset_names", raising(KeyboardInterrupt()))
+    assert run("recipes", "list") == (130, "", "error: interrupted\n")
+
+
+def out_of_memory() -> list[BaseException]:
+    import torch
+
+    message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+    return [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError(message),
+    ]
+
+
+@pytest.mark.parametrize("error", out_of_memory(), ids=lambda error: type(error).__name__)
+def test_out_of_memory_says_what_to_try(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr("hasten.recipe.preset_names", raising(error))
+    ended = run("recipes", "list")
+    assert ended.code == 1
+    assert len(ended.err.splitlines()) == 2
+    assert ended.errors[0].startswith("error: out of memory")
+    assert "--size" in ended.fixes[0]
+    assert "[offload]" in ended.fixes[0]
+
+
+def test_control_characters_do_not_reach_the_terminal(run: Run) -> None:
+    ended = run("recipes", "show", "\x1b[31mred\x07\n.toml")
+    assert ended.code == 2
+    assert "\x1b" not in ended.err
+    assert "\x07" not in ended.err
+    assert len(ended.errors) == len(ended.fixes) == 1
+
+
+def test_output_into_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            [*PROGRAM, "recipes", "schema"], stdout=closed, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == b""
+
+
+def on_a_terminal(program: list[str], **environment: str) -> str:
+    """What a program prints to a terminal."""
+    outer, inner = pty.openpty()
+    with os.fdopen(outer, "rb", buffering=0) as screen:
+        child = subprocess.Popen(
+            program,
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            env={**os.environ, "TERM": "xterm-256color", **environment},
+        )
+        os.close(inner)
+        shown = b""
+        try:
+            while chunk := screen.read(4096):
+                shown += chunk
+        except OSError:  # how Linux says that the other side was closed
+            pass
+        assert child.wait() == 0
+    return shown.decode()
+
+
+def test_a_narrow_terminal_folds_and_no_color_is_respected() -> None:
+    shown = on_a_terminal([*PROGRAM, "recipes", "list"], COLUMNS="40", NO_COLOR="1")
+    lines = re.sub(r"\x1b\[\d*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 40
+    assert "cache-compile" in shown
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)
+
+
+def test_a_pipe_gets_whole_lines_without_escapes(run: Run) -> None:
+    ended = run("recipes", "list")
+    assert "\x1b" not in ended.out
+    assert len([line for line in ended.out.splitlines() if line.startswith("cache ")]) == 1
+
+
+PROGRESS = """
+from hasten.cli.progress import ProgressBar
+with ProgressBar() as progress:
+    progress.stage("loading")
+    progress.stage("steps", total=4)
+    progress.at(3)
+    progress.show("row 2: time", 1, 8)
+print("done")
+"""
+
+
+def test_progress_is_shown_on_a_terminal_and_leaves_nothing() -> None:
+    shown = on_a_terminal([sys.executable, "-c", PROGRESS], NO_COLOR="1", COLUMNS="60")
+    assert "row 2: time 1/8" in shown
+    before, _, after = shown.rpartition("\x1b[2K")  # the line of the bar is erased
+    assert "row 2" in before
+    assert after.strip() == "done"
+
+
+def test_no_progress_in_a_pipe() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRESS],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "FORCE_COLOR": "1"},
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")

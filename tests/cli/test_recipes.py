@@ -1,0 +1,98 @@
+"""`hasten recipes`: what it lists, shows and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from hasten.machine import Machine
+from hasten.recipe import Recipe, preset_names, resolve
+from tests.cli.conftest import Run
+
+NO_COMPILER = Machine(
+    python="3.12", os="Linux", cpu="a CPU", cores=2, ram_bytes=None, torch="2.13.0+cpu"
+)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.machine.machine", lambda: NO_COMPILER)
+
+
+def test_list_has_every_preset_and_is_the_default(run: Run) -> None:
+    listed = run("recipes", "list")
+    assert listed.code == 0
+    for name in preset_names():
+        assert name in listed.out
+        assert resolve(name).description in listed.out
+    assert run("recipes") == listed
+    as_json = json.loads(run("recipes", "list", "--json").out)
+    assert [entry["name"] for entry in as_json] == preset_names()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_show_prints_what_reads_back_equal(run: Run, name: str) -> None:
+    assert Recipe.from_toml(run("recipes", "show", name).out) == resolve(name)
+    shown = json.loads(run("recipes", "show", name, "--json").out)
+    assert Recipe.from_dict(shown) == resolve(name)
+
+
+def test_schema_is_the_recipes(run: Run) -> None:
+    assert json.loads(run("recipes", "schema").out) == Recipe.json_schema()
+
+
+def test_check_accepts_a_good_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[cache]\ninterval = 4\n")
+    ended = run("recipes", "check", "mine.toml", "--device", "cpu")
+    assert ended == (0, "mine.toml: valid, and works here on cpu\n", "")
+    assert run("recipes", "check", "mine.toml", "--schema-only").out == "mine.toml: valid\n"
+
+
+def test_check_lists_every_fault_at_once(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("cahce = 1\n[cache]\ninterval = 0\n[compile]\nmode = 'x'\n")
+    ended = run("recipes", "check", "bad.toml")
+    assert ended.code == 2
+    assert ended.out == ""
+    assert len(ended.errors) == 3
+    assert len(ended.fixes) == 1
+    for offender in ("cahce", "cache.interval", "compile.mode"):
+        assert any(offender in line for line in ended.errors)
+    data = json.loads(run("recipes", "check", "bad.toml", "--json").out)
+    assert data["valid"] is False
+    assert len(data["faults"]) == 3
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_check_finds_what_this_machine_cannot_do(run: Run) -> None:
+    ended = run("recipes", "check", "compile")
+    assert ended.code == 1
+    assert ended.errors == [line for line in ended.errors if "needs a C++ compiler" in line]
+    assert len(ended.errors) == len(ended.fixes) == 1
+    assert "apt-get install" in ended.fixes[0]
+    assert run("recipes", "check", "compile", "--schema-only").code == 0
+    assert run("recipes", "check", "cache").code == 0
+    data = json.loads(run("recipes", "check", "compile", "--json").out)
+    assert data["valid"] is True
+    assert data["works_here"] is False
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_check_asks_about_the_device_that_is_named(run: Run) -> None:
+    ended = run("recipes", "check", "cache", "--device", "cuda")
+    assert ended.code == 1
+    assert "built without CUDA" in ended.errors[0]
+
+
+def test_check_collects_several_problems_in_one_fix(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = dataclasses.replace(NO_COMPILER, python_headers=True)
+    monkeypatch.setattr("hasten.machine.machine", lambda: here)
+    (tmp_path / "two.toml").write_text("[compile]\n[offload]\nkind = 'model'\n")
+    ended = run("recipes", "check", "two.toml")
+    assert ended.code == 1
+    assert len(ended.errors) == 2
+    assert len(ended.fixes) == 1
