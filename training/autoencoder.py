@@ -18,7 +18,15 @@ from training.optimise import Job, autocast, averaged, fit
 from training.run import Run
 from training.vocabulary import COLOURS
 
-__all__ = ["load_autoencoder", "reconstruction", "train_autoencoder", "unseen_composites"]
+__all__ = [
+    "BATCH",
+    "load_autoencoder",
+    "reconstruction",
+    "reconstruction_loss",
+    "train_autoencoder",
+    "training_batch",
+    "unseen_composites",
+]
 
 BATCH = 60  # from 64 up, Diffusers' upsampler leaves the channels-last layout
 PEAK = 8e-4
@@ -41,13 +49,16 @@ class Loss(nn.Module):
         latents = mean + noise * torch.exp(0.5 * log_variance)
         with autocast(images.device):
             decoded = self.model.decoder(latents)
-        decoded = decoded.float() / 2 + 0.5
-        squared = F.mse_loss(decoded, images)
         spread = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        distance = self.perceptual(decoded, images).mean()
-        # The first two terms are on the decoder's own scale of [-1, 1].
-        loss = 2 * F.l1_loss(decoded, images) + 4 * squared + PERCEPTUAL * distance
-        return loss + KL * spread
+        return reconstruction_loss(decoded, images, self.perceptual) + KL * spread
+
+
+def reconstruction_loss(decoded: Tensor, images: Tensor, perceptual: nn.Module) -> Tensor:
+    """L1 + MSE on the decoder's own scale of [-1, 1], and LPIPS; `images` are in [0, 1]."""
+    decoded = decoded.float() / 2 + 0.5
+    distance = perceptual(decoded, images).mean()
+    absolute, squared = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+    return 2 * absolute + 4 * squared + PERCEPTUAL * distance
 
 
 def training_batch(
@@ -88,12 +99,12 @@ def reconstruction(model: AutoencoderKL, images: Tensor) -> tuple[Tensor, dict[s
 
 def load_autoencoder(run: Run) -> AutoencoderKL:
     """The averaged autoencoder, frozen."""
-    return averaged(run, "autoencoder", autoencoder(SMOKE if run.smoke else FULL))
+    return averaged(run, "autoencoder", autoencoder(SMOKE if run.smoke else FULL, shipped=False))
 
 
 def train_autoencoder(run: Run, pack: Pack, budget: float) -> None:
     torch.manual_seed(run.seed + 20)
-    model = autoencoder(SMOKE if run.smoke else FULL).train()
+    model = autoencoder(SMOKE if run.smoke else FULL, shipped=False).train()
     model.to(run.device, memory_format=torch.channels_last)
     rows = triples(pack.things, seen=True, device=run.device)
     extras = pack.rows("extra")

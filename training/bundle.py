@@ -53,7 +53,7 @@ def archive(run: Run) -> bytes:
             for name in RESULTS:
                 tar.add(run.path(name), name)
         else:
-            for phase in ("classifier", "autoencoder", "flow", "distill"):
+            for phase in ("classifier", "autoencoder", "flow", "distill", "shrink"):
                 state = run.load(f"{phase}.pt")
                 if state is not None:
                     buffer = io.BytesIO()

@@ -54,7 +54,8 @@ nothing for dynamic shifting to adapt to.
 {phases}
 
 Autoencoder: L1 + MSE + 0.5 LPIPS + 1e-4 KL. Teacher: rectified flow with logit-normal times,
-transformer and both text encoders together. Student: guidance distillation, w uniform in 1…5. The
+transformer and both text encoders together. Student: guidance distillation, w uniform in 1…5.
+The autoencoder that ships is a narrower one fitted to the trained one's latents (`shrink`). The
 recipe, with seeds, is `training/` in the repository.
 
 ## Measured quality

@@ -16,7 +16,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from training.autoencoder import load_autoencoder, reconstruction, unseen_composites
+from training.autoencoder import reconstruction, unseen_composites
 from training.classifier import Classifier, accuracy, load_classifier, real_accuracy
 from training.data import Pack
 from training.distill import load_student
@@ -24,6 +24,7 @@ from training.flow import load_teacher
 from training.models import SHIFT, SIZE, scheduler
 from training.prompts import Triple, evaluation_triples, prompt_text, tiny_prompts
 from training.run import Run
+from training.shrink import load_shipped
 from training.text import TEXT_TOKENS, clip_tokenizer, t5_tokenizer
 from training.vocabulary import COLOURS, STYLES, things
 
@@ -37,7 +38,7 @@ TRUE_CFG = (1.0, 2.0, 3.5)
 
 def build_pipeline(run: Run, pack: Pack, transformer: FluxTransformer2DModel) -> FluxPipeline:
     """The pipeline in memory, every weight rounded to bf16 and back, as its files will hold it."""
-    teacher, vae = load_teacher(run, pack), load_autoencoder(run)
+    teacher, vae = load_teacher(run, pack), load_shipped(run)
     factors = run.finished("latents")
     if factors is None:
         raise FileNotFoundError(f"{run.folder} has no latents: run that phase first")
@@ -227,7 +228,7 @@ def evaluate(run: Run, pack: Pack) -> None:
         "autoencoder_unseen": {**autoencoder, "pictures": len(real)},
         "phases": {
             phase: run.finished(phase)
-            for phase in ("classifier", "autoencoder", "latents", "flow", "distill")
+            for phase in ("classifier", "autoencoder", "latents", "flow", "distill", "shrink")
         },
     }
     run.path("evaluation.json").write_text(json.dumps(report, indent=2))

@@ -41,7 +41,8 @@ class Sizes:
     rope: tuple[int, int, int] = (8, 20, 20)
     double_blocks: int = 4
     single_blocks: int = 7
-    channels: tuple[int, ...] = (32, 64, 96, 96)
+    channels: tuple[int, ...] = (32, 64, 96, 128)
+    shipped_channels: tuple[int, ...] = (32, 64, 96, 96)
     groups: int = 16
     t5_width: int = 192
     t5_layers: int = 2
@@ -57,6 +58,7 @@ SMOKE = Sizes(
     double_blocks=1,
     single_blocks=1,
     channels=(8, 8, 8, 16),
+    shipped_channels=(8, 8, 8, 8),
     groups=4,
     t5_width=32,
     t5_layers=1,
@@ -91,11 +93,15 @@ def transformer(sizes: Sizes, *, guidance: bool) -> FluxTransformer2DModel:
     return model
 
 
-def autoencoder(sizes: Sizes) -> AutoencoderKL:
-    """Sixteen latent channels, eight times down, no attention, no quantisation convolutions."""
-    levels = len(sizes.channels)
+def autoencoder(sizes: Sizes, *, shipped: bool) -> AutoencoderKL:
+    """Sixteen latent channels, eight times down, no attention, no quantisation convolutions.
+
+    The one that ships is narrower than the one whose latents the transformer learns.
+    """
+    channels = sizes.shipped_channels if shipped else sizes.channels
+    levels = len(channels)
     return AutoencoderKL(
-        block_out_channels=sizes.channels,
+        block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
