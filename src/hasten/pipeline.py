@@ -75,9 +75,8 @@ class OptimizedPipeline:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of timings must know: random weights, what was left alone."""
-        alone = (f"{what} left alone: {why}" for a in self._applied for what, why in a.left_alone)
-        return (*model_notes(self.pipe), *alone)
+        """What a reader of this pipeline's figures must know, e.g. that its weights are random."""
+        return model_notes(self.pipe)
 
     def summary(self) -> str:
         """Every pass, what it touched, what was left alone and why; the last run's steps."""

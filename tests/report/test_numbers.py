@@ -24,8 +24,9 @@ def test_seconds(value: float | None, text: str) -> None:
 
 def test_rounding_never_claims_identity() -> None:
     assert numbers.distance(0.0) == "0.000"
-    assert numbers.distance(0.0004) == "<0.001"
-    assert numbers.distance(0.0006) == "0.001"
+    assert numbers.distance(0.0004) == "0.0004"
+    assert numbers.distance(0.00001) == "<0.0001"
+    assert numbers.distance(0.25) == "0.250"
     assert numbers.similarity(1.0) == "1.000"
     assert numbers.similarity(0.99951) == ">0.999"
     assert numbers.similarity(0.9994) == "0.999"

@@ -95,7 +95,7 @@ def test_a_second_reference_gets_its_own_column(tmp_path: Path) -> None:
     titles = [column.title for column in table.columns(results)]
     assert "LPIPS vs compile" in titles
     text = table.to_markdown(results)
-    assert cells(text, "lossless")[titles.index("LPIPS vs compile") + 1] == "0.050"
+    assert cells(text, "lossless")[titles.index("LPIPS vs compile") + 1] == "0.0500"
     assert cells(text, "compile")[titles.index("LPIPS vs compile") + 1] == "reference"
 
 

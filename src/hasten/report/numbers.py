@@ -24,10 +24,12 @@ def speedup(value: float | None) -> str:
 
 
 def distance(value: float | None) -> str:
-    """LPIPS: 0 only where it is 0."""
+    """LPIPS: four decimals below 0.1, 0 only where it is 0."""
     if value is None:
         return MISSING
-    return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
+    if 0 < value < 0.00005:
+        return "<0.0001"
+    return f"{value:.4f}" if 0 < value < 0.1 else f"{value:.3f}"
 
 
 def similarity(value: float | None) -> str:
