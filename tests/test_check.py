@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+import hasten
 from hasten.check import check, problems
 from hasten.errors import UnsupportedError
 from hasten.machine import Machine, machine
+from hasten.models.fingerprint import fingerprint
 from hasten.models.flux import FluxFamily
 from hasten.recipe import Recipe, resolve
 
@@ -43,14 +45,14 @@ def test_each_problem_has_its_fix_and_names_a_recipe_that_works() -> None:
 
 def test_check_raises_all_problems_at_once(pipe: Any) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        check(BOTH, pipe, FluxFamily(), NoCompiler(), "cpu")  # type: ignore[arg-type]
+        check(BOTH, pipe, FluxFamily(), NoCompiler(), None)  # type: ignore[arg-type]
     assert len(caught.value.faults) == 2
 
 
 def test_compiled_blocks_are_not_compiled_again(pipe: Any) -> None:
     pipe.transformer.transformer_blocks[0].compile()
     with pytest.raises(UnsupportedError, match="compiled already"):
-        check(resolve("compile"), pipe, FluxFamily(), Capable(), "cpu")  # type: ignore[arg-type]
+        check(resolve("compile"), pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
 
 
 def test_a_scheduler_that_does_not_know_its_step_cannot_be_cached(pipe: Any) -> None:
@@ -59,10 +61,21 @@ def test_a_scheduler_that_does_not_know_its_step_cannot_be_cached(pipe: Any) -> 
 
     pipe.scheduler = Stepless()
     with pytest.raises(UnsupportedError, match="at which step"):
-        check(resolve("cache"), pipe, FluxFamily(), Capable(), "cpu")  # type: ignore[arg-type]
+        check(resolve("cache"), pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
 
 
 def test_presets_that_need_no_compiler_work_on_this_machine() -> None:
     here: Machine = machine()
     for name in ("baseline", "cache", "fewer-steps"):
         assert problems(resolve(name), here, "cpu") == []
+
+
+def test_a_schedule_of_another_model_is_refused_unless_forced(pipe: Any) -> None:
+    schedule = {"kind": "schedule", "steps": 4, "compute": [0, 2], "fingerprint": "0" * 16}
+    recipe = Recipe.from_dict({"cache": schedule})
+    with pytest.raises(UnsupportedError, match="learned on another model") as caught:
+        hasten.optimize(pipe, recipe)
+    assert "--force" in caught.value.fix
+    hasten.optimize(pipe, recipe, force=True).restore()
+    own = Recipe.from_dict({"cache": {**schedule, "fingerprint": fingerprint(pipe.transformer)}})
+    assert hasten.optimize(pipe, own).calibrated is True

@@ -14,11 +14,13 @@ from pydantic import ValidationError
 from hasten.errors import HastenError, InputError, RecipeError
 from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import (
-    Cache,
+    BudgetCache,
     Compile,
+    IntervalCache,
     Offload,
     Recipe,
     Sampling,
+    ScheduleCache,
     parse_size,
     preset_names,
     read_recipe,
@@ -39,8 +41,19 @@ recipes = st.builds(
         max_sequence_length=st.none() | st.integers(1, 512),
     ),
     cache=st.none()
+    | st.builds(BudgetCache, budget=st.integers(1, 1000))
     | st.builds(
-        Cache,
+        ScheduleCache,
+        steps=st.just(9),
+        compute=st.sets(st.integers(1, 8)).map(lambda steps: (0, *sorted(steps))),
+        predictor=st.sampled_from(["reuse", "linear"]),
+        sigmas=st.none() | st.just(tuple(1 - i / 9 for i in range(9))),
+        fingerprint=st.none() | st.just("0123456789abcdef"),
+        expected_error=st.none() | st.floats(0, 10),
+        calibrated=st.booleans(),
+    )
+    | st.builds(
+        IntervalCache,
         start_step=st.integers(0, 10),
         interval=st.integers(1, 1000),
         end_step=st.none() | st.integers(10, 1000),
@@ -91,6 +104,20 @@ def test_preset_cache_is_the_articles_and_fewer_steps_its_rival() -> None:
         ("[sampling]\nguidance = nan", ["sampling.guidance"]),
         ('[offload]\nkind = "disk"', ['offload.kind = "disk"']),
         ('name = "a b"', ['name = "a b"']),
+        ('[cache]\nkind = "magic"', ['cache.kind = "magic"']),
+        ("[cache]\nbudget = 0", ["cache.budget = 0"]),
+        (
+            '[cache]\nkind = "schedule"\nsteps = 5\ncompute = [1, 2]',
+            ["must begin with step 0"],
+        ),
+        (
+            '[cache]\nkind = "schedule"\nsteps = 5\ncompute = [0, 5]',
+            ["stay below steps = 5"],
+        ),
+        (
+            '[cache]\nkind = "schedule"\nsteps = 5\ncompute = [0, 2]\nweights = [[1.0]]',
+            ["weights must have 2 entries"],
+        ),
         (
             '[cache]\ninterval = 0\npredictor = "magic"\n[compile]\nmode = "fast"',
             ["cache.interval = 0", 'cache.predictor = "magic"', 'compile.mode = "fast"'],
@@ -160,7 +187,7 @@ def test_the_json_schema_describes_every_section() -> None:
 def test_reading_recipes_imports_no_torch() -> None:
     code = (
         "import sys, hasten; from hasten.recipe import resolve; resolve('cache');"
-        "from hasten.passes.cache.plan import plan_for; import hasten.models.defaults;"
+        "import hasten.passes.cache.planner; import hasten.models.defaults;"
         "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

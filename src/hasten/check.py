@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hasten.errors import AlreadyOptimizedError, UnsupportedError
+from hasten.errors import AlreadyOptimizedError, UnsupportedError, join_fixes
 from hasten.machine import Machine, Problem
 from hasten.recipe import Recipe
 
@@ -33,12 +33,21 @@ def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem
     return found
 
 
-def check(recipe: Recipe, pipe: Any, family: Family, machine: Machine, device_type: str) -> None:
-    """Raise UnsupportedError with every conflict at once; return if there is none."""
-    found = [*problems(recipe, machine, device_type), *_model_problems(recipe, pipe, family)]
+def check(
+    recipe: Recipe, pipe: Any, family: Family, machine: Machine, fingerprint: str | None
+) -> None:
+    """Raise UnsupportedError with every conflict at once; return if there is none.
+
+    `fingerprint` is the model's; None accepts a schedule of any model.
+    """
+    found = [
+        *problems(recipe, machine, pipe.device.type),
+        *_model_problems(recipe, pipe, family),
+        *_schedule_problems(recipe, fingerprint),
+    ]
     if found:
-        fixes = list(dict.fromkeys(problem.fix for problem in found))
-        raise UnsupportedError([problem.fault for problem in found], "; ".join(fixes))
+        faults, fixes = zip(*found, strict=True)
+        raise UnsupportedError(faults, join_fixes(fixes))
 
 
 def refuse_optimized(pipe: Any) -> None:
@@ -78,3 +87,15 @@ def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
             )
         )
     return found
+
+
+def _schedule_problems(recipe: Recipe, fingerprint: str | None) -> list[Problem]:
+    learned_on = getattr(recipe.cache, "fingerprint", None)
+    if fingerprint is None or learned_on in (None, fingerprint):
+        return []
+    return [
+        Problem(
+            f"the schedule was learned on another model ({learned_on}; this one is {fingerprint})",
+            "learn one for this model with `hasten calibrate`, or insist with --force",
+        )
+    ]

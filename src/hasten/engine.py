@@ -9,7 +9,9 @@ from hasten.check import check, refuse_optimized
 from hasten.copying import structural_copy
 from hasten.machine import machine
 from hasten.models.family import family_of
+from hasten.models.fingerprint import fingerprint
 from hasten.passes.applied import Applied
+from hasten.passes.cache.planner import Planner
 from hasten.passes.cache.step import StepCache, cache_steps
 from hasten.passes.compile import compile_blocks, compile_forward
 from hasten.passes.offload import offload_models
@@ -19,11 +21,14 @@ from hasten.recipe import Recipe, resolve
 __all__ = ["optimize"]
 
 
-def optimize(pipe: Any, recipe: str | Path | Recipe, *, copy: bool = False) -> OptimizedPipeline:
+def optimize(
+    pipe: Any, recipe: str | Path | Recipe, *, copy: bool = False, force: bool = False
+) -> OptimizedPipeline:
     """Apply a recipe to a Diffusers pipeline and return it as a callable of the same signature.
 
     recipe: a preset's name, the path of a .toml file or a Recipe. The pipeline is taken over in
     place; `copy=True` leaves it untouched and works on a structural copy that shares the weights.
+    `force=True` accepts a schedule that was learned on another model.
 
     Raises RecipeError or InputError (the recipe), UnsupportedError (this model or machine cannot
     do it), AlreadyOptimizedError. Whatever is raised, the pipeline is as it was.
@@ -33,7 +38,8 @@ def optimize(pipe: Any, recipe: str | Path | Recipe, *, copy: bool = False) -> O
         pipe = pipe.pipe
     family = family_of(pipe)
     refuse_optimized(pipe)
-    check(recipe, pipe, family, machine(), pipe.device.type)
+    name = fingerprint(pipe.transformer) if recipe.cache else None
+    check(recipe, pipe, family, machine(), None if force else name)
     if copy:
         pipe = structural_copy(pipe)
 
@@ -45,7 +51,8 @@ def optimize(pipe: Any, recipe: str | Path | Recipe, *, copy: bool = False) -> O
         elif recipe.compile:
             applied.append(compile_forward(pipe.transformer, recipe.compile))
         if recipe.cache:  # around the compiled code, so that the decision stays outside it
-            done, cache = cache_steps(pipe, recipe.cache)
+            planner = Planner(recipe.cache, name)
+            done, cache = cache_steps(pipe, planner, planner.describe())
             applied.append(done)
         if recipe.offload and recipe.offload.kind == "model":  # last: its hooks wrap the forward
             applied.append(offload_models(pipe))

@@ -78,6 +78,11 @@ class OptimizedPipeline:
         """What a reader of this pipeline's figures must know, e.g. that its weights are random."""
         return model_notes(self.pipe)
 
+    @property
+    def calibrated(self) -> bool | None:
+        """Whether the step cache runs a schedule learned on a model; None where it runs none."""
+        return None if self._cache is None else getattr(self._cache.planner, "calibrated", None)
+
     def summary(self) -> str:
         """Every pass, what it touched, what was left alone and why; the last run's steps."""
         lines = [f"recipe {self.recipe.name}: {self.recipe.description}".rstrip(": ")]

@@ -11,26 +11,43 @@ import json
 import re
 import tomllib
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from hasten.errors import InputError, RecipeError
 
 __all__ = [
+    "BudgetCache",
     "Cache",
     "Compile",
+    "IntervalCache",
     "Offload",
     "Recipe",
     "Sampling",
+    "ScheduleCache",
     "preset_names",
     "read_recipe",
     "resolve",
 ]
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
+Predictor = Literal["reuse", "linear"]
+StepIndex = Annotated[int, Field(strict=True, ge=0)]
+Sigma = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+Weights = Annotated[tuple[Weight, ...], Field(strict=False, min_length=1, max_length=4)]
 
 
 class Section(BaseModel):
@@ -61,25 +78,84 @@ class Sampling(Section):
         return self
 
 
-class Cache(Section):
-    """Step caching: which steps enter the transformer, and what stands in on the others.
+class IntervalCache(Section):
+    """Compute the steps before `start_step`, then every `interval`-th, all from `end_step` on.
 
-    `interval` computes the steps before `start_step`, from there every `interval`-th, and all of
-    them from `end_step` on. Pruna's and the article's `cache_interval = k` reuses an output *for*
-    k steps and so is `interval = k + 1` here.
+    Pruna's and the article's `cache_interval = k` reuses an output *for* k steps and so is
+    `interval = k + 1` here.
     """
 
     kind: Literal["interval"] = "interval"
     start_step: Annotated[int, Field(ge=0, le=1000)] = 2
     interval: Annotated[int, Field(ge=1, le=1000)] = 3
     end_step: Annotated[int, Field(ge=1, le=1000)] | None = None
-    predictor: Literal["reuse", "linear"] = "reuse"
+    predictor: Predictor = "reuse"
 
     @model_validator(mode="after")
     def _end_after_start(self) -> Self:
         if self.end_step is not None and self.end_step < self.start_step:
             raise ValueError(f"end_step = {self.end_step} is before start_step = {self.start_step}")
         return self
+
+
+class ScheduleCache(Section):
+    """A static plan, usually learned by `hasten calibrate`: which of `steps` steps to compute.
+
+    `sigmas` are the noise levels it was learned on; a run on other ones gets it resampled in
+    sigma. `weights`, one row a computed step, combine the newest outputs (newest first) into the
+    velocity used from that step to the next computed one; without them `predictor` does.
+    `fingerprint` names the model it was learned on.
+    """
+
+    kind: Literal["schedule"] = "schedule"
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    compute: Annotated[tuple[StepIndex, ...], Field(strict=False, min_length=1)]
+    predictor: Predictor = "linear"
+    weights: Annotated[tuple[Weights, ...], Field(strict=False)] | None = None
+    sigmas: Annotated[tuple[Sigma, ...], Field(strict=False)] | None = None
+    fingerprint: str | None = None
+    expected_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="relative error of the final latents on held-back prompts"
+    )
+    calibrated: bool = True
+
+    @model_validator(mode="after")
+    def _is_a_plan(self) -> Self:
+        if self.compute[0] != 0:
+            raise ValueError("compute must begin with step 0: nothing can stand in for it")
+        if any(b <= a for a, b in pairwise(self.compute)) or self.compute[-1] >= self.steps:
+            raise ValueError(f"compute must rise strictly and stay below steps = {self.steps}")
+        for name, given, length in (
+            ("weights", self.weights, len(self.compute)),
+            ("sigmas", self.sigmas, self.steps),
+        ):
+            if given is not None and len(given) != length:
+                raise ValueError(f"{name} must have {length} entries, it has {len(given)}")
+        if self.sigmas is not None and any(b >= a for a, b in pairwise(self.sigmas)):
+            raise ValueError("sigmas must fall strictly, as noise does")
+        return self
+
+
+class BudgetCache(Section):
+    """Compute `budget` steps: by the schedule learned for this model, else by the generic one."""
+
+    kind: Literal["budget"] = "budget"
+    budget: Annotated[int, Field(ge=1, le=1000)]
+
+
+def _cache_kind(value: Any) -> str | None:
+    if isinstance(value, dict):
+        kind = value.get("kind", "budget" if "budget" in value else "interval")
+        return kind if isinstance(kind, str) else str(kind)
+    return getattr(value, "kind", None)
+
+
+Cache = Annotated[
+    Annotated[IntervalCache, Tag("interval")]
+    | Annotated[ScheduleCache, Tag("schedule")]
+    | Annotated[BudgetCache, Tag("budget")],
+    Discriminator(_cache_kind),
+]
 
 
 class Compile(Section):
@@ -207,21 +283,35 @@ def read_recipe(path: Path) -> Recipe:
 
 def _fault(detail: Any) -> str:
     """One pydantic error as one line: where, what is wrong, what was given."""
-    where = ".".join(str(part) for part in detail["loc"]) or "recipe"
+    location = list(detail["loc"])
+    if location[:1] == ["cache"]:
+        del location[1:2]  # the kind, which pydantic puts there
+    where = ".".join(str(part) for part in location) or "recipe"
     if detail["type"] == "extra_forbidden":
         return f"unknown key {where!r}{_closest(detail['loc'])}"
+    if detail["type"] == "union_tag_invalid":
+        return f"cache.kind = {json.dumps(detail['ctx']['tag'])}: choose one of {', '.join(CACHES)}"
     message = detail["msg"].removeprefix("Value error, ")
-    if isinstance(detail["input"], dict):
+    if isinstance(detail["input"], dict | list | tuple):
         return f"{where}: {message}"
     return f"{where} = {json.dumps(detail['input'], default=str)}: {message}"
 
 
+CACHES: dict[str, type[Section]] = {
+    "interval": IntervalCache,
+    "schedule": ScheduleCache,
+    "budget": BudgetCache,
+}
+SECTIONS: dict[str, type[Section]] = {"sampling": Sampling, "compile": Compile, "offload": Offload}
+
+
 def _closest(location: tuple[Any, ...]) -> str:
-    model: Any = Recipe
-    sections = {"sampling": Sampling, "cache": Cache, "compile": Compile, "offload": Offload}
-    if len(location) > 1:
-        model = sections.get(location[0], Recipe)
-    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1)
+    """The known key nearest to an unknown one; `location` is pydantic's path to it."""
+    section: type[Section] = Recipe
+    for part in location[:-1]:
+        section = {**SECTIONS, **CACHES}.get(str(part), section)
+    known = [*section.model_fields, *(["cache"] if section is Recipe else [])]
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -1,4 +1,4 @@
-"""Predictors: exact on what they claim to be exact on."""
+"""Predictors: weights that are exact on what they claim to be exact on."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.passes.cache.predict import linear, reuse
+from hasten.passes.cache.predict import WEIGHTS, combine, linear, reuse
 
 sigmas = st.floats(0.01, 1, allow_nan=False)
 
 
-def test_reuse_returns_the_last_output_itself() -> None:
-    outputs = [(0.9, torch.randn(3)), (0.8, torch.randn(3))]
-    assert reuse(outputs, 0.1) is outputs[-1][1]
+def test_reuse_returns_the_newest_output_itself() -> None:
+    outputs = [torch.randn(3), torch.randn(3)]
+    assert combine(outputs, reuse([0.8, 0.9], 0.1)) is outputs[0]
 
 
 @given(first=sigmas, second=sigmas, target=sigmas, slope=st.floats(-3, 3), level=st.floats(-3, 3))
@@ -23,21 +23,34 @@ def test_linear_is_exact_on_lines(
 ) -> None:
     if abs(first - second) < 1e-2:
         return
-    line = lambda sigma: torch.tensor([level + slope * sigma], dtype=torch.float32)  # noqa: E731
-    predicted = linear([(first, line(first)), (second, line(second))], target)
-    assert predicted.item() == pytest.approx(line(target).item(), abs=2e-3)
+    line = lambda sigma: torch.tensor([level + slope * sigma], dtype=torch.float64)  # noqa: E731
+    weights = linear([second, first], target)
+    predicted = combine([line(second), line(first)], weights)
+    scale = 1 + abs(target - second) / abs(first - second)
+    assert predicted.item() == pytest.approx(line(target).item(), abs=3e-6 * scale)
+
+
+@given(known=st.lists(sigmas, min_size=1, max_size=4), target=sigmas)
+def test_weights_of_every_predictor_sum_to_one(known: list[float], target: float) -> None:
+    """A constant velocity is predicted exactly."""
+    for weigh in WEIGHTS.values():
+        weights = weigh(known, target)
+        assert sum(weights) == pytest.approx(1, abs=1e-6 * max(1, *map(abs, weights)))
+        assert len(weights) <= max(2, len(known))
 
 
 def test_linear_with_one_output_known_reuses_it() -> None:
+    assert linear([0.9], 0.5) == (1.0,)
+    assert linear([0.9, 0.9], 0.5) == (1.0,)
+    assert linear([0.5, 0.9], 0.5) == (1.0,)
     only = torch.randn(3)
-    assert linear([(0.9, only)], 0.5) is only
-    assert linear([(0.9, torch.randn(3)), (0.9, only)], 0.5) is only
+    assert combine([only], (1.5, -0.5)) is only
 
 
-def test_linear_computes_in_float32_and_returns_the_outputs_dtype() -> None:
+def test_combining_sums_in_float32_and_returns_the_outputs_dtype() -> None:
     before = torch.tensor([1.0, 256.0], dtype=torch.bfloat16)
     last = torch.tensor([1.0078125, 258.0], dtype=torch.bfloat16)
-    predicted = linear([(1.0, before), (0.5, last)], 0.25)
+    predicted = combine([last, before], linear([0.5, 1.0], 0.25))
     assert predicted.dtype == torch.bfloat16
     exact = last.double() + 0.5 * (last.double() - before.double())
     assert torch.equal(predicted, exact.to(torch.bfloat16))

@@ -1,34 +1,126 @@
-"""Who computes when: a plan says for each sampling step whether the transformer runs. No torch."""
+"""Who computes when, and what stands in: a plan covers a whole run before it starts. No torch.
+
+A plan is made from the run's noise levels alone, so nothing is read back from the device, compiled
+code sees no decision, and the cost is known beforehand.
+"""
 
 from __future__ import annotations
 
-from hasten.recipe import Cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-__all__ = ["computed_steps", "interval_plan", "plan_for"]
+from hasten.passes.cache.predict import WEIGHTS, Weights
+from hasten.passes.cache.resample import resampled
+from hasten.recipe import BudgetCache, Cache, IntervalCache, ScheduleCache
 
-Plan = tuple[bool, ...]
+__all__ = ["Plan", "computed_steps", "interval_plan", "interval_steps", "schedule_plan"]
+
+SAME_SIGMA = 2e-3  # noise levels this near are the same grid
 
 
-def interval_plan(steps: int, *, start_step: int, interval: int, end_step: int | None) -> Plan:
-    """Compute steps < start_step, then every interval-th, then all from end_step on.
+@dataclass(frozen=True)
+class Plan:
+    """For each step of a run: does the transformer run, and how are known outputs combined.
+
+    `weights[i]` multiply the newest computed outputs, newest first (on a computed step its own is
+    the newest); their sum is the velocity of step i. (1.0,) is the newest output itself.
+    """
+
+    compute: tuple[bool, ...]
+    weights: tuple[Weights, ...]
+
+    @property
+    def history(self) -> int:
+        """How many computed outputs have to be kept."""
+        return max(len(row) for row in self.weights)
+
+
+def interval_steps(
+    steps: int, *, start_step: int, interval: int, end_step: int | None
+) -> list[int]:
+    """Steps < start_step, then every interval-th, then all from end_step on.
 
     Step 0 is always computed (there is nothing to stand in). With N steps, start s and interval k
     (no end) s + ceil((N − s)/k) are computed: 18 of 50 for s = 2, k = 3.
     """
     last = steps if end_step is None else end_step
-    return tuple(
-        step < start_step or step >= last or (step - start_step) % interval == 0
+    return [
+        step
         for step in range(steps)
-    )
+        if step < start_step or step >= last or (step - start_step) % interval == 0
+    ]
 
 
-def plan_for(cache: Cache, steps: int) -> Plan:
-    """The plan of a recipe's `[cache]` section for a run of `steps` steps."""
-    return interval_plan(
-        steps, start_step=cache.start_step, interval=cache.interval, end_step=cache.end_step
+def predicted(sigmas: Sequence[float], computed: Sequence[int], predictor: str) -> Plan:
+    """A plan over N steps (`sigmas` has N + 1 entries) whose skipped steps a predictor fills."""
+    weigh = WEIGHTS[predictor]
+    steps = len(sigmas) - 1
+    chosen = set(computed)
+    weights: list[Weights] = []
+    known: list[float] = []  # noise levels of computed steps, newest first
+    for step in range(steps):
+        if step in chosen:
+            known.insert(0, sigmas[step])
+        weights.append(weigh(known, sigmas[step]))
+    return Plan(tuple(step in chosen for step in range(steps)), tuple(weights))
+
+
+def interval_plan(cache: IntervalCache, sigmas: Sequence[float]) -> Plan:
+    """The plan of kind `interval` for a run over `sigmas` (N + 1 entries, the last is the end)."""
+    computed = interval_steps(
+        len(sigmas) - 1,
+        start_step=cache.start_step,
+        interval=cache.interval,
+        end_step=cache.end_step,
     )
+    return predicted(sigmas, computed, cache.predictor)
+
+
+def schedule_plan(
+    schedule: ScheduleCache, sigmas: Sequence[float], *, budget: int | None = None
+) -> Plan:
+    """A learned schedule on the run's noise levels: as it is on the grid it was learned on.
+
+    On another grid (number of steps, shift, resolution, a late start) its density of computed
+    steps is carried over in sigma, in the same proportion or to exactly `budget` steps, and the
+    predictor `linear` replaces the fitted weights, which hold for the learned gaps alone.
+    """
+    steps = len(sigmas) - 1
+    same_count = budget is None or budget == len(schedule.compute)
+    if steps == schedule.steps and same_count and _same_grid(schedule, sigmas):
+        if schedule.weights is None:
+            return predicted(sigmas, schedule.compute, schedule.predictor)
+        chosen = set(schedule.compute)
+        gaps = iter(schedule.weights)
+        rows: list[Weights] = []
+        for step in range(steps):
+            rows.append(next(gaps) if step in chosen else rows[-1])
+        return Plan(tuple(step in chosen for step in range(steps)), tuple(rows))
+    learned = schedule.sigmas or tuple(1 - i / schedule.steps for i in range(schedule.steps))
+    computed = resampled(schedule.compute, learned, sigmas, count=budget)
+    return predicted(sigmas, computed, "linear" if schedule.weights else schedule.predictor)
 
 
 def computed_steps(cache: Cache, steps: int) -> int:
-    """How many of `steps` steps the plan computes."""
-    return sum(plan_for(cache, steps))
+    """How many of `steps` steps a run from the beginning computes."""
+    if isinstance(cache, IntervalCache):
+        return len(
+            interval_steps(
+                steps,
+                start_step=cache.start_step,
+                interval=cache.interval,
+                end_step=cache.end_step,
+            )
+        )
+    if isinstance(cache, BudgetCache):
+        return min(cache.budget, steps)
+    if cache.steps == steps:
+        return len(cache.compute)
+    return max(1, min(steps, round(len(cache.compute) * steps / cache.steps)))
+
+
+def _same_grid(schedule: ScheduleCache, sigmas: Sequence[float]) -> bool:
+    return schedule.sigmas is None or all(
+        abs(learned - here) < SAME_SIGMA
+        for learned, here in zip(schedule.sigmas, sigmas, strict=False)
+    )

@@ -1,39 +1,56 @@
-"""What stands in for the transformer's output on a skipped step.
+"""What stands in for the transformer's output on a skipped step: a sum of known outputs.
 
-A predictor is a function (history, sigma) -> output. `history` holds the outputs of the last
-computed steps as (sigma, tensor), oldest first; `sigma` is the skipped step's noise level.
+A predictor turns noise levels into weights, before the run starts. `known` are the noise levels of
+the steps computed so far, newest first; `sigma` is that of the step to fill.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["PREDICTORS", "Point", "linear", "reuse"]
+__all__ = ["WEIGHTS", "Weights", "combine", "linear", "reuse"]
 
-Point = tuple[float, Tensor]
-Predictor = Callable[[Sequence[Point], float], Tensor]
-
-
-def reuse(history: Sequence[Point], sigma: float) -> Tensor:
-    """The last computed output as it is: explicit Euler with a longer step."""
-    return history[-1][1]
+Weights = tuple[float, ...]
 
 
-def linear(history: Sequence[Point], sigma: float) -> Tensor:
-    """The line through the last two computed outputs, in sigma, evaluated at the skipped step.
+def reuse(known: Sequence[float], sigma: float) -> Weights:
+    """The newest output as it is: explicit Euler with a longer step."""
+    return (1.0,)
+
+
+def linear(known: Sequence[float], sigma: float) -> Weights:
+    """The line through the two newest outputs, in sigma, evaluated at the skipped step.
 
     v(σ) = v_i + (σ − σ_i) (v_i − v_p)/(σ_i − σ_p): two-step Adams–Bashforth on an uneven grid.
-    Computed in float32, returned in the outputs' dtype. With one output known it is `reuse`.
+    With one output known it is `reuse`; on a computed step it is that step's own output.
     """
-    if len(history) < 2 or history[-1][0] == history[-2][0]:
-        return reuse(history, sigma)
-    (sigma_before, before), (sigma_last, last) = history[-2], history[-1]
-    weight = (sigma - sigma_last) / (sigma_last - sigma_before)
-    value = last.float() + weight * (last.float() - before.float())
-    return value.to(last.dtype)
+    if len(known) < 2 or known[0] == known[1] or sigma == known[0]:
+        return (1.0,)
+    slope = (sigma - known[0]) / (known[0] - known[1])
+    return (1.0 + slope, -slope)
 
 
-# name -> (function, how many computed outputs it looks at)
-PREDICTORS: dict[str, tuple[Predictor, int]] = {"reuse": (reuse, 1), "linear": (linear, 2)}
+WEIGHTS: dict[str, Callable[[Sequence[float], float], Weights]] = {
+    "reuse": reuse,
+    "linear": linear,
+}
+
+
+def combine(newest_first: Sequence[Tensor], weights: Weights) -> Tensor:
+    """Σ weights[k] · newest_first[k], summed in float32, in the outputs' dtype.
+
+    A single weight of one gives the newest output itself, not a copy. Where fewer outputs are
+    known than weights, the newest one is used.
+    """
+    newest = newest_first[0]
+    if len(weights) > len(newest_first) or weights == (1.0,):
+        return newest
+    total = newest.float() * weights[0]
+    for value, weight in islice(zip(newest_first, weights, strict=False), 1, None):
+        total = total.add(value.float(), alpha=weight)
+    return total.to(newest.dtype)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hasten.passes.cache.plan import Plan
-from hasten.passes.cache.predict import Point
+from hasten.passes.cache.predict import combine
 
 __all__ = ["Branch", "Run", "RunCounts"]
 
@@ -30,9 +30,10 @@ class RunCounts:
 
 @dataclass
 class Branch:
-    """One stream of transformer calls, e.g. `cond` or `uncond`: its last computed outputs."""
+    """One stream of transformer calls, e.g. `cond` or `uncond`: its computed outputs, newest
+    first."""
 
-    history: deque[Point]
+    outputs: deque[Tensor]
 
 
 @dataclass
@@ -47,8 +48,6 @@ class Run:
     timesteps: Tensor
     begin: int
     plan: Plan
-    sigmas: list[float]
-    history_length: int
     branches: dict[Hashable, Branch] = field(default_factory=dict)
     index: int = -1
     calls_in_step: dict[Hashable, int] = field(default_factory=dict)
@@ -70,18 +69,22 @@ class Run:
         self.entered.add(index)
         key = (caller, order)
         if key not in self.branches:
-            self.branches[key] = Branch(deque(maxlen=self.history_length))
+            self.branches[key] = Branch(deque(maxlen=self.plan.history))
         return self.branches[key]
 
     def computes(self, branch: Branch) -> bool:
         """Whether the transformer runs now. A branch's first call always computes."""
-        return self.plan[self.index - self.begin] or not branch.history
+        return self.plan.compute[self.index - self.begin] or not branch.outputs
 
     def store(self, branch: Branch, output: Tensor) -> None:
         """Keep a computed output for the steps to come."""
-        branch.history.append((self.sigmas[self.index], output.detach()))
+        branch.outputs.appendleft(output.detach())
         self.computed.add(self.index)
         self.stored += 1
+
+    def velocity(self, branch: Branch) -> Tensor:
+        """What this step uses: known outputs, combined as the plan says."""
+        return combine(branch.outputs, self.plan.weights[self.index - self.begin])
 
     def counts(self) -> RunCounts:
         """Steps entered, computed and skipped so far."""
@@ -97,5 +100,5 @@ class Run:
         return sum(
             value.numel() * value.element_size()
             for branch in self.branches.values()
-            for _, value in branch.history
+            for value in branch.outputs
         )

@@ -8,7 +8,7 @@ velocity), so a skipped step costs nothing but the scheduler's update.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hasten.errors import CallError
 from hasten.passes.applied import Applied
-from hasten.passes.cache.plan import plan_for
-from hasten.passes.cache.predict import PREDICTORS
+from hasten.passes.cache.plan import Plan
 from hasten.passes.cache.state import Run, RunCounts
-from hasten.recipe import Cache
+
+Planner = Callable[[Sequence[float]], Plan]
 
 __all__ = ["StepCache", "cache_steps", "driven_by"]
 
@@ -45,11 +45,12 @@ def driven_by(scheduler: Any) -> Iterator[None]:
 class StepCache:
     """Stands before one transformer's forward; holds a `Run` for each scheduler that drives it."""
 
-    def __init__(self, forward: Callable[..., Any], recipe: Cache, home: Callable[[], Any]) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], planner: Planner, home: Callable[[], Any]
+    ) -> None:
         self.forward = forward
-        self.recipe = recipe
+        self.planner = planner
         self.home = home
-        self.predict, self.history_length = PREDICTORS[recipe.predictor]
         self.context: str | None = None
         self.runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
         self.last_run = RunCounts()
@@ -66,8 +67,7 @@ class StepCache:
             output = self.forward(*args, **kwargs)
             run.store(branch, output[0])
             self.peak_bytes = max(self.peak_bytes, run.bytes_held())
-            return output
-        value = self.predict(branch.history, run.sigmas[index])
+        value = run.velocity(branch)
         return (value,) if kwargs.get("return_dict") is False else _output(value)
 
     def drop(self) -> None:
@@ -82,21 +82,22 @@ class StepCache:
         index = _position(scheduler)
         run = self.runs.get(scheduler)
         if run is None or run.timesteps is not scheduler.timesteps or index < run.index:
+            steps = len(scheduler.timesteps) - index
+            sigmas = [*scheduler.sigmas.tolist(), 0.0][index : index + steps + 1]
             run = self.runs[scheduler] = Run(
-                timesteps=scheduler.timesteps,
-                begin=index,
-                plan=plan_for(self.recipe, len(scheduler.timesteps) - index),
-                sigmas=scheduler.sigmas.tolist(),
-                history_length=self.history_length,
+                timesteps=scheduler.timesteps, begin=index, plan=self.planner(sigmas)
             )
         return run, index
 
 
-def cache_steps(pipe: Any, recipe: Cache) -> tuple[Applied, StepCache]:
-    """Put a step cache before the pipeline's transformer. Only this instance is changed."""
+def cache_steps(pipe: Any, planner: Planner, what: str) -> tuple[Applied, StepCache]:
+    """Put a step cache before the pipeline's transformer. Only this instance is changed.
+
+    `planner` makes a run's plan from its noise levels; `what` describes it in the summary.
+    """
     transformer = pipe.transformer
     replaced = {name: transformer.__dict__.get(name) for name in _HOOKS}
-    cache = StepCache(transformer.forward, recipe, _scheduler_of(pipe))
+    cache = StepCache(transformer.forward, planner, _scheduler_of(pipe))
     original_context, original_reset = transformer.cache_context, transformer._reset_stateful_cache
 
     @contextmanager
@@ -126,21 +127,10 @@ def cache_steps(pipe: Any, recipe: Cache) -> tuple[Applied, StepCache]:
     def live() -> str:
         return f"held at most {cache.peak_bytes / 2**20:.2f} MiB of outputs"
 
-    return Applied(name="cache", what=_describe(recipe), undo=undo, live=live), cache
+    return Applied(name="cache", what=what, undo=undo, live=live), cache
 
 
 _HOOKS = ("forward", "cache_context", "_reset_stateful_cache")
-
-
-def _describe(recipe: Cache) -> str:
-    every = {1: "every step", 2: "every second step", 3: "every third step"}.get(
-        recipe.interval, f"every {recipe.interval}th step"
-    )
-    until = "" if recipe.end_step is None else f", all from step {recipe.end_step} on"
-    return (
-        f"computes steps below {recipe.start_step}, then {every}{until}; "
-        f"{recipe.predictor} of the velocity on the others"
-    )
 
 
 def _scheduler_of(pipe: Any) -> Callable[[], Any]:
