@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo bench test check format clean
+.PHONY: help setup demo bench test check format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## what the targets do
@@ -45,6 +45,9 @@ check: setup  ## lint, format and types
 format: setup  ## rewrite the sources as check wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup  ## write docs/cli.md from the commands
+	$(BIN)/python docs/make_cli.py
 
 clean:  ## remove caches and outputs (not .venv)
 	rm -rf out dist build site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hasten.models.shape import Shape, build_shape
+from hasten.models.architecture import Shape
+from hasten.models.shape import build_shape
 
 SMALL = Shape(
     name="small",
@@ -60,8 +63,8 @@ SMALL = Shape(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _few_threads() -> None:
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture
@@ -74,6 +77,37 @@ def make_pipe() -> Callable[[], Any]:
 def pipe(make_pipe: Callable[[], Any]) -> Any:
     """One small random FluxPipeline on the CPU in float32."""
     return make_pipe()
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small pipeline as a model directory, for processes of their own: it has no notes that
+    its weights are random, and defaults of 32×32 px, 6 steps and 8 tokens. Do not change it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("small_model")
+    pipe = build_shape(SMALL, torch.device("cpu"), torch.float32)
+    words = ["<pad>", "<unk>", "red", "kite", *(f"word{number}" for number in range(4, 63)), "</s>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    for name, length in (("tokenizer", 77), ("tokenizer_2", 512)):
+        backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = Whitespace()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token="<pad>",
+            unk_token="<unk>",
+            eos_token="</s>",
+            model_max_length=length,
+        )
+        pipe.register_modules(**{name: tokenizer})
+    pipe.save_pretrained(directory)
+    (directory / "hasten.json").write_text(
+        '{"width": 32, "height": 32, "steps": 6, "max_sequence_length": 8}'
+    )
+    return directory
 
 
 @pytest.fixture

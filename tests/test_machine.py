@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.machine import Gpu, Machine, machine
+from hasten.errors import InputError
+from hasten.machine import DTYPES, Gpu, Machine, check_dtype, machine
 
 GIB = 2**30
 H100 = Gpu(0, "NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB)
@@ -59,6 +59,22 @@ def with_gpu(gpu: Gpu) -> Machine:
 def test_auto_takes_the_best_device_and_its_dtype(here: Machine, device: str, dtype: str) -> None:
     assert here.default_device() == device
     assert here.default_dtype(device) == dtype
+
+
+def test_a_usable_device_is_named_and_any_other_refused() -> None:
+    assert CPU_ONLY.usable_device("auto") == "cpu"
+    assert SERVER.usable_device("auto") == "cuda"
+    assert SERVER.usable_device("cuda:1") == "cuda:1"
+    with pytest.raises(InputError, match="no such GPU"):
+        SERVER.usable_device("cuda:2")
+
+
+def test_dtypes_by_name() -> None:
+    for name in ("auto", *DTYPES):
+        check_dtype(name)
+    with pytest.raises(InputError, match="'int8' is not a dtype") as caught:
+        check_dtype("int8")
+    assert "bfloat16" in caught.value.fix
 
 
 def test_dtype_follows_the_gpu_that_is_named() -> None:
@@ -176,12 +192,16 @@ def fresh_machine(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Machin
     return machine.__wrapped__()
 
 
+def program(path: Path, exit_code: int) -> Path:
+    path.write_text(f"#!/bin/sh\nexit {exit_code}\n")
+    path.chmod(0o755)
+    return path
+
+
 def test_compilers_are_taken_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    good = tmp_path / "good"
-    good.write_text("#!/bin/sh\nexit 0\n")
-    good.chmod(good.stat().st_mode | stat.S_IXUSR)
+    good = program(tmp_path / "good", exit_code=0)
     here = fresh_machine(monkeypatch, CXX=str(good), CC=str(good))
     assert here.cxx_compiler == here.c_compiler == str(good)
 
@@ -189,9 +209,7 @@ def test_compilers_are_taken_from_the_environment(
 def test_a_compiler_that_does_not_start_is_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    broken = program(tmp_path / "broken", exit_code=1)
     here = fresh_machine(monkeypatch, CXX=str(broken), CC="/nowhere/cc")
     assert here.cxx_compiler is None
     assert here.c_compiler is None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hasten import quality
     from hasten.benchmark import bench
+    from hasten.calibration.learn import calibrate
     from hasten.engine import optimize
     from hasten.errors import (
         AlreadyOptimizedError,
@@ -38,6 +39,7 @@ _HOME = {
     "RecipeError": "hasten.errors",
     "UnsupportedError": "hasten.errors",
     "bench": "hasten.benchmark",
+    "calibrate": "hasten.calibration.learn",
     "load_pipeline": "hasten.models",
     "optimize": "hasten.engine",
     "quality": "hasten.quality",
@@ -54,6 +56,7 @@ __all__ = [
     "RecipeError",
     "UnsupportedError",
     "bench",
+    "calibrate",
     "load_pipeline",
     "optimize",
     "quality",

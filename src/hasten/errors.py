@@ -9,21 +9,25 @@ HastenError                 base: one message, one fix
 └── CallError               an optimised pipeline was driven in a way that cannot be followed
 
 An error carries its faults, one line each, and one fix. The command line prints exactly these
-lines; from Python `str(error)` is the same text.
+lines; from Python `str(error)` is the same text. `Faults` gathers errors of bad input, so that a
+user sees all of them at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 __all__ = [
     "AlreadyOptimizedError",
     "CallError",
+    "Faults",
     "HastenError",
     "InputError",
     "ModelError",
     "RecipeError",
     "UnsupportedError",
+    "join_fixes",
 ]
 
 
@@ -67,3 +71,33 @@ class AlreadyOptimizedError(HastenError):
 
 class CallError(HastenError):
     """The transformer was called in an order or with shapes the step cache cannot follow."""
+
+
+class Faults:
+    """What is wrong so far. `gather()` notes an error of the block and goes on behind it."""
+
+    def __init__(self) -> None:
+        self.errors: list[HastenError] = []
+
+    def add(self, fault: str, fix: str) -> None:
+        self.errors.append(InputError(fault, fix))
+
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        try:
+            yield
+        except HastenError as error:
+            self.errors.append(error)
+
+    def raise_any(self) -> None:
+        """A lone error as it was; several as one InputError, each line of theirs once."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            faults = dict.fromkeys(fault for error in self.errors for fault in error.faults)
+            raise InputError(list(faults), join_fixes(error.fix for error in self.errors))
+
+
+def join_fixes(fixes: Iterable[str]) -> str:
+    """Several fixes as one line, none of them twice."""
+    return "; ".join(dict.fromkeys(fix for fix in fixes if fix))

@@ -19,7 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Gpu", "Machine", "Problem", "machine"]
+from hasten.errors import InputError
+
+__all__ = ["DTYPES", "Gpu", "Machine", "Problem", "check_dtype", "machine"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What a model can be loaded in, by torch's names."""
 
 # Triton's oldest supported NVIDIA generation (Volta).
 OLDEST_TRITON_CAPABILITY = (7, 0)
@@ -74,6 +79,18 @@ class Machine:
     def default_device(self) -> str:
         """Where `auto` runs: the first CUDA device, else the CPU; MPS only where it is named."""
         return "cuda" if self.gpus else "cpu"
+
+    def device_named(self, name: str) -> str:
+        """The device that `name` means: `auto` resolved, anything else as it is."""
+        return self.default_device() if name == "auto" else name
+
+    def usable_device(self, name: str) -> str:
+        """`device_named`; raises InputError where nothing can run on it."""
+        device = self.device_named(name)
+        problem = self.device_problem(device)
+        if problem is not None:
+            raise InputError(*problem)
+        return device
 
     def default_dtype(self, device: str) -> str:
         """The dtype that `auto` means on `device`, by its torch name."""
@@ -188,6 +205,12 @@ class Machine:
             f"{sysconfig.get_path('include')}",
             INSTALL_COMPILER,
         )
+
+
+def check_dtype(name: str) -> None:
+    """Raise InputError unless `name` is `auto` or one of DTYPES."""
+    if name not in ("auto", *DTYPES):
+        raise InputError(f"{name!r} is not a dtype", f"use auto, {', '.join(DTYPES)}")
 
 
 @functools.cache

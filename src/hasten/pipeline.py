@@ -79,6 +79,11 @@ class OptimizedPipeline:
         return model_notes(self.pipe)
 
     @property
+    def call_defaults(self) -> dict[str, Any]:
+        """Call arguments used where the caller passes none: the model's, then the recipe's."""
+        return dict(self._defaults)
+
+    @property
     def calibrated(self) -> bool | None:
         """Whether the step cache runs a schedule learned on a model; None where it runs none."""
         return None if self._cache is None else getattr(self._cache.planner, "calibrated", None)

@@ -59,13 +59,13 @@ class Section(BaseModel):
 class Sampling(Section):
     """Defaults for the pipeline call; what the calling code passes wins."""
 
-    steps: Steps | None = Field(None, description="number of inference steps")
+    steps: Steps | None = Field(default=None, description="number of inference steps")
     guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
-        None, description="guidance scale (the distilled one: not true CFG)"
+        default=None, description="guidance scale (the distilled one: not true CFG)"
     )
-    size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, multiples of 16')
+    size: str | None = Field(default=None, description='"WIDTHxHEIGHT" in pixels, multiples of 16')
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] | None = Field(
-        None, description="T5 tokens"
+        default=None, description="T5 tokens"
     )
 
     @model_validator(mode="after")
@@ -115,7 +115,7 @@ class ScheduleCache(Section):
     sigmas: Annotated[tuple[Sigma, ...], Field(strict=False)] | None = None
     fingerprint: str | None = None
     expected_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        None, description="relative error of the final latents on held-back prompts"
+        default=None, description="relative error of the final latents on held-back prompts"
     )
     calibrated: bool = True
 
@@ -163,7 +163,8 @@ class Compile(Section):
 
     mode: Literal["blocks", "full"] = "blocks"
     dynamic: bool | None = Field(
-        None, description="true: shapes symbolic from the start; absent: once a shape has changed"
+        default=None,
+        description="true: shapes symbolic from the start; absent: once a shape has changed",
     )
 
 

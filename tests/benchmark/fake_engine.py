@@ -15,7 +15,7 @@ import torch
 
 from hasten.benchmark.job import Job
 from hasten.errors import ModelError, UnsupportedError
-from hasten.passes.cache.plan import plan_for
+from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import Recipe
 
 LEAK = "HASTEN_TEST_LEAK"
@@ -35,6 +35,7 @@ class Fast:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.notes = (recipe.description,)
+        self.calibrated: bool | None = None
         self.last_run = SimpleNamespace(steps=0, computed=0, skipped=0)
         self.calls = 0
 
@@ -42,13 +43,12 @@ class Fast:
         self.calls += 1
         _misbehave(self.recipe.description, self.calls)
         steps = given["num_inference_steps"]
-        plan = plan_for(self.recipe.cache, steps) if self.recipe.cache else (True,) * steps
-        computed = sum(plan)
+        computed = computed_steps(self.recipe.cache, steps) if self.recipe.cache else steps
         self.last_run = SimpleNamespace(steps=steps, computed=computed, skipped=steps - computed)
         time.sleep(0.001 * computed)
         size = (1, 3, given["height"], given["width"])
         image = torch.rand(size, generator=given["generator"])
-        image = (image + 0.01 * (len(plan) - computed) + len(prompt or "") / 1000).clamp(0, 1)
+        image = (image + 0.01 * (steps - computed) + len(prompt or "") / 1000).clamp(0, 1)
         if self.recipe.description == "nan" and self.calls > 2:
             image[0, 0, 0, 0] = float("nan")
         return SimpleNamespace(images=image)
@@ -56,8 +56,8 @@ class Fast:
 
 def load(job: Job) -> SimpleNamespace:
     recipe = Recipe.from_toml(job.toml)
-    if job.workload.model == "missing":
-        raise ModelError("missing: no such model", "give another")
+    if job.workload.model == "owner/missing":
+        raise ModelError("owner/missing: no such model", "give another")
     if recipe.description == "unsupported":
         raise UnsupportedError("no compiler", "install one")
     if recipe.description == "leak and die":

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hasten.benchmark.faults import Faults
 from hasten.benchmark.plan import Plan
 from hasten.benchmark.rows import plan_rows
 from hasten.benchmark.workload import Options, resolve_workload
+from hasten.errors import Faults
 from hasten.recipe import Recipe
 from hasten.results import Environment
 
@@ -23,7 +23,14 @@ def make_plan(
     recipes: Sequence[Recipe], *, references: Sequence[str] = ("baseline",), **options: Any
 ) -> Plan:
     """A plan on the CPU; by default 2 prompts of 48x32 pixels in 6 steps."""
-    given = {"limit": 2, "size": "48x32", "steps": 6, "prompts": "general", **options}
+    given = {
+        "model": "owner/name",
+        "limit": 2,
+        "size": "48x32",
+        "steps": 6,
+        "prompts": "general",
+        **options,
+    }
     faults = Faults()
     workload = resolve_workload(Options(dtype="float32", **given), faults)
     rows = plan_rows(recipes, workload.steps, references, faults)

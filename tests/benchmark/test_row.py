@@ -13,7 +13,9 @@ from PIL import Image
 
 from hasten.benchmark import row as row_module
 from hasten.benchmark.job import Job
+from hasten.benchmark.render import denoise_seconds
 from hasten.benchmark.row import measure
+from hasten.benchmark.workload import settings_of
 from hasten.recipe import Recipe, resolve
 from tests.benchmark import fake_engine, small_engine
 from tests.benchmark.plans import FAKE, make_plan, odd
@@ -87,8 +89,26 @@ def test_numbers_come_from_the_images(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.first_image_seconds == 5
     assert found.seconds_per_image is not None
     assert found.seconds_per_image.samples == (9, 13, 17)
-    assert found.transformer_ms_per_step == 1000 * 25 / 6
+    # Sampling steps alone: 100 to 121, which is over five seconds and so not repeated.
+    assert found.transformer_ms_per_step == 1000 * 21 / 6
     assert found.weights_bytes == (8 * 4 + 4) * 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "median"), [((1.0, 3.5, 2.0), 2.0), ((3.0, 4.0), 3.5), ((9.0,), 9.0)]
+)
+def test_sampling_is_repeated_until_five_seconds_are_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], median: float
+) -> None:
+    job = job_for(tmp_path, resolve("baseline"))
+    left = list(seconds)
+    monkeypatch.setattr("hasten.benchmark.render.timed", lambda *_: (None, left.pop(0)))
+    settings = settings_of(Recipe(), job.workload)
+    found = denoise_seconds(
+        fake_engine.load(job), job.workload.prompts[0], settings, torch.device("cpu")
+    )
+    assert found == median
+    assert left == []
 
 
 def test_an_exception_is_one_line_and_the_log_has_the_rest(
@@ -121,9 +141,9 @@ def test_the_recompile_limit_fails_instead_of_running_uncompiled(tmp_path: Path)
 
 
 def test_a_model_that_cannot_be_had_is_a_refusal(tmp_path: Path) -> None:
-    found = outcome(tmp_path, odd("x"), model="missing")
+    found = outcome(tmp_path, odd("x"), model="owner/missing")
     assert found.refusal.kind == "ModelError"
-    assert found.refusal.faults == ("missing: no such model",)
+    assert found.refusal.faults == ("owner/missing: no such model",)
 
 
 def test_random_weights_and_missing_references_are_reasons(tmp_path: Path) -> None:

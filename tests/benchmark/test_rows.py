@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.benchmark.faults import Faults
 from hasten.benchmark.rows import PlannedRow, plan_rows, rival_of, rotated
-from hasten.errors import InputError
-from hasten.recipe import Cache, Compile, Recipe, Sampling, resolve
+from hasten.errors import Faults, InputError
+from hasten.recipe import Compile, IntervalCache, Recipe, Sampling, resolve
 
 
 def planned(
@@ -60,7 +59,7 @@ def test_a_recipes_own_steps_decide_over_the_workloads() -> None:
 
 
 def test_two_caches_that_compute_equally_many_share_a_rival() -> None:
-    linear = Recipe(name="linear", cache=Cache(predictor="linear"))
+    linear = Recipe(name="linear", cache=IntervalCache(predictor="linear"))
     assert names("cache", linear) == [
         "baseline",
         "cache",
@@ -71,14 +70,14 @@ def test_two_caches_that_compute_equally_many_share_a_rival() -> None:
 
 
 def test_a_rival_that_keeps_more_than_its_steps_is_called_after_its_recipe() -> None:
-    strong = Recipe(name="strong", cache=Cache(), sampling=Sampling(guidance=7.0))
+    strong = Recipe(name="strong", cache=IntervalCache(), sampling=Sampling(guidance=7.0))
     rows = {row.name: row.recipe for row in planned("cache", strong)}
     assert rows["fewer-steps-18"].sampling == Sampling(steps=18)
     assert rows["strong-fewer-steps-18"].sampling == Sampling(steps=18, guidance=7.0)
 
 
 def test_the_longest_name_still_has_a_valid_rival() -> None:
-    recipe = Recipe(name="x" * 64, cache=Cache(), compile=Compile())
+    recipe = Recipe(name="x" * 64, cache=IntervalCache(), compile=Compile())
     rival = rival_of(recipe, 50)
     assert rival is not None
     assert len(rival.name) == 64
@@ -108,7 +107,7 @@ def test_clashes_are_input_errors(
 
 
 caches = st.builds(
-    Cache,
+    IntervalCache,
     start_step=st.integers(0, 60),
     interval=st.integers(1, 60),
     predictor=st.sampled_from(["reuse", "linear"]),

@@ -194,7 +194,7 @@ def _running_jobs(out: Path) -> list[str]:
 
 def test_a_model_that_cannot_be_had_raises_and_writes_no_results(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model"):
-        run_plan(make_plan([resolve("cache")], model="missing"), Store(tmp_path), engine=FAKE)
+        run_plan(make_plan([resolve("cache")], model="owner/missing"), Store(tmp_path), engine=FAKE)
     assert not (tmp_path / "results.json").exists()
 
 

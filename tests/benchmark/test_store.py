@@ -9,7 +9,7 @@ import pytest
 from hasten.benchmark.plan import Plan
 from hasten.benchmark.store import Store
 from hasten.errors import InputError
-from hasten.recipe import Cache, Recipe, resolve
+from hasten.recipe import IntervalCache, Recipe, resolve
 from hasten.results import Row, summarize_seconds
 from tests.benchmark.plans import files_below, make_plan
 
@@ -103,8 +103,8 @@ def test_a_mismatch_names_what_differs(tmp_path: Path) -> None:
 
 def test_a_changed_recipe_is_a_mismatch(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    then = make_plan([Recipe(name="mine", cache=Cache(interval=2))])
-    now = make_plan([Recipe(name="mine", cache=Cache(interval=3))])
+    then = make_plan([Recipe(name="mine", cache=IntervalCache(interval=2))])
+    now = make_plan([Recipe(name="mine", cache=IntervalCache(interval=3))])
     opened(store, then)
     row = OK.model_copy(update={"recipe": "mine"})
     store.write_row(row, 0, then.identity(then.rows[1]))

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from hasten.benchmark.faults import Faults
 from hasten.benchmark.plan import make_plan
 from hasten.benchmark.store import Store
-from hasten.benchmark.workload import Options, PassSettings, resolve_workload, settings_of
-from hasten.errors import InputError, ModelError, RecipeError
+from hasten.benchmark.workload import Options, resolve_workload, settings_of
+from hasten.errors import Faults, InputError, ModelError, RecipeError
 from hasten.recipe import Recipe, Sampling
 from hasten.results import Workload
+from hasten.settings import Settings
 
 
 def resolved(**options: Any) -> Workload:
@@ -25,6 +25,7 @@ def resolved(**options: Any) -> Workload:
 
 
 def test_the_models_defaults_fill_what_is_not_said(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "hasten.json").write_text(
         '{"width": 64, "height": 96, "steps": 7, "guidance": 2, "max_sequence_length": 16}'
     )
@@ -92,7 +93,8 @@ def test_everything_wrong_is_said_at_once_and_nothing_is_written(tmp_path: Path)
 
 def test_a_lone_fault_keeps_its_kind(tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
-        make_plan(Options(), ["cahce"], [], Store(tmp_path))
+        make_plan(Options(model="owner/name"), ["cahce"], [], Store(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "hasten.json").write_text("{")
     with pytest.raises(ModelError):
         resolved(model=str(tmp_path))
@@ -106,8 +108,8 @@ def test_a_device_that_is_not_here_is_an_input_error(tmp_path: Path) -> None:
 
 def test_sampling_overrides_the_workload_for_its_row() -> None:
     workload = resolved(size="64x48", steps=9, guidance=2, max_sequence_length=99)
-    assert settings_of(Recipe(), workload) == PassSettings(64, 48, 9, 2.0, 99)
+    assert settings_of(Recipe(), workload) == Settings(64, 48, 9, 2.0, 99)
     half = Recipe(sampling=Sampling(steps=4, guidance=0.0))
-    assert settings_of(half, workload) == PassSettings(64, 48, 4, 0.0, 99)
+    assert settings_of(half, workload) == Settings(64, 48, 4, 0.0, 99)
     full = Recipe(sampling=Sampling(size="32x16", max_sequence_length=7))
-    assert settings_of(full, workload) == PassSettings(32, 16, 9, 2.0, 7)
+    assert settings_of(full, workload) == Settings(32, 16, 9, 2.0, 7)

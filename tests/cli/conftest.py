@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from hasten.chatter import VERBOSITY
 from hasten.cli import main
 
 
@@ -32,8 +33,10 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """`run("recipes", "list")` in an empty directory."""
+    """`run("recipes", "list")` in an empty directory; what it does to the environment is undone."""
     monkeypatch.chdir(tmp_path)
+    for name in VERBOSITY:
+        monkeypatch.setenv(name, "error")
 
     def command(*arguments: object) -> Ended:
         capfd.readouterr()
@@ -44,6 +47,9 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.fixture
-def small_model(monkeypatch: pytest.MonkeyPatch, make_pipe: Callable[[], Any]) -> None:
+def small_model(
+    monkeypatch: pytest.MonkeyPatch, saved_model: Path, make_pipe: Callable[[], Any]
+) -> None:
     """The bundled model is the small random pipeline; the engine is the real one."""
+    monkeypatch.setattr("hasten.models.defaults.TINY_DIR", saved_model)
     monkeypatch.setattr("hasten.models.load_pipeline", lambda *_args, **_options: make_pipe())

@@ -7,7 +7,6 @@ import pty
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def test_version(run: Run) -> None:
 
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:
-    """Under 0.3 s (the best of three: other work may share the machine)."""
+    """Under 0.3 s of the processor (of the clock it would be other work's too), best of three."""
     code = (
         "import sys\n"
         "from hasten.cli import main\n"
@@ -53,11 +52,12 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False
         )
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))  # of the children, user and system
         assert done.returncode == 0, done.stderr
     assert min(seconds) < 0.3
 

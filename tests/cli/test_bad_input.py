@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -99,18 +100,37 @@ def test_a_directory_that_is_no_model(
     assert "no model_index.json" in refused(*command, "--model", tmp_path, code=1).errors[0]
 
 
+@both
+def test_an_unknown_shape(refused: Refused, command: tuple[str, ...], recipe: str) -> None:
+    ended = refused(*command, "--model", "shape:flux.9", code=2)
+    assert "'flux.9'" in ended.errors[0]
+    assert "shape:flux.1-dev" in ended.fixes[0]
+
+
+@both
+def test_a_model_that_cannot_be_is_refused_without_torch(
+    command: tuple[str, ...], recipe: str, tmp_path: Path
+) -> None:
+    program = (
+        "import subprocess, sys\n"
+        "subprocess.Popen = None  # nothing may be started\n"
+        "from hasten.cli import main\n"
+        f"code = main({[*command, '--model', '/nope']})\n"
+        "sys.exit(3 if {'torch', 'diffusers'} & set(sys.modules) else code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "error: /nope: no such model directory" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
-def truncated_model(tmp_path: Path, pipe: Any) -> Path:
+def truncated_model(tmp_path: Path, saved_model: Path) -> Path:
     """A model directory in which the transformer's weights end early."""
     directory = tmp_path / "model"
-    index: dict[str, Any] = {"_class_name": "FluxPipeline"}
-    for name in ("scheduler", "vae", "text_encoder", "text_encoder_2", "transformer"):
-        component = getattr(pipe, name)
-        component.save_pretrained(directory / name)
-        library = type(component).__module__.partition(".")[0]
-        index[name] = [library, type(component).__name__]
-    index["tokenizer"] = index["tokenizer_2"] = [None, None]
-    (directory / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(saved_model, directory)
     weights = directory / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     return directory
@@ -131,12 +151,13 @@ def test_truncated_weights(
     [
         (("--size", "abc"), "'abc' is not WIDTHxHEIGHT"),
         (("--size", "100x128"), "width 100 is not a multiple of 16"),
-        (("--steps", "0"), "--steps"),
+        (("--steps", "0"), "steps = 0 is not a whole number from 1 to 1000"),
         (("--steps", "many"), "--steps"),
-        (("--guidance", "nan"), "--guidance"),
-        (("--guidance", "-1"), "--guidance"),
-        (("--seed", "-1"), "--seed"),
-        (("--max-sequence-length", "0"), "--max-sequence-length"),
+        (("--guidance", "nan"), "guidance = nan"),
+        (("--guidance", "-1"), "guidance = -1"),
+        (("--seed", "-1"), "seed = -1"),
+        (("--seed", str(2**63)), "seed = 9"),
+        (("--max-sequence-length", "0"), "max_sequence_length = 0"),
         (("--dtype", "int3"), "int3"),
         (("--device", "toaster"), "'toaster' is not"),
         (("--nonesuch",), "--nonesuch"),
@@ -154,8 +175,18 @@ def test_bad_option(
 def test_faults_of_several_options_come_together(
     refused: Refused, command: tuple[str, ...], recipe: str
 ) -> None:
-    ended = refused(*command, recipe, "nonesuch", "--size", "100x100", code=2, faults=3)
-    for words in ("nonesuch", "width 100", "height 100"):
+    given = ("--size", "100x20", "--steps", "0", "--seed", "-1", "--model", "/nope")
+    given += ("--guidance", "-2", "--max-sequence-length", "999", "--dtype", "int3")
+    ended = refused(*command, recipe, "nonesuch", *given, "--device", "toaster", code=2, faults=10)
+    for words in ("nonesuch", "width 100", "height 20", "steps", "seed", "/nope: no such model"):
+        assert sum(words in line for line in ended.errors) == 1
+        assert ended.fixes[0].count("the nearest size that works is 96x16") == 1
+
+
+def test_bench_adds_the_faults_of_its_own_options(refused: Refused) -> None:
+    given = ("--limit", "0", "--last", "0", "--rounds", "0", "--reference", "nonesuch")
+    ended = refused("bench", *given, "--model", "/nope", "--steps", "0", code=2, faults=6)
+    for words in ("limit", "last", "rounds", "nonesuch", "/nope", "steps"):
         assert sum(words in line for line in ended.errors) == 1
 
 
@@ -208,7 +239,7 @@ def test_bench_refuses_a_bad_file_of_prompts(
 
 @pytest.mark.parametrize("option", ["--limit", "--last", "--rounds"])
 def test_bench_refuses_to_do_nothing(refused: Refused, option: str) -> None:
-    assert option in refused("bench", option, "0", code=2).errors[0]
+    assert option.removeprefix("--") in refused("bench", option, "0", code=2).errors[0]
 
 
 def test_bench_refuses_a_reference_without_a_row(refused: Refused) -> None:

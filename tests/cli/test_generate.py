@@ -11,6 +11,7 @@ from PIL import Image
 
 from hasten.cli.generate import Request, _save
 from hasten.recipe import Recipe, resolve
+from hasten.settings import Settings
 from tests.cli.conftest import Run
 
 SMALL = ("--size", "32x32", "--steps", "6", "--max-sequence-length", "8")
@@ -76,7 +77,7 @@ def test_verbose_prints_the_summary(run: Run) -> None:
 def test_an_old_picture_is_replaced_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request("x", "tiny", resolve("baseline"), 0, 16, 16, 1, 0.0, 8)
+    request = Request("x", "tiny", resolve("baseline"), 0, Settings(16, 16, 1, 0.0, 8))
     out = tmp_path / "a.png"
     out.write_text("old")
 

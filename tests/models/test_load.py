@@ -14,8 +14,15 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 
 import hasten
 from hasten.errors import InputError, ModelError
+from hasten.machine import DTYPES
 from hasten.models import has_random_weights, load_pipeline
-from hasten.models.defaults import TINY_DIR, ModelDefaults, defaults_for, model_directory
+from hasten.models.defaults import (
+    TINY_DIR,
+    ModelDefaults,
+    check_model,
+    defaults_for,
+    model_directory,
+)
 
 tiny = pytest.mark.skipif(
     not (TINY_DIR / "model_index.json").exists(), reason="the bundled model is not in this checkout"
@@ -57,13 +64,27 @@ def test_a_missing_file_is_an_error_of_one_line(tmp_path: Path) -> None:
     assert caught.value.fix
 
 
-def test_missing_directories(tmp_path: Path) -> None:
+@pytest.mark.parametrize("look", [check_model, load_pipeline])
+def test_names_that_cannot_be_a_model(look: Callable[[str], Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model directory"):
-        load_pipeline(str(tmp_path / "nowhere"), device="cpu")
+        look(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"no model_index\.json"):
-        load_pipeline(str(tmp_path), device="cpu")
+        look(str(tmp_path))
     with pytest.raises(ModelError, match="no such model directory"):
-        load_pipeline("notamodel", device="cpu")
+        look("notamodel")
+    with pytest.raises(InputError, match=r"known: shape:flux\.1-dev"):
+        look("shape:nonesuch")
+
+
+def test_names_that_may_be_a_model(saved_model: Path) -> None:
+    for name in (str(saved_model), "owner/name", "shape:flux.1-dev"):
+        check_model(name)
+
+
+def test_a_bundled_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("hasten.models.defaults.TINY_DIR", tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="not in this installation"):
+        check_model("tiny")
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -96,13 +117,19 @@ def test_hub_failures_each_get_their_fix(
 
 
 def test_devices_and_dtypes() -> None:
-    with pytest.raises(InputError, match="not a device"):
-        load_pipeline("tiny", device="quantum")
+    model = "shape:flux.1-dev"
+    with pytest.raises(InputError, match="'quantum' is not one of"):
+        load_pipeline(model, device="quantum")
     with pytest.raises(InputError, match="not a dtype"):
-        load_pipeline("tiny", device="cpu", dtype="float3")
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="sees no CUDA GPU"):
-            load_pipeline("tiny", device="cuda")
+        load_pipeline(model, device="cpu", dtype="float3")
+    with pytest.raises(InputError, match="cuda:99"):
+        load_pipeline(model, device="cuda:99")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_is_torchs(saved_model: Path, dtype: str) -> None:
+    pipe = load_pipeline(str(saved_model), device="cpu", dtype=dtype)
+    assert pipe.transformer.dtype is getattr(torch, dtype)
 
 
 def test_defaults(tmp_path: Path) -> None:

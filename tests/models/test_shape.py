@@ -12,13 +12,8 @@ from transformers import T5Config, T5EncoderModel
 
 from hasten.errors import InputError, ModelError
 from hasten.models import has_random_weights
-from hasten.models.shape import (
-    FLUX_1_DEV,
-    RandomTokenizer,
-    activation_std,
-    shape_named,
-    variance_preserving_,
-)
+from hasten.models.architecture import FLUX_1_DEV, shape_named
+from hasten.models.shape import RandomTokenizer, activation_std, variance_preserving_
 
 
 def parameters(module: torch.nn.Module) -> int:

@@ -38,7 +38,7 @@ def look(device: str, dtype: str) -> Surroundings:
     import torch
 
     here = machine()
-    device = here.default_device() if device == "auto" else device
+    device = here.device_named(device)
     gpu = here.gpu(device)
     problem = here.device_problem(device)
     return Surroundings(

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 
 from hasten.results import (
-    BASELINE_AGAIN,
     Environment,
     Results,
     Row,
@@ -49,8 +48,7 @@ def pooled(rounds: Sequence[Row]) -> Row:
 def assemble(
     workload: Workload, environment: Environment, measured: Sequence[Sequence[Row]]
 ) -> Results:
-    """Results from each row's rounds, in the table's order, the baseline first; speed-ups and the
-    baseline's drift are added."""
+    """Results from each row's rounds, in the table's order, the baseline first; speed-ups added."""
     rows = [pooled(rounds) for rounds in measured]
     baseline = rows[0].seconds_per_image
     finished = []
@@ -59,17 +57,7 @@ def assemble(
         if baseline and row.seconds_per_image and row.seconds_per_image.median:
             changes["speedup"] = baseline.median / row.seconds_per_image.median
         finished.append(Row.model_validate({**dict(row), **changes}))
-    results = Results(workload=workload, environment=environment, rows=tuple(finished))
-    return results.model_copy(update={"rows": _with_drift(results)})
-
-
-def _with_drift(results: Results) -> tuple[Row, ...]:
-    *others, last = results.rows
-    drift = results.drift
-    if last.recipe != BASELINE_AGAIN or drift is None:
-        return results.rows
-    note = f"drift: the last baseline took {drift:.3f} times as long as the first"
-    return (*others, last.model_copy(update={"notes": (*last.notes, note)}))
+    return Results(workload=workload, environment=environment, rows=tuple(finished))
 
 
 def _in_round(turn: int, reason: str | None) -> str | None:

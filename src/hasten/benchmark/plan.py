@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.benchmark.environment import look_in_process
-from hasten.benchmark.faults import Faults
 from hasten.benchmark.rows import PlannedRow, plan_rows, rotated
 from hasten.benchmark.store import Identity, Store
 from hasten.benchmark.workload import Options, resolve_workload
+from hasten.errors import Faults
 from hasten.recipe import Recipe, resolve
 from hasten.results import BASELINE, Environment, Workload
 

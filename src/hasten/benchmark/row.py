@@ -26,6 +26,7 @@ from hasten.benchmark.render import denoise_seconds, render, render_all
 from hasten.benchmark.score import Told, score
 from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes, timed
 from hasten.benchmark.workload import settings_of
+from hasten.chatter import quiet_libraries
 from hasten.errors import HastenError, InputError, ModelError, UnsupportedError
 from hasten.recipe import Recipe
 from hasten.results import (
@@ -41,6 +42,7 @@ __all__ = ["main", "measure"]
 
 def main(job_file: str, progress_descriptor: str) -> None:
     """Measure the job in `job_file`; whatever goes wrong becomes the row's status and reason."""
+    quiet_libraries()
     job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
     descriptor = int(progress_descriptor)
     os.set_inheritable(descriptor, False)
@@ -103,6 +105,7 @@ def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -
         recipe=job.row,
         status="ok",
         notes=(*engine.fast.notes, counted),
+        calibrated=engine.fast.calibrated,
         seconds_per_image=summarize_seconds(seconds),
         transformer_ms_per_step=1000 * step_seconds,
         steps_computed=StepsComputed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hasten.benchmark.faults import Faults
+from hasten.errors import Faults
 from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import Recipe, Sampling, resolve
 from hasten.results import BASELINE, BASELINE_AGAIN

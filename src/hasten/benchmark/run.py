@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hasten import errors
-from hasten.benchmark.faults import Faults
 from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome, write_text
 from hasten.benchmark.merge import assemble
 from hasten.benchmark.plan import Plan, Turn, make_plan
@@ -16,7 +15,7 @@ from hasten.benchmark.process import how_it_ended, run_module
 from hasten.benchmark.rows import DEFAULT_RECIPES
 from hasten.benchmark.store import Store
 from hasten.benchmark.workload import Options
-from hasten.errors import HastenError
+from hasten.errors import Faults, HastenError
 from hasten.recipe import Recipe
 from hasten.results import BASELINE, Results, Row, write_results
 

@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from hasten import __version__
+from hasten.chatter import quiet_libraries
 from hasten.cli.bench import bench
+from hasten.cli.calibrate import calibrate
 from hasten.cli.doctor import doctor
 from hasten.cli.failure import explain
 from hasten.cli.generate import generate
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(bench)
+app.command()(calibrate)
 app.add_typer(recipes, name="recipes")
 app.command()(doctor)
 
@@ -53,9 +56,7 @@ def hasten(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 ok, 1 failure, 2 bad usage or bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "--debug" not in arguments:
-        # transformers, not yet imported, would warn of optional packages that FLUX does not need.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_libraries(debug="--debug" in arguments)
     try:
         return _run(arguments)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

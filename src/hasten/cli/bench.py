@@ -7,19 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hasten.cli.options import (
-    Debug,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    Json,
-    MaxSequenceLength,
-    Model,
-    Seed,
-    Size,
-    Steps,
-)
+from hasten.cli import options
 from hasten.errors import HastenError
 
 if TYPE_CHECKING:
@@ -35,11 +23,9 @@ Prompts = Annotated[
         metavar="FILE", help="One prompt a line, or tiny or general.  [default: the model's]"
     ),
 ]
-Last = Annotated[int | None, typer.Option(metavar="N", min=1, help="Keep the last N prompts.")]
-Limit = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Then keep the first N of those.")
-]
-Rounds = Annotated[int, typer.Option(metavar="N", min=1, max=100, help="Repeat in rotated order.")]
+Last = Annotated[int | None, typer.Option(metavar="N", help="Keep the last N prompts.")]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="Then keep the first N of those.")]
+Rounds = Annotated[int, typer.Option(metavar="N", help="Repeat in rotated order, 1 to 100 times.")]
 References = Annotated[
     str, typer.Option("--reference", metavar="ROW,ROW,...", help="Rows to score pictures against.")
 ]
@@ -53,19 +39,19 @@ def bench(
     prompts: Prompts = None,
     last: Last = None,
     limit: Limit = None,
-    model: Model = "tiny",
-    device: Device = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    steps: Steps = None,
-    size: Size = None,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    max_sequence_length: MaxSequenceLength = None,
+    model: options.Model = "tiny",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    steps: options.Steps = None,
+    size: options.Size = None,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = None,
+    max_sequence_length: options.MaxSequenceLength = None,
     rounds: Rounds = 1,
     reference: References = "baseline",
     resume: Resume = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
     from hasten import bench as run
@@ -86,7 +72,7 @@ def bench(
             guidance=guidance,
             max_sequence_length=max_sequence_length,
             device=device,
-            dtype=dtype.value,
+            dtype=dtype,
             rounds=rounds,
             references=_names(reference),
             resume=resume,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hasten.cli.options import Debug, Json
-from hasten.errors import HastenError, UnsupportedError
+from hasten.errors import HastenError, UnsupportedError, join_fixes
 
 if TYPE_CHECKING:
     from hasten.machine import Machine, Problem
@@ -77,7 +77,7 @@ def doctor(
     if broken:
         raise UnsupportedError(
             [f"{found.what}: {found.detail}" for found in broken],
-            "; ".join(dict.fromkeys(found.fix for found in broken)),
+            join_fixes(found.fix for found in broken),
         )
 
 
@@ -221,7 +221,7 @@ def _preset(name: str, here: Machine, device: str) -> Finding:
     if not found:
         return Finding(f"recipe {name}", "ok", f"runs on {device}")
     faults, fixes = zip(*found, strict=True)
-    return Finding(f"recipe {name}", "no", "; ".join(faults), "; ".join(dict.fromkeys(fixes)))
+    return Finding(f"recipe {name}", "no", "; ".join(faults), join_fixes(fixes))
 
 
 def _hub(*, ask: bool) -> Finding:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import typer
 
-from hasten.errors import HastenError, InputError
+from hasten.errors import HastenError
 
 # Typer may or may not bring its own copy of click; either way this is the base of usage errors.
 UsageError: Any = typer.BadParameter.__base__
@@ -46,26 +45,6 @@ def explain(error: BaseException) -> Failure:
         "run again with --debug for the traceback and report it",
         1,
     )
-
-
-def all_of(*checks: Callable[[], object]) -> None:
-    """Run every check; raise what they found as one error, so that nobody fixes one at a time."""
-    found = []
-    for check in checks:
-        try:
-            check()
-        except HastenError as error:
-            found.append(error)
-    if len(found) == 1:
-        raise found[0]
-    if found:
-        faults = [fault for error in found for fault in error.faults]
-        raise InputError(faults, joined_fixes([error.fix for error in found]))
-
-
-def joined_fixes(fixes: Sequence[str]) -> str:
-    """Several fixes as one line, none of them twice."""
-    return "; ".join(dict.fromkeys(fix for fix in fixes if fix))
 
 
 def _usage(error: Any) -> Failure:

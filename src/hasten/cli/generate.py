@@ -8,35 +8,20 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hasten import __version__
-from hasten.cli.failure import all_of
-from hasten.cli.options import (
-    Debug,
-    Device,
-    Dtype,
-    DtypeOption,
-    Guidance,
-    Json,
-    MaxSequenceLength,
-    Model,
-    Seed,
-    Size,
-    Steps,
-    check_writable,
-)
-from hasten.errors import InputError
+from hasten.cli import options
+from hasten.errors import Faults, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from hasten.cli.progress import ProgressBar
     from hasten.recipe import Recipe
-
-T = TypeVar("T")
+    from hasten.settings import CallOptions, Settings
 
 
 @dataclass(frozen=True)
@@ -47,11 +32,7 @@ class Request:
     model: str
     recipe: Recipe
     seed: int
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    max_sequence_length: int
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -76,49 +57,49 @@ def generate(
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where it goes.")] = Path(
         "hasten.png"
     ),
-    model: Model = "tiny",
-    device: Device = "auto",
-    dtype: DtypeOption = Dtype.auto,
-    steps: Steps = None,
-    size: Size = None,
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    max_sequence_length: MaxSequenceLength = None,
+    model: options.Model = "tiny",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    steps: options.Steps = None,
+    size: options.Size = None,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = None,
+    max_sequence_length: options.MaxSequenceLength = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say what each pass did.")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Make one picture; prompt, seed and recipe are stored in the PNG."""
-    from hasten.models.defaults import defaults_for
-    from hasten.recipe import Sampling, parse_size, resolve
+    from hasten.settings import CallOptions
 
-    all_of(
-        lambda: _check_prompt(prompt),
-        lambda: resolve(recipe),
-        lambda: parse_size(size) if size else None,
-        lambda: _check_out(out),
-        lambda: defaults_for(model),
-    )
-    chosen = resolve(recipe)
-    sampling, defaults = chosen.sampling or Sampling.model_validate({}), defaults_for(model)
-    asked_size = size or sampling.size
-    width, height = parse_size(asked_size) if asked_size else (defaults.width, defaults.height)
-    request = Request(
-        prompt=prompt,
-        model=model,
-        recipe=chosen,
-        seed=seed,
-        width=width,
-        height=height,
-        steps=_first(steps, sampling.steps, defaults.steps),
-        guidance=_first(guidance, sampling.guidance, defaults.guidance),
-        max_sequence_length=_first(
-            max_sequence_length, sampling.max_sequence_length, defaults.max_sequence_length
-        ),
-    )
-    picture = _render(request, device, dtype.value)
+    asked = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
+    request = _request(prompt, recipe, out, asked)
+    picture = _render(request, device, dtype)
     _save(picture.image, request, out)
     _print_result(picture, request, out, as_json=as_json, verbose=verbose)
+
+
+def _request(prompt: str, recipe: str, out: Path, asked: CallOptions) -> Request:
+    """Look at all of the input, and raise everything that is wrong with it at once."""
+    from hasten.machine import machine
+    from hasten.recipe import Recipe, resolve
+    from hasten.settings import MAX_SEED, Settings, chosen_settings, model_defaults, whole_number
+
+    faults, chosen = Faults(), Recipe()
+    with faults.gather():
+        _check_prompt(prompt)
+    with faults.gather():
+        chosen = resolve(recipe)
+    with faults.gather():
+        _check_out(out)
+    otherwise = Settings.of_model(model_defaults(asked.model, faults)).under(chosen.sampling)
+    settings = chosen_settings(asked, otherwise, faults)
+    seed = whole_number("seed", asked.seed, 0, (0, MAX_SEED), faults)
+    if asked.device not in ("auto", "cpu"):  # these two are always there: no need to look
+        with faults.gather():
+            machine().usable_device(asked.device)
+    faults.raise_any()
+    return Request(prompt, asked.model, chosen, seed, settings)
 
 
 def _render(request: Request, device: str, dtype: str) -> Picture:
@@ -139,14 +120,10 @@ def _render(request: Request, device: str, dtype: str) -> Picture:
         fast = optimize(pipe, request.recipe)
         loaded = time.perf_counter()
         what = "compiling, then steps" if request.recipe.compile else "steps"
-        progress.stage(what, total=request.steps)
+        progress.stage(what, total=request.settings.steps)
         image = fast(
             request.prompt,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            max_sequence_length=request.max_sequence_length,
+            **request.settings.call_arguments(),
             # On the CPU, so that a seed gives the same noise on every device.
             generator=torch.Generator().manual_seed(request.seed),
             callback_on_step_end=_reporting(progress),
@@ -195,8 +172,12 @@ def _save(image: Image, request: Request, out: Path) -> None:
 
 def _facts(request: Request) -> dict[str, Any]:
     """The request as JSON values; the recipe by its name."""
-    return {name: value for name, value in vars(request).items() if name != "recipe"} | {
-        "recipe": request.recipe.name
+    return {
+        "prompt": request.prompt,
+        "model": request.model,
+        "recipe": request.recipe.name,
+        "seed": request.seed,
+        **vars(request.settings),
     }
 
 
@@ -214,7 +195,7 @@ def _print_result(
         print(json.dumps(result, indent=2))
         return
     print(
-        f"{out}: {request.width}x{request.height}, recipe {request.recipe.name}, "
+        f"{out}: {request.settings.width}x{request.settings.height}, recipe {request.recipe.name}, "
         f"{picture.steps_computed} of {picture.steps} steps computed, "
         f"{picture.image_seconds:.2f} s (loading {picture.load_seconds:.1f} s)"
     )
@@ -236,9 +217,4 @@ def _check_out(out: Path) -> None:
         raise InputError(f"{out}: not a .png file name", "only PNG is written, for example a.png")
     if out.is_dir():
         raise InputError(f"{out}: a directory, not a file", "give --out a file name")
-    check_writable(out.parent)
-
-
-def _first(*values: T | None) -> T:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
+    options.check_writable(out.parent)

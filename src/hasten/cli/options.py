@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hasten.errors import InputError
-
-
-class Dtype(StrEnum):
-    """`auto` is bfloat16 on a GPU that has it (float16 on an older one) and float32 on a CPU."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
 
 Model = Annotated[
     str,
@@ -28,27 +17,24 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
-DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")
-]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")]
+# No bounds here: typer would stop at the first value out of them. hasten.settings finds them all.
 Steps = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, max=1000, help="Denoising steps.  [default: the model's]"),
+    typer.Option(metavar="N", help="Denoising steps, 1 to 1000.  [default: the model's]"),
 ]
 Size = Annotated[
     str | None,
     typer.Option(metavar="WxH", help="Pixels, multiples of 16.  [default: the model's]"),
 ]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**53, help="Seed of the noise.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the noise, 0 or more.")]
 Guidance = Annotated[
     float | None,
-    typer.Option(
-        metavar="X", min=0, max=100, help="Distilled guidance scale.  [default: the model's]"
-    ),
+    typer.Option(metavar="X", help="Distilled guidance scale, 0 to 100.  [default: the model's]"),
 ]
 MaxSequenceLength = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, max=512, help="Text tokens for T5.  [default: the model's]"),
+    typer.Option(metavar="N", help="Text tokens for T5, 1 to 512.  [default: the model's]"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -47,7 +47,8 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # rich before 14.3 would print an empty line into a pipe
+            self._bar.stop()
 
     def stage(self, what: str, total: int | None = None) -> None:
         """Begin another stage of `total` units; None where their number is not known."""

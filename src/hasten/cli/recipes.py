@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hasten.cli.options import Debug, Device, Json
-from hasten.errors import RecipeError, UnsupportedError
+from hasten.errors import RecipeError, UnsupportedError, join_fixes
 
 if TYPE_CHECKING:
     from hasten.recipe import Recipe
@@ -62,7 +62,6 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Say everything that is wrong with a recipe, and whether it can run on this machine."""
-    from hasten.cli.failure import joined_fixes
     from hasten.recipe import resolve
 
     try:
@@ -78,7 +77,7 @@ def check(
         print(json.dumps({"valid": True, "works_here": works, "faults": faults}))
     if found:
         raise UnsupportedError(
-            [f"{name}: {fault}" for fault, _ in found], joined_fixes([fix for _, fix in found])
+            [f"{name}: {fault}" for fault, _ in found], join_fixes(fix for _, fix in found)
         )
     if not as_json:
         print(f"{name}: valid{f', and works here on {where}' if where else ''}")
@@ -98,7 +97,7 @@ def _problems_here(recipe: Recipe, device: str) -> tuple[str, list[tuple[str, st
     from hasten.machine import machine
 
     here = machine()
-    device = here.default_device() if device == "auto" else device
+    device = here.device_named(device)
     missing = here.device_problem(device)
     if missing is not None:
         return device, [missing]

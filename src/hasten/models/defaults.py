@@ -1,4 +1,4 @@
-"""What a model is called with when the caller says nothing. No torch: the command line reads it.
+"""What can be said of a model by its name alone, and what it is called with by default. No torch.
 
 A model directory may carry `hasten.json` beside `model_index.json`:
 
@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hasten.errors import ModelError
+from hasten.models.architecture import shape_named
 
-__all__ = ["TINY_DIR", "ModelDefaults", "defaults_for", "model_directory"]
+__all__ = ["TINY_DIR", "ModelDefaults", "check_model", "defaults_for", "model_directory"]
 
 TINY_DIR = Path(__file__).parent.parent / "assets" / "tiny_flux"
 
@@ -40,10 +41,37 @@ def model_directory(model: str) -> Path | None:
     if model.startswith("shape:"):
         return None
     path = Path(model).expanduser()
-    return path if path.exists() or looks_like_path(model) else None
+    return path if path.exists() or _looks_like_path(model) else None
 
 
-def looks_like_path(model: str) -> bool:
+def check_model(model: str) -> None:
+    """Raise ModelError for a directory that holds no pipeline, InputError for an unknown shape.
+
+    Whether a hub id exists is not known before it is loaded.
+    """
+    if model.startswith("shape:"):
+        shape_named(model.removeprefix("shape:"))
+        return
+    directory = model_directory(model)
+    if directory is None or (directory / "model_index.json").is_file():
+        return
+    if model == "tiny":
+        raise ModelError(
+            f"the bundled model is not in this installation ({directory})",
+            "install hasten again, or give another --model",
+        )
+    if not directory.is_dir():
+        raise ModelError(
+            f"{model}: no such model directory",
+            "check the path; a hub id is written owner/name, the bundled model is called tiny",
+        )
+    raise ModelError(
+        f"{directory}: no model_index.json, so it is not a Diffusers pipeline",
+        "give the directory that `pipe.save_pretrained(...)` wrote",
+    )
+
+
+def _looks_like_path(model: str) -> bool:
     """A hub id is `owner/name`; anything that starts like a path or nests deeper is a path."""
     return model.startswith(("/", "./", "../", "~")) or model.count("/") != 1
 

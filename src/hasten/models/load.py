@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hasten.errors import HastenError, InputError, ModelError
-from hasten.machine import machine
-from hasten.models.defaults import defaults_for, looks_like_path, model_directory
+from hasten.errors import HastenError, ModelError
+from hasten.machine import check_dtype, machine
+from hasten.models.architecture import shape_named
+from hasten.models.defaults import check_model, defaults_for, model_directory
 
 __all__ = ["has_random_weights", "load_pipeline", "model_notes"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NOTES = "_hasten_notes"  # on the transformer of a shape: model: what a reader of figures must know
 
 
@@ -24,13 +23,17 @@ def load_pipeline(model: str = "tiny", *, device: str = "auto", dtype: str = "au
     architecture under random weights, for timing). device and dtype: torch's names; `auto` takes
     the fastest device here and the dtype that suits it.
 
-    Raises ModelError (missing, incomplete, gated, unreadable) or InputError (device, dtype).
+    Raises ModelError (missing, incomplete, gated, unreadable) or InputError (an unknown shape,
+    device or dtype).
     """
-    target = _device(device)
-    precision = _dtype(dtype, target)
+    check_model(model)
+    check_dtype(dtype)
+    target = torch.device(machine().usable_device(device))
+    name = machine().default_dtype(str(target)) if dtype == "auto" else dtype
+    precision: torch.dtype = getattr(torch, name)
     defaults = defaults_for(model)
     if model.startswith("shape:"):
-        from hasten.models.shape import build_shape, shape_named
+        from hasten.models.shape import build_shape
 
         return build_shape(shape_named(model.removeprefix("shape:")), target, precision)
     pipe = _from_pretrained(model, precision)
@@ -49,62 +52,15 @@ def model_notes(pipe: Any) -> tuple[str, ...]:
     return tuple(getattr(pipe.transformer, NOTES, ()))
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(machine().default_device() if name == "auto" else name)
-    except RuntimeError:
-        raise InputError(f"{name!r} is not a device", "use cpu, cuda, cuda:1 or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"device {name!r}: this torch ({torch.__version__}) sees no CUDA GPU",
-            "use --device cpu, or see `hasten doctor`",
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r}: there are {torch.cuda.device_count()} GPUs", "count from cuda:0"
-        )
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = machine().default_dtype(device.type)
-    if name not in DTYPES:
-        raise InputError(f"{name!r} is not a dtype", f"use auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
 def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
-    directory = model_directory(model)
-    if directory is not None:
-        _refuse_incomplete(model, directory)
-    elif looks_like_path(model):
-        raise _missing(model)
     try:
-        return DiffusionPipeline.from_pretrained(str(directory or model), dtype=dtype)
+        return DiffusionPipeline.from_pretrained(str(model_directory(model) or model), dtype=dtype)
     except HastenError:
         raise
     except Exception as error:
         raise _model_error(model, error) from error
-
-
-def _refuse_incomplete(model: str, directory: Path) -> None:
-    if not directory.is_dir():
-        raise _missing(model)
-    if not (directory / "model_index.json").is_file():
-        raise ModelError(
-            f"{directory}: no model_index.json, so it is not a Diffusers pipeline",
-            "give the directory that `pipe.save_pretrained(...)` wrote",
-        )
-
-
-def _missing(model: str) -> ModelError:
-    return ModelError(
-        f"{model}: no such model directory",
-        "check the path; a hub id is written owner/name, the bundled model is called tiny",
-    )
 
 
 # Exception class names (huggingface_hub's, safetensors', the network stack's) -> what to do.

@@ -1,11 +1,10 @@
-"""Faults gathered over several looks at the input."""
+"""The base of all errors, and faults gathered over several looks at the input."""
 
 from __future__ import annotations
 
 import pytest
 
-from hasten.benchmark.faults import Faults
-from hasten.errors import InputError, RecipeError
+from hasten.errors import Faults, InputError, RecipeError, join_fixes
 
 
 def test_nothing_wrong_raises_nothing() -> None:
@@ -29,3 +28,8 @@ def test_one_error_keeps_its_kind_and_several_become_one_without_repeats() -> No
 def test_other_exceptions_pass() -> None:
     with pytest.raises(ZeroDivisionError), Faults().gather():
         raise ZeroDivisionError
+
+
+def test_fixes_are_joined_without_repeats_and_empty_ones() -> None:
+    assert join_fixes(["a", "", "b", "a"]) == "a; b"
+    assert join_fixes([]) == ""

@@ -1,0 +1,73 @@
+"""What leaving a step for a later one costs, from inner products alone.
+
+Over a gap from step i to step j the full run moves by S_ij = Σ_{m=i}^{j-1} Δσ_m v_m; a plan moves
+by Δσ_ij · Σ_k w_k u_k, with u_k the newest computed velocities and w fitted by least squares over
+all calibration prompts. Both are linear in the N recorded velocities, so every error is a vector of
+N coefficients and its squared norm a quadratic form in their N×N Gram matrix: no latent is touched
+while searching. The cost conditioned on earlier key steps follows DPCache (arXiv:2602.22654).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.calibration.trajectories import Trajectories
+
+__all__ = ["GapCosts", "gram_matrix"]
+
+Array = NDArray[np.float64]
+RIDGE = 1e-4  # of the newest velocity's squared norm: pulls the weights towards plain reuse
+
+
+def gram_matrix(trajectories: Trajectories) -> Array:
+    """N×N mean inner products of the velocities, over prompts and latent values."""
+    velocities = trajectories.velocities.flatten(1).double()
+    gram: Array = (velocities @ velocities.T / velocities.shape[1]).numpy()
+    return gram
+
+
+class GapCosts:
+    """Fits and errors of gaps. `order` is how many computed velocities a gap may combine."""
+
+    def __init__(self, gram: Array, sigmas: tuple[float, ...], order: int) -> None:
+        self.gram = gram
+        self.sigmas = np.asarray(sigmas)
+        self.order = order
+        self._known: dict[tuple[int, ...], Array] = {}
+
+    def error(self, stop: int, known: tuple[int, ...]) -> Array:
+        """Coefficients (N) of the error made from step known[0] to step `stop`; `known` are the
+        computed steps, newest first, at most `order` of them."""
+        key = (stop, *known)
+        if key not in self._known:
+            self._known[key] = self._fit(stop, known)
+        return self._known[key]
+
+    def norm(self, coefficients: Array) -> float:
+        """Root mean square error that these coefficients of velocities stand for."""
+        return math.sqrt(max(0.0, float(coefficients @ self.gram @ coefficients)))
+
+    def _fit(self, stop: int, known: tuple[int, ...]) -> Array:
+        start = known[0]
+        wanted = np.zeros(len(self.gram))
+        wanted[start:stop] = np.diff(self.sigmas)[start:stop]
+        span = self.sigmas[stop] - self.sigmas[start]
+        weights = fit_weights(self.gram, wanted / span, known)
+        made = np.zeros_like(wanted)
+        made[list(known)] = weights * span
+        return made - wanted
+
+
+def fit_weights(gram: Array, target: Array, known: tuple[int, ...]) -> Array:
+    """Weights w (newest first) that bring Σ w_k v_known[k] nearest to Σ target_m v_m.
+
+    Least squares with a ridge towards plain reuse, w = (1, 0, …), solved from the Gram matrix.
+    """
+    among = gram[np.ix_(known, known)]
+    ridge = RIDGE * gram[known[0], known[0]] * np.eye(len(known))
+    prior = np.eye(len(known))[0]
+    solution: Array = np.linalg.solve(among + ridge, gram[list(known)] @ target + ridge @ prior)
+    return solution

@@ -1,0 +1,133 @@
+"""`hasten calibrate`: learn a schedule for a model and write it as a recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hasten.cli import options
+from hasten.errors import Faults, InputError
+
+if TYPE_CHECKING:
+    from hasten.calibration.learn import Calibration
+    from hasten.settings import CallOptions, Settings
+
+HELD_BACK = 8
+
+
+def calibrate(
+    *,
+    budget: Annotated[
+        int, typer.Option(metavar="K", help="How many steps to compute.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE.toml", help="The recipe that is written.")] = (
+        Path("schedule.toml")
+    ),
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One prompt a line.  [default: the model's set]"),
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = 16,
+    model: options.Model = "tiny",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    steps: options.Steps = None,
+    size: options.Size = None,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = None,
+    max_sequence_length: options.MaxSequenceLength = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Learn which steps of a model to compute; eight more prompts check the result."""
+    from hasten.settings import CallOptions
+
+    asked = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
+    texts, settings = _request(asked, prompts, limit, budget, out)
+    found = _learn(asked, texts, settings, budget)
+    _write(found, out)
+    _print_result(found, out, as_json=as_json)
+
+
+def _request(
+    asked: CallOptions, prompts: Path | None, limit: int, budget: int, out: Path
+) -> tuple[list[str], Settings]:
+    """Look at all of the input, and raise everything that is wrong with it at once."""
+    from hasten.prompts import read_prompts
+    from hasten.settings import Settings, chosen_settings, model_defaults, whole_number
+
+    faults = Faults()
+    defaults = model_defaults(asked.model, faults)
+    settings = chosen_settings(asked, Settings.of_model(defaults), faults)
+    whole_number("budget", budget, 1, (1, settings.steps), faults)
+    count = whole_number("limit", limit, 16, (1, 1000), faults)
+    texts: list[str] = []
+    with faults.gather():
+        texts = list(read_prompts(prompts or defaults.prompts, limit=count + HELD_BACK))
+        if len(texts) <= HELD_BACK:
+            raise InputError(
+                f"{len(texts)} prompts are too few: {HELD_BACK} are held back to check the result",
+                f"give at least {HELD_BACK + 1}, better {HELD_BACK + 16}",
+            )
+    with faults.gather():
+        if out.suffix != ".toml" or out.is_dir():
+            raise InputError(f"{out}: not a .toml file name", "for example --out schedule.toml")
+        options.check_writable(out.parent)
+    faults.raise_any()
+    return texts, settings
+
+
+def _learn(asked: CallOptions, texts: list[str], settings: Settings, budget: int) -> Calibration:
+    from hasten.cli.progress import ProgressBar, silence_library_bars
+
+    with ProgressBar() as progress:
+        progress.stage("loading")
+        silence_library_bars()
+        from hasten import calibrate as learn
+        from hasten import load_pipeline
+
+        arguments = settings.call_arguments()
+        return learn(
+            load_pipeline(asked.model, device=asked.device, dtype=asked.dtype),
+            texts,
+            budget=budget,
+            steps=arguments.pop("num_inference_steps"),
+            held_back=HELD_BACK,
+            seed=asked.seed,
+            progress=progress.show,
+            **arguments,
+        )
+
+
+def _write(found: Calibration, out: Path) -> None:
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(found.recipe.to_toml(), "utf-8")
+        os.replace(draft, out)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written: {error.strerror or error}", "choose another --out"
+        ) from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _print_result(found: Calibration, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        result = {
+            "path": str(out),
+            "error": found.error,
+            "interval_error": found.interval_error,
+            "better": found.better,
+        }
+        print(json.dumps(result, indent=2))
+        return
+    verdict = "" if found.better else "; no better than the interval: use that"
+    print(
+        f"{out}: error of the final latents on {HELD_BACK} held-back prompts {found.error:.4f}, "
+        f"plain interval {found.interval_error:.4f}{verdict}"
+    )

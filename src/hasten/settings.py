@@ -1,0 +1,124 @@
+"""What a pipeline is called with: options over a recipe over the model's defaults. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hasten.errors import Faults
+from hasten.machine import check_dtype
+from hasten.models.defaults import ModelDefaults, check_model, defaults_for
+from hasten.recipe import Sampling, parse_size
+
+__all__ = [
+    "MAX_SEED",
+    "CallOptions",
+    "Settings",
+    "chosen_settings",
+    "model_defaults",
+    "whole_number",
+]
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What was asked for, as it was asked; None means the model's own default."""
+
+    model: str = "tiny"
+    device: str = "auto"
+    dtype: str = "auto"
+    steps: int | None = None
+    size: str | None = None
+    seed: int = 0
+    guidance: float | None = None
+    max_sequence_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Pixels, steps, distilled guidance scale, T5 tokens."""
+
+    width: int
+    height: int
+    steps: int
+    guidance: float | None
+    max_sequence_length: int
+
+    @classmethod
+    def of_model(cls, defaults: ModelDefaults) -> Settings:
+        return cls(**defaults.model_dump(exclude={"prompts"}))
+
+    def under(self, sampling: Sampling | None) -> Settings:
+        """These, overridden by what a recipe's `[sampling]` sets."""
+        if sampling is None:
+            return self
+        changes = sampling.model_dump(exclude_none=True, exclude={"size"})
+        if sampling.size is not None:
+            changes["width"], changes["height"] = parse_size(sampling.size)
+        return replace(self, **changes)
+
+    def call_arguments(self) -> dict[str, Any]:
+        """The same under the names a Diffusers pipeline has for them."""
+        arguments = asdict(self)
+        arguments["num_inference_steps"] = arguments.pop("steps")
+        arguments["guidance_scale"] = arguments.pop("guidance")
+        return arguments
+
+
+def model_defaults(model: str, faults: Faults) -> ModelDefaults:
+    """The model's defaults; FLUX.1-dev's stand in for those of a model there is not."""
+    with faults.gather():
+        check_model(model)
+        return defaults_for(model)
+    return ModelDefaults()
+
+
+def chosen_settings(options: CallOptions, otherwise: Settings, faults: Faults) -> Settings:
+    """`otherwise` with what the options set; what is wrong with them goes into `faults`.
+
+    After a fault the value of `otherwise` stands in, so that the rest can still be looked at.
+    """
+    width, height = otherwise.width, otherwise.height
+    if options.size is not None:
+        with faults.gather():
+            width, height = parse_size(options.size)
+    with faults.gather():
+        check_dtype(options.dtype)
+    tokens = otherwise.max_sequence_length
+    return Settings(
+        width,
+        height,
+        whole_number("steps", options.steps, otherwise.steps, (1, 1000), faults),
+        _guidance(options.guidance, otherwise.guidance, faults),
+        whole_number("max_sequence_length", options.max_sequence_length, tokens, (1, 512), faults),
+    )
+
+
+def whole_number(
+    name: str, value: int | None, default: int, bounds: tuple[int, int], faults: Faults
+) -> int:
+    """The value, or the default where it is None or, after noting the fault, out of bounds."""
+    if value is None:
+        return default
+    low, high = bounds
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        faults.add(
+            f"{name} = {value!r} is not a whole number from {low} to {high}",
+            f"the default of {name} is {default}",
+        )
+        return default
+    return value
+
+
+def _guidance(value: float | None, default: float | None, faults: Faults) -> float | None:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+        faults.add(
+            f"guidance = {value!r} is not a number from 0 to 100",
+            f"the default of guidance is {default}",
+        )
+        return default
+    return float(value)

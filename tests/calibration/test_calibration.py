@@ -1,0 +1,162 @@
+"""Calibration: each part against a direct computation, and the whole on a small pipeline."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hasten
+from hasten.calibration.cost import GapCosts, fit_weights, gram_matrix
+from hasten.calibration.search import best_path, improved, total_error
+from hasten.calibration.trajectories import Trajectories, at_scheduler_step
+from hasten.errors import InputError
+from hasten.models.fingerprint import fingerprint
+from hasten.prompts import read_prompts
+from hasten.recipe import ScheduleCache
+
+
+def curved(steps: int, seed: int = 0, prompts: int = 3, values: int = 40) -> Trajectories:
+    """Smooth made-up runs: velocities quadratic in sigma, integrated by Euler's rule."""
+    generator = torch.Generator().manual_seed(seed)
+    sigmas = tuple(1 - i / steps for i in range(steps + 1))
+    parts = torch.randn(3, prompts, values, generator=generator)
+    velocities = torch.stack([parts[0] + s * parts[1] + s * s * parts[2] for s in sigmas[:-1]])
+    latents = [torch.randn(prompts, values, generator=generator)]
+    for i in range(steps):
+        latents.append(latents[-1] + (sigmas[i + 1] - sigmas[i]) * velocities[i])
+    return Trajectories(sigmas, velocities, torch.stack(latents))
+
+
+def test_gap_errors_from_the_gram_matrix_are_the_real_ones() -> None:
+    runs = curved(12)
+    costs = GapCosts(gram_matrix(runs), runs.sigmas, order=2)
+    coefficients = costs.error(9, (5, 3))
+    error = torch.einsum("n,npd->pd", torch.from_numpy(coefficients).float(), runs.velocities)
+    assert costs.norm(coefficients) == pytest.approx(float(error.square().mean().sqrt()), rel=1e-3)
+    wanted = runs.latents[9] - runs.latents[5]
+    made = error + wanted
+    basis = runs.velocities[[5, 3]].flatten(1).T
+    best = basis @ torch.linalg.lstsq(basis, wanted.flatten()).solution
+    assert torch.allclose(made.flatten(), best, atol=2e-3)
+
+
+def test_fitted_weights_reproduce_what_is_in_their_span() -> None:
+    vectors = np.random.default_rng(0).normal(size=(3, 200))
+    gram = vectors @ vectors.T / 200
+    target = np.array([0.0, 1.7, -0.7])
+    assert fit_weights(gram, target, (1, 2)) == pytest.approx([1.7, -0.7], abs=1e-2)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), budget=st.integers(1, 5))
+def test_the_search_finds_the_best_path_for_its_cost(seed: int, budget: int) -> None:
+    """Against every path of a small problem, with the same conditional cost."""
+    steps = 7
+    runs = curved(steps, seed)
+    costs = GapCosts(gram_matrix(runs), runs.sigmas, order=2)
+
+    def cost(path: tuple[int, ...]) -> float:
+        stops = (*path[1:], steps)
+        known = [tuple(reversed(path[max(0, k - 1) : k + 1])) for k in range(len(path))]
+        return sum(costs.norm(costs.error(stop, k)) for stop, k in zip(stops, known, strict=True))
+
+    found = best_path(costs, steps, budget)
+    assert len(found) == budget
+    every = [(0, *rest) for rest in itertools.combinations(range(1, steps), budget - 1)]
+    assert cost(found) <= min(map(cost, every)) * (1 + 1e-9) + 1e-12
+
+
+def test_local_search_never_makes_a_path_worse() -> None:
+    steps = 16
+    runs = curved(steps)
+    costs = GapCosts(gram_matrix(runs), runs.sigmas, order=2)
+    objective = lambda path: total_error(costs, path, steps, np.ones(steps))  # noqa: E731
+    start = tuple(range(0, steps, 3))
+    better = improved(start, steps, objective)
+    assert objective(better) <= objective(start)
+    assert len(better) == len(start)
+    assert better[0] == 0
+
+
+def test_the_scheduler_is_left_as_it_was(pipe: Any, call: Callable[..., torch.Tensor]) -> None:
+    expected = call(pipe)
+    seen = []
+
+    def watch(index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        seen.append(index)
+        return velocity
+
+    with at_scheduler_step(pipe.scheduler, watch):
+        assert torch.equal(call(pipe), expected)
+    assert seen == list(range(6))
+    assert "step" not in pipe.scheduler.__dict__
+
+
+@pytest.fixture(scope="module")
+def learned() -> Any:
+    pipe = hasten.load_pipeline("tiny", device="cpu", dtype="float32")
+    prompts = read_prompts("tiny", limit=9)
+    found = hasten.calibrate(pipe, prompts, budget=5, steps=12, held_back=3, batch=6)
+    return pipe, prompts, found
+
+
+def test_a_learned_schedule_beats_the_interval_of_the_same_budget(learned: Any) -> None:
+    pipe, _, found = learned
+    cache = found.recipe.cache
+    assert isinstance(cache, ScheduleCache)
+    assert len(cache.compute) == 5
+    assert cache.fingerprint == fingerprint(pipe.transformer)
+    assert cache.expected_error == pytest.approx(found.error, abs=1e-6)
+    assert found.better
+    assert found.error < 0.7 * found.interval_error
+
+
+def test_its_error_is_what_a_user_gets(learned: Any) -> None:
+    """Sampled anew through the public interface, on the held-back prompts."""
+    pipe, prompts, found = learned
+    ids = range(6, 9)
+
+    def draw(target: Any) -> torch.Tensor:
+        noise = [torch.Generator().manual_seed(i) for i in ids]
+        texts = [prompts[i] for i in ids]
+        arguments = {"num_inference_steps": 12, "output_type": "latent"}
+        return target(texts, generator=noise, **arguments).images.flatten(1)
+
+    plain = hasten.optimize(pipe, "baseline")
+    expected = draw(plain)
+    plain.restore()
+    fast = hasten.optimize(pipe, hasten.Recipe.from_toml(found.recipe.to_toml()))
+    got = draw(fast)
+    assert fast.last_run.computed == 5
+    assert fast.calibrated is True
+    fast.restore()
+    error = ((got - expected).norm(dim=1) / expected.norm(dim=1)).mean()
+    assert float(error) == pytest.approx(found.error, rel=1e-3)
+
+
+def test_calibration_is_deterministic_and_leaves_the_pipeline_alone(learned: Any) -> None:
+    pipe, prompts, found = learned
+    again = hasten.calibrate(pipe, prompts, budget=5, steps=12, held_back=3, batch=6)
+    assert again.recipe == found.recipe
+    hasten.optimize(pipe, "baseline").restore()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ({"budget": 0}, "budget = 0"),
+        ({"budget": 13}, "budget = 13"),
+        ({"budget": 3, "held_back": 9}, "too few"),
+    ],
+)
+def test_bad_input(learned: Any, arguments: dict[str, Any], fault: str) -> None:
+    pipe, prompts, _ = learned
+    with pytest.raises(InputError, match=fault):
+        hasten.calibrate(pipe, prompts, steps=12, **arguments)

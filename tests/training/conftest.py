@@ -1,8 +1,0 @@
-"""The recipe lives beside the package, not in it: make `training` importable."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
