@@ -52,3 +52,20 @@ def test_links_lead_somewhere() -> None:
     assert links
     for link in links:
         assert (README.parent / link).exists(), link
+
+
+def test_the_table_is_the_committed_one() -> None:
+    (name, shown) = re.findall(
+        r"<!-- results: ([\w-]+) -->\n(.*?)<!-- end of results -->",
+        README.read_text("utf-8"),
+        re.DOTALL,
+    )[0]
+    committed = README.parent / "benchmarks" / "results" / name / "table.md"
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(rows) > 5
+    assert (
+        rows
+        == [line for line in committed.read_text("utf-8").splitlines() if line.startswith("|")][
+            : len(rows)
+        ]
+    )

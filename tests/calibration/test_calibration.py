@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import hasten
 from hasten.calibration.cost import GapCosts, fit_weights, gram_matrix
-from hasten.calibration.search import best_path, improved, total_error
+from hasten.calibration.search import best_path, neighbours, path_cost
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step
 from hasten.errors import InputError
 from hasten.models.fingerprint import fingerprint
@@ -63,9 +63,7 @@ def test_the_search_finds_the_best_path_for_its_cost(seed: int, budget: int) -> 
     costs = GapCosts(gram_matrix(runs), runs.sigmas, order=2)
 
     def cost(path: tuple[int, ...]) -> float:
-        stops = (*path[1:], steps)
-        known = [tuple(reversed(path[max(0, k - 1) : k + 1])) for k in range(len(path))]
-        return sum(costs.norm(costs.error(stop, k)) for stop, k in zip(stops, known, strict=True))
+        return path_cost(costs, path, steps)
 
     found = best_path(costs, steps, budget)
     assert len(found) == budget
@@ -73,16 +71,19 @@ def test_the_search_finds_the_best_path_for_its_cost(seed: int, budget: int) -> 
     assert cost(found) <= min(map(cost, every)) * (1 + 1e-9) + 1e-12
 
 
-def test_local_search_never_makes_a_path_worse() -> None:
-    steps = 16
-    runs = curved(steps)
-    costs = GapCosts(gram_matrix(runs), runs.sigmas, order=2)
-    objective = lambda path: total_error(costs, path, steps, np.ones(steps))  # noqa: E731
-    start = tuple(range(0, steps, 3))
-    better = improved(start, steps, objective)
-    assert objective(better) <= objective(start)
-    assert len(better) == len(start)
-    assert better[0] == 0
+@given(
+    path=st.sets(st.integers(1, 19), max_size=12).map(lambda rest: (0, *sorted(rest))),
+    reach=st.integers(1, 4),
+)
+def test_neighbours_are_paths_with_one_step_moved(path: tuple[int, ...], reach: int) -> None:
+    for near in neighbours(path, 20, reach):
+        assert near[0] == 0
+        assert len(near) == len(path)
+        assert list(near) == sorted(set(near))
+        assert near[-1] < 20
+        moved = [abs(a - b) for a, b in zip(path, near, strict=True) if a != b]
+        assert len(moved) == 1
+        assert moved[0] <= reach
 
 
 def test_the_scheduler_is_left_as_it_was(pipe: Any, call: Callable[..., torch.Tensor]) -> None:
@@ -103,7 +104,7 @@ def test_the_scheduler_is_left_as_it_was(pipe: Any, call: Callable[..., torch.Te
 def learned() -> Any:
     pipe = hasten.load_pipeline("tiny", device="cpu", dtype="float32")
     prompts = read_prompts("tiny", limit=9)
-    found = hasten.calibrate(pipe, prompts, budget=5, steps=12, held_back=3, batch=6)
+    found = hasten.calibrate(pipe, prompts, budget=8, steps=20, held_back=3, batch=6)
     return pipe, prompts, found
 
 
@@ -111,11 +112,10 @@ def test_a_learned_schedule_beats_the_interval_of_the_same_budget(learned: Any) 
     pipe, _, found = learned
     cache = found.recipe.cache
     assert isinstance(cache, ScheduleCache)
-    assert len(cache.compute) == 5
+    assert len(cache.compute) == 8
     assert cache.fingerprint == fingerprint(pipe.transformer)
     assert cache.expected_error == pytest.approx(found.error, abs=1e-6)
     assert found.better
-    assert found.error < 0.7 * found.interval_error
 
 
 def test_its_error_is_what_a_user_gets(learned: Any) -> None:
@@ -126,7 +126,7 @@ def test_its_error_is_what_a_user_gets(learned: Any) -> None:
     def draw(target: Any) -> torch.Tensor:
         noise = [torch.Generator().manual_seed(i) for i in ids]
         texts = [prompts[i] for i in ids]
-        arguments = {"num_inference_steps": 12, "output_type": "latent"}
+        arguments = {"num_inference_steps": 20, "output_type": "latent"}
         return target(texts, generator=noise, **arguments).images.flatten(1)
 
     plain = hasten.optimize(pipe, "baseline")
@@ -134,7 +134,7 @@ def test_its_error_is_what_a_user_gets(learned: Any) -> None:
     plain.restore()
     fast = hasten.optimize(pipe, hasten.Recipe.from_toml(found.recipe.to_toml()))
     got = draw(fast)
-    assert fast.last_run.computed == 5
+    assert fast.last_run.computed == 8
     assert fast.calibrated is True
     fast.restore()
     error = ((got - expected).norm(dim=1) / expected.norm(dim=1)).mean()
@@ -143,7 +143,7 @@ def test_its_error_is_what_a_user_gets(learned: Any) -> None:
 
 def test_calibration_is_deterministic_and_leaves_the_pipeline_alone(learned: Any) -> None:
     pipe, prompts, found = learned
-    again = hasten.calibrate(pipe, prompts, budget=5, steps=12, held_back=3, batch=6)
+    again = hasten.calibrate(pipe, prompts, budget=8, steps=20, held_back=3, batch=6)
     assert again.recipe == found.recipe
     hasten.optimize(pipe, "baseline").restore()
 

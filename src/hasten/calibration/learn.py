@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hasten.calibration.closed_loop import fit_closed_loop, relative_error
 from hasten.calibration.cost import GapCosts, gram_matrix
-from hasten.calibration.search import best_path
+from hasten.calibration.search import best_path, neighbours, path_cost
 from hasten.calibration.trajectories import Trajectories, record
 from hasten.engine import optimize
 from hasten.errors import InputError
 from hasten.models.fingerprint import fingerprint
+from hasten.passes.cache.predict import Weights
 from hasten.pipeline import OptimizedPipeline
 from hasten.recipe import Cache, IntervalCache, Recipe, ScheduleCache
 
 __all__ = ["Calibration", "calibrate"]
 
-ORDERS = (1, 2, 3)
+ORDERS = (1, 2, 3)  # how many computed velocities a gap combines
+CLIMB_EVALUATIONS = 150  # of the transformer, a batch of prompts each
+REACH = 2
 Progress = Callable[[str, int, int], None]
 
 
@@ -41,6 +45,15 @@ class Calibration:
     @property
     def better(self) -> bool:
         return self.error < self.interval_error
+
+
+class Fitted(NamedTuple):
+    """A path, its weights fitted in closed loop, and the final error that leaves."""
+
+    error: float
+    path: tuple[int, ...]
+    order: int
+    weights: tuple[Weights, ...]
 
 
 @dataclass(frozen=True)
@@ -118,18 +131,15 @@ def calibrate(
 def _learn(
     pipe: Any, sampler: Sampler, full: Trajectories, budget: int, batch: int, show: Progress
 ) -> ScheduleCache:
-    """The best of the orders: each with its own path and weights, judged by its final error."""
-    gram = gram_matrix(full)
-    name = fingerprint(pipe.transformer)
-    found: list[tuple[float, ScheduleCache]] = []
-    for number, order in enumerate(ORDERS):
-        show("search and fit", number, len(ORDERS))
-        path = best_path(GapCosts(gram, full.sigmas, order), full.steps, budget)
+    """Search on inner products, then climb from there by what a path's closed loop really gives."""
+    costs = {order: GapCosts(gram_matrix(full), full.sigmas, order) for order in ORDERS}
+
+    def closed_loop(path: tuple[int, ...], order: int) -> Fitted:
         bare = ScheduleCache(steps=full.steps, compute=path, predictor="reuse")
         fast = optimize(pipe, Recipe(cache=bare))
         try:
             weights, error = fit_closed_loop(
-                lambda ids, fast=fast: sampler.run(fast, ids),  # type: ignore[misc]
+                lambda ids: sampler.run(fast, ids),
                 pipe.scheduler,
                 full,
                 path,
@@ -138,16 +148,32 @@ def _learn(
             )
         finally:
             fast.restore()
-        schedule = ScheduleCache(
-            steps=full.steps,
-            compute=path,
-            weights=weights,
-            sigmas=tuple(round(sigma, 6) for sigma in full.sigmas[:-1]),
-            fingerprint=name,
-        )
-        found.append((error, schedule))
-    show("search and fit", len(ORDERS), len(ORDERS))
-    return min(found, key=lambda pair: pair[0])[1]
+        return Fitted(error, path, order, weights)
+
+    starts = dict.fromkeys(best_path(costs[order], full.steps, budget) for order in ORDERS)
+    found = []
+    for number, (path, order) in enumerate(product(starts, ORDERS)):
+        show("fit", number, len(starts) * len(ORDERS))
+        found.append(closed_loop(path, order))
+    best = min(found, key=lambda fitted: fitted.error)
+    trials = CLIMB_EVALUATIONS // budget
+    tried = {fitted.path for fitted in found if fitted.order == best.order}
+    for trial in range(trials):
+        show("climb", trial, trials)
+        near = [p for p in neighbours(best.path, full.steps, REACH) if p not in tried]
+        if not near:
+            break
+        path = min(near, key=lambda path: path_cost(costs[2], path, full.steps))
+        tried.add(path)
+        best = min(best, closed_loop(path, best.order), key=lambda fitted: fitted.error)
+    show("climb", trials, trials)
+    return ScheduleCache(
+        steps=full.steps,
+        compute=best.path,
+        weights=best.weights,
+        sigmas=tuple(round(sigma, 6) for sigma in full.sigmas[:-1]),
+        fingerprint=fingerprint(pipe.transformer),
+    )
 
 
 def _held_error(

@@ -1,15 +1,14 @@
-"""Which K of N steps to compute: dynamic programming, then local search on the total error."""
+"""Which K of N steps to compute: dynamic programming, and the paths near a path."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from hasten.calibration.cost import Array, GapCosts
+from hasten.calibration.cost import GapCosts
 
-__all__ = ["best_path", "improved", "total_error"]
+__all__ = ["best_path", "neighbours", "path_cost"]
 
 LONGEST_GAP = 4.0  # times the mean gap
 
@@ -41,44 +40,21 @@ def best_path(costs: GapCosts, steps: int, budget: int) -> tuple[int, ...]:
     return min(best.items(), key=finished)[1][1]
 
 
-def total_error(costs: GapCosts, path: tuple[int, ...], steps: int, gain: Array) -> float:
-    """Error of the final latents if every gap's error travelled to the end scaled by `gain`.
-
-    Errors of different gaps add up as vectors: neighbouring gaps often cancel.
-    """
-    total = np.zeros(steps)
+def path_cost(costs: GapCosts, path: tuple[int, ...], steps: int) -> float:
+    """What `best_path` minimises: the sum of the gaps' errors."""
+    total = 0.0
     for number, start in enumerate(path):
         stop = path[number + 1] if number + 1 < len(path) else steps
-        known = tuple(reversed(path[max(0, number + 1 - costs.order) : number + 1]))
-        total += gain[start] * costs.error(stop, known)
-    return costs.norm(total)
-
-
-def improved(
-    path: tuple[int, ...], steps: int, objective: Callable[[tuple[int, ...]], float], reach: int = 3
-) -> tuple[int, ...]:
-    """Move single steps (by up to `reach`) or pairs while that lowers the objective."""
-    best = objective(path)
-    moved = True
-    while moved:
-        moved = False
-        for candidate in neighbours(path, steps, reach):
-            value = objective(candidate)
-            if value < best * (1 - 1e-6):
-                best, path, moved = value, candidate, True
-    return path
+        known = (start,) if number == 0 else (start, path[number - 1])
+        total += costs.norm(costs.error(stop, known))
+    return total
 
 
 def neighbours(path: tuple[int, ...], steps: int, reach: int) -> Iterator[tuple[int, ...]]:
-    """Paths that differ by one moved step, or by one step taken out here and put in there."""
+    """Paths in which one computed step, other than the first, is up to `reach` steps elsewhere."""
     for number in range(1, len(path)):
         low = path[number - 1]
         high = path[number + 1] if number + 1 < len(path) else steps
-        for shift in itertools.chain(range(-reach, 0), range(1, reach + 1)):
+        for shift in (*range(-reach, 0), *range(1, reach + 1)):
             if low < path[number] + shift < high:
                 yield (*path[:number], path[number] + shift, *path[number + 1 :])
-    inside = set(path)
-    for out in path[1:]:
-        for new in range(1, steps):
-            if new not in inside:
-                yield tuple(sorted((inside - {out}) | {new}))

@@ -57,13 +57,18 @@ def _request(
     asked: CallOptions, prompts: Path | None, limit: int, budget: int, out: Path
 ) -> tuple[list[str], Settings]:
     """Look at all of the input, and raise everything that is wrong with it at once."""
+    from hasten.machine import machine
     from hasten.prompts import read_prompts
-    from hasten.settings import Settings, chosen_settings, model_defaults, whole_number
+    from hasten.settings import MAX_SEED, Settings, chosen_settings, model_defaults, whole_number
 
     faults = Faults()
     defaults = model_defaults(asked.model, faults)
     settings = chosen_settings(asked, Settings.of_model(defaults), faults)
     whole_number("budget", budget, 1, (1, settings.steps), faults)
+    whole_number("seed", asked.seed, 0, (0, MAX_SEED), faults)
+    if asked.device not in ("auto", "cpu"):  # these two are always there: no need to look
+        with faults.gather():
+            machine().usable_device(asked.device)
     count = whole_number("limit", limit, 16, (1, 1000), faults)
     texts: list[str] = []
     with faults.gather():

@@ -1,0 +1,1 @@
+"""Step caching side by side: hasten, fewer steps, better solvers, Diffusers' caches, cache-dit."""

@@ -1,0 +1,125 @@
+"""What a run really computed: multiply-adds inside the transformer, counted as they happen.
+
+A cache's skipped step is seldom free (embedders, a first block to decide with, the output layers),
+so steps are not counted but arithmetic: every linear layer and every attention that PyTorch
+executes between entering and leaving the transformer. Norms, activations, Fourier transforms and a
+predictor's element-wise sums are not counted; wall time shows those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Meter", "Unit", "metered"]
+
+FULL = 0.95
+"""A transformer call of at least this share of a full one counts as computed."""
+
+
+class _Counter(TorchFunctionMode):
+    """Adds up the multiply-adds of linear layers and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.linear:
+            self.total += linear_madds(*args[:2])
+        elif func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            self.total += attention_madds(named["query"], named["key"], named["value"])
+        return func(*args, **(kwargs or {}))
+
+
+def linear_madds(inputs: Tensor, weight: Tensor) -> int:
+    """inputs: ... × in; weight: out × in."""
+    return inputs.numel() * weight.shape[0]
+
+
+def attention_madds(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """query: ... × L × d; key: ... × S × d; value: ... × S × e."""
+    return query.numel() * key.shape[-2] + math.prod(query.shape[:-1]) * math.prod(value.shape[-2:])
+
+
+@dataclass
+class Meter:
+    """Multiply-adds of each call of a transformer, in order, each divided by its batch size."""
+
+    calls: list[float] = field(default_factory=list)
+
+    def take(self) -> list[float]:
+        """The calls since the last `take`."""
+        calls, self.calls = self.calls, []
+        return calls
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One evaluation: what one image costs in one step of the plain pipeline.
+
+    madds: its multiply-adds; branches: transformer calls in it (two under true CFG); partial: what
+    a call that leaves early is charged of its own arithmetic. Where blocks are alike, a model of
+    B blocks pays for one block what b/B of it is in a model of b.
+    """
+
+    madds: float
+    branches: int
+    partial: float = 1.0
+
+    @classmethod
+    def of(cls, one_step: list[float]) -> Unit:
+        """From the calls of a plain run of one step."""
+        return cls(sum(one_step), len(one_step))
+
+    def evaluations(self, calls: list[float]) -> float:
+        """Cost of a run in evaluations."""
+        full = self._full()
+        return sum(call if call >= full else self.partial * call for call in calls) / self.madds
+
+    def computed(self, calls: list[float]) -> float:
+        """Steps of a run in which (nearly) the whole transformer ran."""
+        full = self._full()
+        return sum(call >= full for call in calls) / self.branches
+
+    def _full(self) -> float:
+        return FULL * self.madds / self.branches
+
+
+@contextmanager
+def metered(transformer: nn.Module) -> Iterator[Meter]:
+    """Record every call of this transformer, whatever stands in for its forward."""
+    meter = Meter()
+    counters: list[_Counter] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        counters.append(_Counter())
+        counters[-1].__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        counter = counters.pop()
+        counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        latents = args[0] if args else kwargs["hidden_states"]
+        meter.calls.append(counter.total / latents.shape[0])
+
+    handles = [
+        transformer.register_forward_pre_hook(enter, with_kwargs=True),
+        transformer.register_forward_hook(leave, with_kwargs=True),
+    ]
+    try:
+        yield meter
+    finally:
+        for handle in handles:
+            handle.remove()
+        while counters:  # a call that raised
+            counters.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
