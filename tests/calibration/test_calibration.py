@@ -36,7 +36,7 @@ def curved(steps: int, seed: int = 0, prompts: int = 3, values: int = 40) -> Tra
 
 def test_gap_errors_from_the_gram_matrix_are_the_real_ones() -> None:
     runs = curved(12)
-    costs = GapCosts(gram_matrix(runs), runs.sigmas, order=2)
+    costs = GapCosts(gram_matrix(runs), runs.sigmas)
     coefficients = costs.error(9, (5, 3))
     error = torch.einsum("n,npd->pd", torch.from_numpy(coefficients).float(), runs.velocities)
     assert costs.norm(coefficients) == pytest.approx(float(error.square().mean().sqrt()), rel=1e-3)
@@ -60,7 +60,7 @@ def test_the_search_finds_the_best_path_for_its_cost(seed: int, budget: int) -> 
     """Against every path of a small problem, with the same conditional cost."""
     steps = 7
     runs = curved(steps, seed)
-    costs = GapCosts(gram_matrix(runs), runs.sigmas, order=2)
+    costs = GapCosts(gram_matrix(runs), runs.sigmas)
 
     def cost(path: tuple[int, ...]) -> float:
         return path_cost(costs, path, steps)

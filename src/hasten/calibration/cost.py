@@ -30,17 +30,16 @@ def gram_matrix(trajectories: Trajectories) -> Array:
 
 
 class GapCosts:
-    """Fits and errors of gaps. `order` is how many computed velocities a gap may combine."""
+    """Fits and errors of gaps, each computed once."""
 
-    def __init__(self, gram: Array, sigmas: tuple[float, ...], order: int) -> None:
+    def __init__(self, gram: Array, sigmas: tuple[float, ...]) -> None:
         self.gram = gram
         self.sigmas = np.asarray(sigmas)
-        self.order = order
         self._known: dict[tuple[int, ...], Array] = {}
 
     def error(self, stop: int, known: tuple[int, ...]) -> Array:
         """Coefficients (N) of the error made from step known[0] to step `stop`; `known` are the
-        computed steps, newest first, at most `order` of them."""
+        computed steps whose velocities it combines, newest first."""
         key = (stop, *known)
         if key not in self._known:
             self._known[key] = self._fit(stop, known)

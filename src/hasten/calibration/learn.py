@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +131,7 @@ def _learn(
     pipe: Any, sampler: Sampler, full: Trajectories, budget: int, batch: int, show: Progress
 ) -> ScheduleCache:
     """Search on inner products, then climb from there by what a path's closed loop really gives."""
-    costs = {order: GapCosts(gram_matrix(full), full.sigmas, order) for order in ORDERS}
+    costs = GapCosts(gram_matrix(full), full.sigmas)
 
     def closed_loop(path: tuple[int, ...], order: int) -> Fitted:
         bare = ScheduleCache(steps=full.steps, compute=path, predictor="reuse")
@@ -150,20 +149,20 @@ def _learn(
             fast.restore()
         return Fitted(error, path, order, weights)
 
-    starts = dict.fromkeys(best_path(costs[order], full.steps, budget) for order in ORDERS)
+    start = best_path(costs, full.steps, budget)
     found = []
-    for number, (path, order) in enumerate(product(starts, ORDERS)):
-        show("fit", number, len(starts) * len(ORDERS))
-        found.append(closed_loop(path, order))
+    for number, order in enumerate(ORDERS):
+        show("fit", number, len(ORDERS))
+        found.append(closed_loop(start, order))
     best = min(found, key=lambda fitted: fitted.error)
     trials = CLIMB_EVALUATIONS // budget
-    tried = {fitted.path for fitted in found if fitted.order == best.order}
+    tried = {start}
     for trial in range(trials):
         show("climb", trial, trials)
         near = [p for p in neighbours(best.path, full.steps, REACH) if p not in tried]
         if not near:
             break
-        path = min(near, key=lambda path: path_cost(costs[2], path, full.steps))
+        path = min(near, key=lambda path: path_cost(costs, path, full.steps))
         tried.add(path)
         best = min(best, closed_loop(path, best.order), key=lambda fitted: fitted.error)
     show("climb", trials, trials)
