@@ -9,7 +9,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -46,7 +45,7 @@ def look(device: str, dtype: str) -> Surroundings:
             device=device,
             torch=here.torch,
             diffusers=here.diffusers or "none",
-            hasten=metadata.version("hasten"),
+            hasten=hasten.__version__,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             cuda=here.cuda,
             commit=commit(),

@@ -158,9 +158,10 @@ def _legend(figure: Figure, rows: list[Row], y: float) -> None:
 
 def _subtitle(results: Results) -> str:
     work, count = results.workload, len(results.workload.prompts)
+    device = results.environment.gpu or results.environment.device
     return (
         f"{work.model}, {work.width} × {work.height}, {work.steps} steps, {work.dtype}, "
-        f"{results.environment.device}; median of {count} prompt{'s' * (count != 1)}"
+        f"{device}; median of {count} prompt{'s' * (count != 1)}"
     )
 
 
