@@ -67,7 +67,8 @@ def cells_of(option: Any) -> tuple[str, str, str]:
 
 
 def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    escaped = (cell.replace("|", r"\|") for cell in cells)  # else it would begin a new cell
+    return f"| {' | '.join(escaped)} |"
 
 
 if __name__ == "__main__":

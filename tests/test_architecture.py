@@ -32,7 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {"errors", "recipe", "models", "passes", "check"},
     "engine": {"errors", "recipe", "machine", "models", "passes", "check", "copying", "pipeline"},
 }
-MAY_IMPORT["calibration"] = {"errors", "recipe", "models", "passes", "engine", "pipeline"}
+MAY_IMPORT["calibration"] = {
+    "errors", "recipe", "quality", "models", "passes", "engine", "pipeline",
+}  # fmt: skip
 LOWER = set(MAY_IMPORT)
 MAY_IMPORT["benchmark"] = LOWER | {""}
 MAY_IMPORT["cli"] = LOWER | {"benchmark", ""}

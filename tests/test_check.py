@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from diffusers import FluxImg2ImgPipeline
 
 import hasten
 from hasten.check import check, problems
@@ -76,6 +77,17 @@ def test_a_schedule_of_another_model_is_refused_unless_forced(pipe: Any) -> None
     with pytest.raises(UnsupportedError, match="learned on another model") as caught:
         hasten.optimize(pipe, recipe)
     assert "--force" in caught.value.fix
-    hasten.optimize(pipe, recipe, force=True).restore()
+    assert "force=True" in caught.value.fix
+    fast = hasten.optimize(pipe, recipe, force=True)
+    twin = fast.from_pipe(FluxImg2ImgPipeline)
+    for forced in (fast, twin):
+        assert "schedule learned on another model, used by force" in forced.notes
+        assert "note: schedule learned on another model, used by force" in forced.summary()
+        assert "calibrated: false" in forced.summary()
+        assert forced.calibrated is False
+    fast.restore()
+    assert not any("force" in note for note in fast.notes)
     own = Recipe.from_dict({"cache": {**schedule, "fingerprint": fingerprint(pipe.transformer)}})
-    assert hasten.optimize(pipe, own).calibrated is True
+    fast = hasten.optimize(pipe, own, force=True)
+    assert fast.calibrated is True
+    assert not any("force" in note for note in fast.notes), "force was given and not needed"

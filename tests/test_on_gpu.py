@@ -29,6 +29,8 @@ pytestmark = [
 STEPS = 20
 ALL_COMPUTED = {"cache": {"kind": "interval", "interval": 1}}
 BUDGET = {"cache": {"budget": 7}}
+RESIDUAL = {"cache": {"kind": "residual"}}
+NEVER_SKIPS = {"cache": {"kind": "residual", "threshold": 1e-12}}
 
 
 @pytest.fixture(autouse=True)
@@ -59,23 +61,26 @@ def image(pipe: Any, seed: int = 0, **kwargs: Any) -> torch.Tensor:
     return torch.as_tensor(pictures).float().clamp(0, 1)
 
 
+@pytest.mark.parametrize("recipe", [ALL_COMPUTED, NEVER_SKIPS], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_all_computed_plan_is_bit_equal(dtype: str) -> None:
+def test_a_run_of_computed_steps_is_bit_equal(dtype: str, recipe: dict[str, Any]) -> None:
     pipe = tiny(dtype)
     expected = image(pipe)
-    assert torch.equal(image(hasten.optimize(pipe, Recipe.from_dict(ALL_COMPUTED))), expected)
+    assert torch.equal(image(hasten.optimize(pipe, Recipe.from_dict(recipe))), expected)
 
 
-def test_the_gpu_draws_what_the_cpu_draws() -> None:
-    there = image(hasten.optimize(tiny("float32"), Recipe.from_dict(BUDGET)))
+@pytest.mark.parametrize("recipe", [BUDGET, RESIDUAL], ids=str)
+def test_the_gpu_draws_what_the_cpu_draws(recipe: dict[str, Any]) -> None:
+    there = image(hasten.optimize(tiny("float32"), Recipe.from_dict(recipe)))
     cpu = hasten.load_pipeline("tiny", device="cpu", dtype="float32")
-    here = image(hasten.optimize(cpu, Recipe.from_dict(BUDGET)))
+    here = image(hasten.optimize(cpu, Recipe.from_dict(recipe)))
     assert psnr(there.cpu(), here).item() > 40
 
 
-def test_compiled_blocks_match_and_do_not_recompile_under_a_cache() -> None:
-    expected = image(hasten.optimize(tiny("float32"), Recipe.from_dict(BUDGET)))
-    fast = hasten.optimize(tiny("float32"), Recipe.from_dict({**BUDGET, "compile": {}}))
+@pytest.mark.parametrize("recipe", [BUDGET, RESIDUAL], ids=str)
+def test_compiled_blocks_match_and_do_not_recompile_under_a_cache(recipe: dict[str, Any]) -> None:
+    expected = image(hasten.optimize(tiny("float32"), Recipe.from_dict(recipe)))
+    fast = hasten.optimize(tiny("float32"), Recipe.from_dict({**recipe, "compile": {}}))
     assert psnr(image(fast), expected).item() > 40
     graphs = counters["stats"]["unique_graphs"]
     for seed in range(3):
@@ -86,7 +91,17 @@ def test_compiled_blocks_match_and_do_not_recompile_under_a_cache() -> None:
 @pytest.mark.parametrize("recipe", [{}, BUDGET, {**BUDGET, "compile": {}}], ids=str)
 def test_a_step_waits_for_nothing_on_the_device(recipe: dict[str, Any]) -> None:
     """No host sync between the first and the last step: neither Diffusers' loop nor ours."""
-    fast = hasten.optimize(tiny(), Recipe.from_dict(recipe))
+    assert waits_of(hasten.optimize(tiny(), Recipe.from_dict(recipe))) == []
+
+
+def test_the_residual_waits_once_a_decision() -> None:
+    """None in the warm-up, then one a step: with no skips, every step has to be decided."""
+    fast = hasten.optimize(tiny(), Recipe.from_dict(NEVER_SKIPS))
+    assert len(waits_of(fast)) == STEPS - 1 - fast.recipe.cache.warmup_steps
+
+
+def waits_of(fast: Any) -> list[str]:
+    """What waited for the device from the second to the last step but one."""
     image(fast)  # compilation and lazy initialisation may wait
 
     def watch(pipe: Any, step: int, timestep: Any, kwargs: Any) -> dict[str, Any]:
@@ -99,14 +114,15 @@ def test_a_step_waits_for_nothing_on_the_device(recipe: dict[str, Any]) -> None:
             image(fast, callback_on_step_end=watch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert [str(said.message) for said in heard if "synchronizing CUDA" in str(said.message)] == []
+    return [str(said.message) for said in heard if "synchronizing CUDA" in str(said.message)]
 
 
-def test_offloading_frees_the_device_and_changes_nothing() -> None:
+@pytest.mark.parametrize("recipe", [ALL_COMPUTED, NEVER_SKIPS], ids=str)
+def test_offloading_frees_the_device_and_changes_nothing(recipe: dict[str, Any]) -> None:
     expected = image(tiny())
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    fast = hasten.optimize(tiny(), Recipe.from_dict({**ALL_COMPUTED, "offload": {"kind": "model"}}))
+    fast = hasten.optimize(tiny(), Recipe.from_dict({**recipe, "offload": {"kind": "model"}}))
     on_device = torch.cuda.memory_allocated() - before
     weights = sum(p.numel() * 2 for p in fast.pipe.transformer.parameters())
     assert on_device < weights / 10

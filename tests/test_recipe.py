@@ -19,6 +19,7 @@ from hasten.recipe import (
     IntervalCache,
     Offload,
     Recipe,
+    ResidualCache,
     Sampling,
     ScheduleCache,
     parse_size,
@@ -51,6 +52,14 @@ recipes = st.builds(
         fingerprint=st.none() | st.just("0123456789abcdef"),
         expected_error=st.none() | st.floats(0, 10),
         calibrated=st.booleans(),
+    )
+    | st.builds(
+        ResidualCache,
+        threshold=st.floats(0, exclude_min=True, allow_infinity=False),
+        warmup_steps=st.integers(1, 1000),
+        max_consecutive=st.integers(1, 1000),
+        first_blocks=st.integers(1, 1000),
+        predictor=st.sampled_from(["reuse", "linear"]),
     )
     | st.builds(
         IntervalCache,
@@ -91,6 +100,12 @@ def test_preset_cache_is_the_articles_and_fewer_steps_its_rival() -> None:
     assert sampling.steps == 18
 
 
+def test_how_many_steps_an_adaptive_cache_computes_is_not_known_before() -> None:
+    cache = Recipe.from_toml('[cache]\nkind = "residual"\nthreshold = 1').cache
+    assert cache == ResidualCache(threshold=1.0)
+    assert computed_steps(ResidualCache(), 50) is None
+
+
 @pytest.mark.parametrize(
     ("toml", "faults"),
     [
@@ -117,6 +132,16 @@ def test_preset_cache_is_the_articles_and_fewer_steps_its_rival() -> None:
         (
             '[cache]\nkind = "schedule"\nsteps = 5\ncompute = [0, 2]\nweights = [[1.0]]',
             ["weights must have 2 entries"],
+        ),
+        ('[cache]\nkind = "residual"\nthreshold = 0.0', ["cache.threshold = 0.0"]),
+        ('[cache]\nkind = "residual"\nthreshold = inf', ["cache.threshold = Infinity"]),
+        (
+            '[cache]\nkind = "residual"\nwarmup_steps = 0\nmax_consecutive = 0\nfirst_blocks = 0',
+            ["cache.warmup_steps = 0", "cache.max_consecutive = 0", "cache.first_blocks = 0"],
+        ),
+        (
+            '[cache]\nkind = "residual"\ntreshold = 0.1',
+            ["unknown key 'cache.treshold' (did you mean 'threshold'?)"],
         ),
         (
             '[cache]\ninterval = 0\npredictor = "magic"\n[compile]\nmode = "fast"',
@@ -182,6 +207,9 @@ def test_the_json_schema_describes_every_section() -> None:
     schema = Recipe.json_schema()
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["additionalProperties"] is False
+    caches = [section for section in schema["$defs"] if section.endswith("Cache")]
+    assert set(caches) == {"IntervalCache", "ScheduleCache", "BudgetCache", "ResidualCache"}
+    assert schema["$defs"]["ResidualCache"]["properties"]["kind"]["const"] == "residual"
 
 
 def test_reading_recipes_imports_no_torch() -> None:

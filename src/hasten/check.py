@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.errors import AlreadyOptimizedError, UnsupportedError, join_fixes
 from hasten.machine import Machine, Problem
-from hasten.recipe import Recipe
+from hasten.recipe import Recipe, ResidualCache
 
 if TYPE_CHECKING:
     from hasten.models.family import Family
 
-__all__ = ["Problem", "check", "problems", "refuse_optimized"]
+__all__ = ["Problem", "check", "learned_elsewhere", "problems", "refuse_optimized"]
 
 MARK = "_hasten_recipe"  # set on an optimised transformer: the recipe's name
 
@@ -23,6 +23,14 @@ def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem
         fault, fix = trouble
         rest = "the preset 'cache'" if recipe.cache else "the preset 'baseline'"
         found.append(Problem(fault, f"{fix}; or use {rest}, which needs no compiler"))
+    if isinstance(recipe.cache, ResidualCache) and recipe.compile and recipe.compile.mode == "full":
+        found.append(
+            Problem(
+                'cache.kind = "residual" decides between the blocks, and compile.mode = "full" '
+                "makes one graph of all of them",
+                'set compile.mode = "blocks", or use a planned cache, such as kind = "interval"',
+            )
+        )
     if recipe.offload is not None and recipe.offload.kind == "model" and device_type == "cpu":
         found.append(
             Problem(
@@ -43,11 +51,18 @@ def check(
     found = [
         *problems(recipe, machine, pipe.device.type),
         *_model_problems(recipe, pipe, family),
+        *_residual_problems(recipe, pipe.transformer, family),
         *_schedule_problems(recipe, fingerprint),
     ]
     if found:
         faults, fixes = zip(*found, strict=True)
         raise UnsupportedError(faults, join_fixes(fixes))
+
+
+def learned_elsewhere(recipe: Recipe, fingerprint: str | None) -> str | None:
+    """Fingerprint of the other model that the recipe's schedule was learned on; None if of none."""
+    learned_on: str | None = getattr(recipe.cache, "fingerprint", None)
+    return None if fingerprint is None or learned_on == fingerprint else learned_on
 
 
 def refuse_optimized(pipe: Any) -> None:
@@ -89,13 +104,42 @@ def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
     return found
 
 
+def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+    """Why the transformer cannot be run block by block, some blocks always and the others not."""
+    if not isinstance(recipe.cache, ResidualCache):
+        return []
+    found = []
+    blocks = len(family.repeated_blocks(transformer))
+    if recipe.cache.first_blocks >= blocks:
+        found.append(
+            Problem(
+                f"cache.first_blocks = {recipe.cache.first_blocks} leaves none of the "
+                f"transformer's {blocks} blocks to skip",
+                "one first block is the usual number",
+            )
+        )
+    own = type(transformer).forward
+    if getattr(transformer.forward, "__func__", None) is not own or (
+        transformer._compiled_call_impl is not None
+    ):
+        found.append(
+            Problem(
+                "the transformer's forward was replaced or compiled (by offloading, hooks or "
+                'torch.compile), and cache.kind = "residual" runs its blocks one by one instead',
+                "optimise the plain pipeline and put such things into the recipe, or around it "
+                'afterwards; or use a planned cache, such as kind = "interval"',
+            )
+        )
+    return found
+
+
 def _schedule_problems(recipe: Recipe, fingerprint: str | None) -> list[Problem]:
-    learned_on = getattr(recipe.cache, "fingerprint", None)
-    if fingerprint is None or learned_on in (None, fingerprint):
+    learned_on = learned_elsewhere(recipe, fingerprint)
+    if learned_on is None:
         return []
     return [
         Problem(
             f"the schedule was learned on another model ({learned_on}; this one is {fingerprint})",
-            "learn one for this model with `hasten calibrate`, or insist with --force",
+            "learn one for this model with `hasten calibrate`, or insist with --force (force=True)",
         )
     ]

@@ -8,15 +8,17 @@ from typing import Any
 from hasten.check import check, refuse_optimized
 from hasten.copying import structural_copy
 from hasten.machine import machine
-from hasten.models.family import family_of
+from hasten.models.family import Family, family_of
 from hasten.models.fingerprint import fingerprint
 from hasten.passes.applied import Applied
+from hasten.passes.cache.planned import Planned
 from hasten.passes.cache.planner import Planner
-from hasten.passes.cache.step import StepCache, cache_steps
+from hasten.passes.cache.residual import Residual
+from hasten.passes.cache.step import Policy, StepCache, cache_steps
 from hasten.passes.compile import compile_blocks, compile_forward
 from hasten.passes.offload import offload_models
 from hasten.pipeline import OptimizedPipeline, undo_all
-from hasten.recipe import Recipe, resolve
+from hasten.recipe import Cache, Recipe, ResidualCache, resolve
 
 __all__ = ["optimize"]
 
@@ -51,8 +53,7 @@ def optimize(
         elif recipe.compile:
             applied.append(compile_forward(pipe.transformer, recipe.compile))
         if recipe.cache:  # around the compiled code, so that the decision stays outside it
-            planner = Planner(recipe.cache, name)
-            done, cache = cache_steps(pipe, planner, planner.describe())
+            done, cache = cache_steps(pipe, _policy(recipe.cache, pipe.transformer, family, name))
             applied.append(done)
         if recipe.offload and recipe.offload.kind == "model":  # last: its hooks wrap the forward
             applied.append(offload_models(pipe))
@@ -60,3 +61,10 @@ def optimize(
         undo_all(applied)
         raise
     return OptimizedPipeline(pipe, recipe, applied, cache)
+
+
+def _policy(cache: Cache, transformer: Any, family: Family, name: str | None) -> Policy:
+    """What the `[cache]` section asks for, on the transformer as it is now, maybe compiled."""
+    if isinstance(cache, ResidualCache):
+        return Residual(cache, transformer, family)
+    return Planned(transformer.forward, Planner(cache, name))

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from hasten.check import MARK
+from hasten.check import MARK, learned_elsewhere
 from hasten.errors import HastenError
 from hasten.models.defaults import defaults_for
 from hasten.models.load import model_notes
@@ -16,6 +16,8 @@ from hasten.passes.cache.step import StepCache, driven_by
 from hasten.recipe import Recipe, parse_size
 
 __all__ = ["OptimizedPipeline", "undo_all"]
+
+FORCED = "schedule learned on another model, used by force"
 
 
 class OptimizedPipeline:
@@ -76,7 +78,9 @@ class OptimizedPipeline:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of this pipeline's figures must know, e.g. that its weights are random."""
-        return model_notes(self.pipe)
+        planner = getattr(self._cache, "planner", None)
+        forced = learned_elsewhere(self.recipe, getattr(planner, "fingerprint", None))
+        return (*model_notes(self.pipe), *([FORCED] if forced else []))
 
     @property
     def call_defaults(self) -> dict[str, Any]:
@@ -100,7 +104,7 @@ class OptimizedPipeline:
         if self.last_run.steps:
             run = self.last_run
             lines.append(f"  last run: {run.computed} of {run.steps} steps computed")
-        lines += [f"  note: {note}" for note in model_notes(self.pipe)]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def restore(self) -> Any:

@@ -34,7 +34,9 @@ __all__ = [
     "Compile",
     "IntervalCache",
     "Offload",
+    "PlannedCache",
     "Recipe",
+    "ResidualCache",
     "Sampling",
     "ScheduleCache",
     "preset_names",
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
-Predictor = Literal["reuse", "linear"]
+Predictor = Literal["reuse", "linear", "damped"]
 StepIndex = Annotated[int, Field(strict=True, ge=0)]
 Sigma = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -143,6 +145,35 @@ class BudgetCache(Section):
     budget: Annotated[int, Field(ge=1, le=1000)]
 
 
+class ResidualCache(Section):
+    """Run the first blocks of every step, the others only where what the first ones add changed.
+
+    What they add to the image tokens (their residual) is compared with that of the last computed
+    step; below `threshold` the last known residual of the other blocks stands in for them. How
+    many steps are computed depends on the picture, and each decision waits for the device.
+    """
+
+    kind: Literal["residual"] = "residual"
+    threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=0.1, description="relative L1 change below which a step is skipped"
+    )
+    warmup_steps: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=4, description="first steps of a run, always computed"
+    )
+    max_consecutive: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=4, description="steps skipped in a row at most; 1000 is no limit"
+    )
+    first_blocks: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=1, description="blocks that run on every step"
+    )
+    predictor: Predictor = Field(
+        default="reuse", description="what stands in for the residual of the other blocks"
+    )
+
+
+PlannedCache = IntervalCache | ScheduleCache | BudgetCache  # known in full before a run starts
+
+
 def _cache_kind(value: Any) -> str | None:
     if isinstance(value, dict):
         kind = value.get("kind", "budget" if "budget" in value else "interval")
@@ -153,7 +184,8 @@ def _cache_kind(value: Any) -> str | None:
 Cache = Annotated[
     Annotated[IntervalCache, Tag("interval")]
     | Annotated[ScheduleCache, Tag("schedule")]
-    | Annotated[BudgetCache, Tag("budget")],
+    | Annotated[BudgetCache, Tag("budget")]
+    | Annotated[ResidualCache, Tag("residual")],
     Discriminator(_cache_kind),
 ]
 
@@ -302,6 +334,7 @@ CACHES: dict[str, type[Section]] = {
     "interval": IntervalCache,
     "schedule": ScheduleCache,
     "budget": BudgetCache,
+    "residual": ResidualCache,
 }
 SECTIONS: dict[str, type[Section]] = {"sampling": Sampling, "compile": Compile, "offload": Offload}
 

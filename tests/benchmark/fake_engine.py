@@ -44,6 +44,8 @@ class Fast:
         _misbehave(self.recipe.description, self.calls)
         steps = given["num_inference_steps"]
         computed = computed_steps(self.recipe.cache, steps) if self.recipe.cache else steps
+        if computed is None:  # it decides as it goes: by the prompt, here
+            computed = steps // 2 + len(prompt or "") % 2
         self.last_run = SimpleNamespace(steps=steps, computed=computed, skipped=steps - computed)
         time.sleep(0.001 * computed)
         size = (1, 3, given["height"], given["width"])

@@ -14,4 +14,5 @@ from tests.conftest import SMALL
 
 def load(job: Job) -> Engine:
     pipe = build_shape(SMALL, torch.device(job.device), torch.float32)
-    return Engine(pipe, optimize(pipe, Recipe.from_toml(job.toml)), random_weights=False)
+    fast = optimize(pipe, Recipe.from_toml(job.toml), force=job.force)
+    return Engine(pipe, fast, random_weights=False)

@@ -16,7 +16,7 @@ from hasten.benchmark.job import Job
 from hasten.benchmark.render import denoise_seconds
 from hasten.benchmark.row import measure
 from hasten.benchmark.workload import settings_of
-from hasten.recipe import Recipe, resolve
+from hasten.recipe import Recipe, ScheduleCache, resolve
 from tests.benchmark import fake_engine, small_engine
 from tests.benchmark.plans import FAKE, make_plan, odd
 
@@ -78,6 +78,22 @@ def test_a_real_pipeline_cached_and_scored(tmp_path: Path) -> None:
         "score against baseline",
     ]
     assert "random weights" in " ".join(baseline.notes)
+
+
+def test_a_schedule_of_another_model_is_used_by_force_alone(tmp_path: Path) -> None:
+    schedule = ScheduleCache(steps=6, compute=(0, 3), fingerprint="00ff00ff00ff00ff")
+    job = job_for(tmp_path, Recipe(name="foreign", cache=schedule))
+    job = job.model_copy(update={"engine": small_engine.__name__})
+    refused = row_module._outcome(job, quiet).row
+    assert refused.status == "unsupported"
+    assert "learned on another model" in str(refused.reason)
+    assert "--force" in str(refused.reason)
+    assert not any("by force" in note for note in refused.notes)
+    forced = row_module._outcome(job.model_copy(update={"force": True}), quiet).row
+    assert (forced.status, forced.reason) == ("ok", None)
+    assert forced.steps_computed is not None
+    assert forced.steps_computed.max == 2
+    assert "schedule learned on another model, used by force" in forced.notes
 
 
 def test_numbers_come_from_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.benchmark.rows import PlannedRow, plan_rows, rival_of, rotated
+from hasten.benchmark.rows import PlannedRow, joined_by_rivals, plan_rows, rival_of, rotated
 from hasten.errors import Faults, InputError
-from hasten.recipe import Compile, IntervalCache, Recipe, Sampling, resolve
+from hasten.recipe import Compile, IntervalCache, Recipe, ResidualCache, Sampling, resolve
 
 
 def planned(
@@ -87,6 +87,42 @@ def test_the_longest_name_still_has_a_valid_rival() -> None:
 def test_other_references_run_before_what_is_scored_against_them() -> None:
     order = names("cache", "compile", references=("baseline", "compile"))
     assert order == ["baseline", "compile", "cache", "fewer-steps-18", "baseline-again"]
+
+
+ADAPTIVE = Recipe(name="adaptive", cache=ResidualCache())
+
+
+def test_a_cache_that_decides_as_it_goes_gets_its_rival_once_measured() -> None:
+    rows = planned("cache", ADAPTIVE, "compile")
+    order = ["baseline", "cache", "fewer-steps-18", "adaptive", "compile", "baseline-again"]
+    assert [row.name for row in rows] == order
+    measured = {"baseline": 50.0, "cache": 18.0}
+    assert joined_by_rivals(rows, 50, measured) == tuple(rows), "nothing is known of it yet"
+    joined = joined_by_rivals(rows, 50, {**measured, "adaptive": 20.6})
+    assert [row.name for row in joined] == [*order[:4], "fewer-steps-21", *order[4:]]
+    assert joined[4].recipe.cache is None
+    assert joined[4].recipe.sampling == Sampling(steps=21)
+    assert joined[4].recipe.name == "fewer-steps-21"
+    assert joined_by_rivals(joined, 50, {**measured, "adaptive": 20.6}) == joined
+
+
+def test_a_measured_rival_that_is_there_already_is_not_run_twice() -> None:
+    rows = planned("cache", ADAPTIVE)
+    assert joined_by_rivals(rows, 50, {"adaptive": 17.7}) == tuple(rows)
+    both = planned(ADAPTIVE, Recipe(name="other", cache=ResidualCache(threshold=0.2)))
+    joined = joined_by_rivals(both, 50, {"adaptive": 20.0, "other": 20.4})
+    assert [row.name for row in joined].count("fewer-steps-20") == 1
+    assert len(joined) == len(both) + 1
+
+
+def test_a_measured_rival_finds_a_free_name() -> None:
+    long = Recipe(name="x" * 64, cache=ResidualCache(), compile=Compile())
+    taken = [Recipe(name="fewer-steps-20", compile=Compile()), ADAPTIVE, long]
+    rows = planned(*taken)
+    joined = joined_by_rivals(rows, 50, {"adaptive": 20.0, "x" * 64: 1.4})
+    added = [row for row in joined if row not in rows]
+    assert [row.name for row in added] == ["fewer-steps-20-2", "x" * 50 + "-fewer-steps-1"]
+    assert all(row.recipe.name == row.name for row in added)
 
 
 @pytest.mark.parametrize(

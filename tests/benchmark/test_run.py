@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import statistics
@@ -15,14 +16,16 @@ import pytest
 from PIL import Image
 
 import hasten
-from hasten.benchmark.run import run_plan
+from hasten.benchmark.environment import Surroundings
+from hasten.benchmark.run import _job, _run_row, run_plan
 from hasten.benchmark.store import Store
 from hasten.errors import InputError, ModelError
-from hasten.recipe import resolve
+from hasten.recipe import Recipe, ResidualCache, ScheduleCache, resolve
 from hasten.results import Results, read_results
-from tests.benchmark.plans import FAKE, files_below, make_plan, odd
+from tests.benchmark.plans import ENVIRONMENT, FAKE, files_below, make_plan, odd
 
 pytestmark = pytest.mark.slow
+SMALL = "tests.benchmark.small_engine"
 
 
 class Finished(NamedTuple):
@@ -192,10 +195,67 @@ def _running_jobs(out: Path) -> list[str]:
     return found
 
 
+def test_a_cache_that_decides_as_it_goes_is_joined_by_its_rival(tmp_path: Path) -> None:
+    """Its K is known once it has run; the rival is a row of this benchmark like any other."""
+    plan = make_plan([Recipe(name="adaptive", cache=ResidualCache())])
+    store = Store(tmp_path)
+    heard: list[str] = []
+    results = run_plan(plan, store, engine=FAKE, progress=lambda what, *_: heard.append(what))
+    order = ["baseline", "adaptive", "fewer-steps-4", "baseline-again"]
+    assert [row.recipe for row in results.rows] == order
+    adaptive, rival = results.rows[1:3]
+    assert adaptive.steps_computed is not None
+    assert rival.steps_computed is not None
+    assert round(adaptive.steps_computed.mean) == rival.steps_computed.mean == 4
+    assert rival.quality_against("baseline") is not None
+    assert "adaptive (2/3): render" in heard
+    assert "fewer-steps-4 (3/4): render" in heard
+
+    heard.clear()
+    store.row_file("fewer-steps-4", 0).unlink()
+    again = run_plan(
+        plan, store, resume=True, engine=FAKE, progress=lambda what, *_: heard.append(what)
+    )
+    assert [row.recipe for row in again.rows] == order
+    assert again.rows[1].seconds_per_image == adaptive.seconds_per_image
+    assert not any(what.startswith("adaptive") for what in heard)
+    store.open(plan.rows, plan.workload, resume=False)
+    assert files_below(tmp_path) == {".bench.json"}, "the rival's files are the benchmark's own"
+
+
+def test_a_measured_rival_is_in_every_round() -> None:
+    plan = make_plan([Recipe(name="adaptive", cache=ResidualCache())], rounds=3)
+    turns = [turn.key for turn in plan.joined_by_rivals({"adaptive": 3.6}).turns()]
+    assert [turn for name, turn in turns if name == "fewer-steps-4"] == [0, 1, 2]
+    assert turns.index(("fewer-steps-4", 0)) == turns.index(("adaptive", 0)) + 1
+
+
 def test_a_model_that_cannot_be_had_raises_and_writes_no_results(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model"):
         run_plan(make_plan([resolve("cache")], model="owner/missing"), Store(tmp_path), engine=FAKE)
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_forced_schedule_reaches_its_process_and_says_so(tmp_path: Path) -> None:
+    schedule = ScheduleCache(steps=6, compute=(0, 3), fingerprint="00ff00ff00ff00ff")
+    plan = make_plan([Recipe(name="foreign", cache=schedule)], limit=1, max_sequence_length=8)
+    plan, store = dataclasses.replace(plan, force=True), Store(tmp_path)
+    store.open(plan.rows, plan.workload, resume=False)
+    turn = plan.turns()[1]
+    row = _run_row(_job(plan, store, turn, {}, SMALL), turn, store, lambda _: None)
+    assert (row.recipe, row.status) == ("foreign", "ok"), row.reason
+    assert "schedule learned on another model, used by force" in row.notes
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_force_is_part_of_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    here = Surroundings(environment=ENVIRONMENT, device="cpu", dtype="float32")
+    monkeypatch.setattr("hasten.benchmark.plan.look_in_process", lambda *_: here)
+    monkeypatch.setattr("hasten.benchmark.run.run_plan", lambda plan, *_, **__: plan)
+    plan: Any = hasten.bench("owner/name", ["baseline"], tmp_path, limit=1, force=force)
+    assert plan.force is force
 
 
 def test_the_bundled_model_from_python(tmp_path: Path) -> None:

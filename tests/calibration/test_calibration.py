@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,15 @@ from hypothesis import strategies as st
 
 import hasten
 from hasten.calibration.cost import GapCosts, fit_weights, gram_matrix
+from hasten.calibration.objective import decode
 from hasten.calibration.search import best_path, neighbours, path_cost
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step
 from hasten.errors import InputError
 from hasten.models.fingerprint import fingerprint
+from hasten.passes.cache.plan import predicted
+from hasten.passes.cache.predict import combine
 from hasten.prompts import read_prompts
+from hasten.quality import lpips
 from hasten.recipe import ScheduleCache
 
 
@@ -45,6 +51,23 @@ def test_gap_errors_from_the_gram_matrix_are_the_real_ones() -> None:
     basis = runs.velocities[[5, 3]].flatten(1).T
     best = basis @ torch.linalg.lstsq(basis, wanted.flatten()).solution
     assert torch.allclose(made.flatten(), best, atol=2e-3)
+
+
+@pytest.mark.parametrize("predictor", ["reuse", "linear", "damped"])
+def test_gap_errors_of_a_predictor_are_what_a_plan_makes(predictor: str) -> None:
+    """Against the plan itself, run step by step over a gap."""
+    runs = curved(12)
+    costs = GapCosts(gram_matrix(runs), runs.sigmas, predictor)
+    error = torch.from_numpy(costs.error(9, (5, 3))).float()
+    plan = predicted(runs.sigmas, [3, 5, 9], predictor)
+    moved = torch.zeros_like(runs.latents[0])
+    for step in range(5, 9):
+        known = [runs.velocities[5], runs.velocities[3]]
+        span = runs.sigmas[step + 1] - runs.sigmas[step]
+        moved += span * combine(known, plan.weights[step])
+    expected = moved - (runs.latents[9] - runs.latents[5])
+    found = torch.einsum("n,npd->pd", error, runs.velocities)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_fitted_weights_reproduce_what_is_in_their_span() -> None:
@@ -104,7 +127,7 @@ def test_the_scheduler_is_left_as_it_was(pipe: Any, call: Callable[..., torch.Te
 def learned() -> Any:
     pipe = hasten.load_pipeline("tiny", device="cpu", dtype="float32")
     prompts = read_prompts("tiny", limit=9)
-    found = hasten.calibrate(pipe, prompts, budget=8, steps=20, held_back=3, batch=6)
+    found = hasten.calibrate(pipe, prompts, budget=6, steps=14, held_back=3, batch=6, climb=24)
     return pipe, prompts, found
 
 
@@ -112,7 +135,7 @@ def test_a_learned_schedule_beats_the_interval_of_the_same_budget(learned: Any) 
     pipe, _, found = learned
     cache = found.recipe.cache
     assert isinstance(cache, ScheduleCache)
-    assert len(cache.compute) == 8
+    assert len(cache.compute) == 6
     assert cache.fingerprint == fingerprint(pipe.transformer)
     assert cache.expected_error == pytest.approx(found.error, abs=1e-6)
     assert found.better
@@ -126,7 +149,7 @@ def test_its_error_is_what_a_user_gets(learned: Any) -> None:
     def draw(target: Any) -> torch.Tensor:
         noise = [torch.Generator().manual_seed(i) for i in ids]
         texts = [prompts[i] for i in ids]
-        arguments = {"num_inference_steps": 20, "output_type": "latent"}
+        arguments = {"num_inference_steps": 14, "output_type": "latent"}
         return target(texts, generator=noise, **arguments).images.flatten(1)
 
     plain = hasten.optimize(pipe, "baseline")
@@ -134,7 +157,7 @@ def test_its_error_is_what_a_user_gets(learned: Any) -> None:
     plain.restore()
     fast = hasten.optimize(pipe, hasten.Recipe.from_toml(found.recipe.to_toml()))
     got = draw(fast)
-    assert fast.last_run.computed == 8
+    assert fast.last_run.computed == 6
     assert fast.calibrated is True
     fast.restore()
     error = ((got - expected).norm(dim=1) / expected.norm(dim=1)).mean()
@@ -143,7 +166,7 @@ def test_its_error_is_what_a_user_gets(learned: Any) -> None:
 
 def test_calibration_is_deterministic_and_leaves_the_pipeline_alone(learned: Any) -> None:
     pipe, prompts, found = learned
-    again = hasten.calibrate(pipe, prompts, budget=8, steps=20, held_back=3, batch=6)
+    again = hasten.calibrate(pipe, prompts, budget=6, steps=14, held_back=3, batch=6, climb=24)
     assert again.recipe == found.recipe
     hasten.optimize(pipe, "baseline").restore()
 
@@ -160,3 +183,69 @@ def test_bad_input(learned: Any, arguments: dict[str, Any], fault: str) -> None:
     pipe, prompts, _ = learned
     with pytest.raises(InputError, match=fault):
         hasten.calibrate(pipe, prompts, steps=12, **arguments)
+
+
+class InterruptError(Exception):
+    pass
+
+
+def test_an_interrupted_calibration_goes_on_and_ends_the_same(learned: Any, tmp_path: Path) -> None:
+    pipe, prompts, _ = learned
+    few = {"budget": 3, "steps": 6, "held_back": 2, "batch": 2, "climb": 15}
+    expected = hasten.calibrate(pipe, prompts[:6], **few)
+    seen: list[str] = []
+
+    def stop(what: str, done: int, total: int) -> None:
+        seen.append(what)
+        if (what, done) in {("record full runs", 2), ("climb", 3)} and what != resumed_at[-1]:
+            resumed_at.append(what)
+            raise InterruptError
+
+    resumed_at = [""]
+    for _ in range(2):
+        with pytest.raises(InterruptError):
+            hasten.calibrate(pipe, prompts[:6], **few, state=tmp_path, progress=stop)
+    trials = (tmp_path / "trials.jsonl").read_text()
+    (tmp_path / "trials.jsonl").write_text(trials + '{"error": 0.1, "pa')  # cut short
+    recordings = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recording-*")}
+    assert len(recordings) == 3
+    again = hasten.calibrate(pipe, prompts[:6], **few, state=tmp_path)
+    assert again == expected
+    assert {path: path.stat().st_mtime_ns for path in recordings} == recordings
+    assert (tmp_path / "trials.jsonl").read_text().startswith(trials)
+    with pytest.raises(InputError, match="another calibration: it differs in prompts"):
+        hasten.calibrate(pipe, prompts[1:7], **few, state=tmp_path)
+
+
+def test_pictures_are_decoded_as_the_pipeline_does(learned: Any) -> None:
+    pipe, prompts, _ = learned
+    arguments = {"num_inference_steps": 2, "height": 128, "width": 128}
+
+    def draw(kind: str) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(0)
+        return pipe(prompts[0], generator=noise, output_type=kind, **arguments).images
+
+    pictures = decode(pipe, draw("latent").flatten(1), 128, 128)
+    torch.testing.assert_close(pictures, draw("pt"), rtol=0, atol=1e-6)
+
+
+def test_the_objective_is_what_a_trial_is_judged_by(learned: Any, tmp_path: Path) -> None:
+    pipe, prompts, _ = learned
+    few = {"budget": 3, "steps": 6, "held_back": 1, "batch": 2, "climb": 0}
+    found = hasten.calibrate(pipe, prompts[:3], objective="lpips", state=tmp_path, **few)
+    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+    best = min(map(json.loads, lines), key=lambda trial: trial["error"])
+    assert found.recipe.cache.compute == tuple(best["path"])
+    fast = hasten.optimize(pipe, found.recipe)
+    plain = {"num_inference_steps": 6, "output_type": "pt"}
+
+    def draw(target: Any) -> torch.Tensor:
+        noise = [torch.Generator().manual_seed(i) for i in range(2)]
+        return target(prompts[:2], generator=noise, **plain).images.clamp(0, 1)
+
+    got = draw(fast)
+    fast.restore()
+    again = hasten.optimize(pipe, "baseline")
+    wanted = draw(again)
+    again.restore()
+    assert lpips(got, wanted).mean().item() == pytest.approx(best["error"], rel=1e-2)

@@ -42,6 +42,7 @@ def test_every_option_arrives(run: Run, benchmark: Benchmark) -> None:
         *("--last", 9, "--limit", 3, "--model", "m", "--device", "cpu", "--dtype", "float32"),
         *("--steps", 5, "--size", "64x32", "--seed", 2, "--guidance", "0"),
         *("--max-sequence-length", 7, "--rounds", 4, "--reference", "baseline,cache", "--resume"),
+        "--force",
     )
     assert ended.code == 0, ended.err
     assert benchmark.asked == {
@@ -60,6 +61,7 @@ def test_every_option_arrives(run: Run, benchmark: Benchmark) -> None:
         "max_sequence_length": 7,
         "rounds": 4,
         "references": ("baseline", "cache"),
+        "force": True,
         "resume": True,
     }
 
@@ -69,6 +71,7 @@ def test_what_is_not_asked_for_is_left_to_the_benchmark(run: Run, benchmark: Ben
     asked = benchmark.asked
     assert asked["recipes"] == ("baseline", "compile", "cache", "cache-compile")
     assert asked["references"] == ("baseline",)
+    assert asked["force"] is False
     left = {"prompts", "last", "limit", "steps", "size", "guidance", "max_sequence_length"}
     assert {name for name, value in asked.items() if value is None} == left
 

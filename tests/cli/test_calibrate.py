@@ -16,12 +16,14 @@ def test_every_fault_at_once_and_nothing_written(
 ) -> None:
     out = tmp_path / "schedule.json"
     arguments = ["--budget", "60", "--limit", "0", "--seed", "-1", "--out", str(out)]
+    arguments += ["--objective", "ssim", "--climb", "-1"]
     assert main(["calibrate", *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 4
-    assert [line.startswith("fix: ") for line in lines] == [False] * 4 + [True]
-    for part in ("budget = 60", "limit = 0", "seed = -1", "not a .toml"):
+    assert len(errors) == 6
+    assert [line.startswith("fix: ") for line in lines] == [False] * 6 + [True]
+    parts = ("budget = 60", "limit = 0", "seed = -1", "not a .toml", "objective =", "climb = -1")
+    for part in parts:
         assert any(part in line for line in errors)
     assert list(tmp_path.iterdir()) == []
 

@@ -74,6 +74,27 @@ def test_verbose_prints_the_summary(run: Run) -> None:
     assert "recipe cache" in ended.out.splitlines()[1]
 
 
+FOREIGN = (
+    '[cache]\nkind = "schedule"\nsteps = 6\ncompute = [0, 3]\nfingerprint = "00ff00ff00ff00ff"\n'
+)
+
+
+def test_a_schedule_of_another_model_needs_force(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "foreign.toml").write_text(FOREIGN)
+    asked = ("generate", "x", *SMALL, "--recipe", "foreign.toml", "--verbose")
+    ended = run(*asked)
+    assert ended.code == 1
+    assert ended.out == ""
+    assert "learned on another model (00ff00ff00ff00ff" in ended.errors[0]
+    assert "--force" in ended.fixes[0]
+    assert "hasten calibrate" in ended.fixes[0]
+    assert not (tmp_path / "hasten.png").exists()
+    ended = run(*asked, "--force")
+    assert ended.code == 0, ended.err
+    assert "2 of 6 steps computed" in ended.out
+    assert "note: schedule learned on another model, used by force" in ended.out
+
+
 def test_an_old_picture_is_replaced_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.errors import UnsupportedError
+from hasten.errors import CallError, UnsupportedError
 from hasten.models.family import family_of
-from hasten.models.flux import FluxFamily
+from hasten.models.flux import FluxFamily, FluxState
 
 
 def inputs(transformer: Any, batch: int = 2, tokens: int = 12, text: int = 5) -> dict[str, Any]:
@@ -61,6 +61,55 @@ def test_split_forward_is_bit_equal_to_the_original(pipe: Any, extra: dict[str, 
         arguments["joint_attention_kwargs"] = {}
     expected = transformer(**arguments, return_dict=False)[0]
     assert torch.equal(run(transformer, arguments), expected)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"joint_attention_kwargs": {"scale": 0.5}}, {"return_dict": False}]
+)
+@torch.no_grad()
+def test_a_call_goes_through_to_the_same_output(pipe: Any, extra: dict[str, Any]) -> None:
+    """All blocks run in the middle; arguments by name or by position."""
+    torch.manual_seed(4)
+    transformer, family = pipe.transformer, FluxFamily()
+    arguments = inputs(transformer)
+    expected = transformer(**{**arguments, **extra, "return_dict": False})[0]
+
+    def middle(state: FluxState) -> FluxState:
+        assert not state.kwargs
+        return [after for _, after in family.blocks(transformer, state)][-1]
+
+    assert torch.equal(family.through(transformer, middle, (), {**arguments, **extra}), expected)
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    first = tuple(arguments.pop(name) for name in names)
+    assert torch.equal(family.through(transformer, middle, first, {**arguments, **extra}), expected)
+
+
+@torch.no_grad()
+def test_lora_layers_are_scaled_for_a_call_and_no_longer(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[str, float]] = []
+    monkeypatch.setattr("diffusers.utils.USE_PEFT_BACKEND", True)
+    for name in ("scale_lora_layers", "unscale_lora_layers"):
+        monkeypatch.setattr(
+            f"diffusers.utils.peft_utils.{name}",
+            lambda model, weight, name=name: heard.append((name, weight)),
+        )
+
+    def explode(state: FluxState) -> FluxState:
+        heard.append(("blocks", 0))
+        raise ZeroDivisionError
+
+    arguments = {**inputs(pipe.transformer), "joint_attention_kwargs": {"scale": 0.5}}
+    with pytest.raises(ZeroDivisionError):
+        FluxFamily().through(pipe.transformer, explode, (), arguments)
+    assert heard == [("scale_lora_layers", 0.5), ("blocks", 0), ("unscale_lora_layers", 0.5)]
+
+
+def test_an_argument_that_the_split_does_not_know_is_refused(pipe: Any) -> None:
+    arguments = {**inputs(pipe.transformer), "depth": torch.zeros(1)}
+    with pytest.raises(CallError, match="block by block with depth"):
+        FluxFamily().through(pipe.transformer, lambda state: state, (), arguments)
 
 
 @torch.no_grad()

@@ -23,5 +23,5 @@ class Engine(NamedTuple):
 def load(job: Job) -> Engine:
     """Load the job's model and apply its recipe."""
     pipe = load_pipeline(job.workload.model, device=job.device, dtype=job.workload.dtype)
-    fast = optimize(pipe, Recipe.from_toml(job.toml, source=job.row))
+    fast = optimize(pipe, Recipe.from_toml(job.toml, source=job.row), force=job.force)
     return Engine(pipe, fast, has_random_weights(pipe))

@@ -24,7 +24,8 @@ class Job(_Message):
     toml: its recipe. device: resolved, never `auto`. images: folder for its PNGs, None where the
     pictures are not wanted again (later rounds). floats: folder for the same pictures unrounded,
     kept when the row is done if `keep_floats`. references: row name -> folder of its floats, None
-    where it has none. outcome: the file to write. engine: module with a `load(job)`.
+    where it has none. outcome: the file to write. force: accept a schedule learned on another
+    model. engine: module with a `load(job)`.
     """
 
     row: str
@@ -36,6 +37,7 @@ class Job(_Message):
     keep_floats: bool
     references: dict[str, str | None]
     outcome: str
+    force: bool = False
     engine: str = HASTEN_ENGINE
 
 

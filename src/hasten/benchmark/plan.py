@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hasten.benchmark.environment import look_in_process
-from hasten.benchmark.rows import PlannedRow, plan_rows, rotated
+from hasten.benchmark.rows import PlannedRow, joined_by_rivals, plan_rows, rotated
 from hasten.benchmark.store import Identity, Store
 from hasten.benchmark.workload import Options, resolve_workload
 from hasten.errors import Faults
@@ -31,13 +31,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Plan:
-    """The workload, where it runs (`device` is resolved), and the rows in the table's order."""
+    """The workload, where it runs (`device` is resolved), and the rows in the table's order.
+
+    `force` lets rows use schedules learned on another model.
+    """
 
     workload: Workload
     environment: Environment
     device: str
     rows: tuple[PlannedRow, ...]
     references: tuple[str, ...]
+    force: bool = False
 
     def turns(self) -> list[Turn]:
         """Every rendering, in order: each round rotates the rows between the baselines."""
@@ -46,6 +50,11 @@ class Plan:
             for number in range(self.workload.rounds)
             for row in rotated(self.rows, number)
         ]
+
+    def joined_by_rivals(self, measured: Mapping[str, float]) -> Plan:
+        """The plan once more is known: `measured` has the mean number of steps that rows computed
+        in their first round."""
+        return replace(self, rows=joined_by_rivals(self.rows, self.workload.steps, measured))
 
     def identity(self, row: PlannedRow) -> Identity:
         """What a row of this plan is measured with."""
@@ -76,4 +85,4 @@ def make_plan(
         faults.add(here.fault, here.fix)
     faults.raise_any()
     workload = workload.model_copy(update={"dtype": here.dtype})
-    return Plan(workload, here.environment, here.device, rows, all_references)
+    return Plan(workload, here.environment, here.device, rows, all_references, options.force)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 
 from hasten.errors import Faults
 from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import Recipe, Sampling, resolve
 from hasten.results import BASELINE, BASELINE_AGAIN
 
-__all__ = ["DEFAULT_RECIPES", "PlannedRow", "plan_rows", "rotated"]
+__all__ = ["DEFAULT_RECIPES", "PlannedRow", "joined_by_rivals", "plan_rows", "rotated"]
 
 DEFAULT_RECIPES = ("baseline", "compile", "cache", "cache-compile")
 LONGEST_NAME = 64
@@ -31,8 +32,9 @@ def plan_rows(
 
     `baseline` first and `baseline-again` last, always. Other references come right after the
     baseline, because everything behind them is scored against them. The rest keeps its order;
-    each row that caches is followed by its rival (see `rival_of`). The same recipe twice is one
-    row.
+    each row that caches is followed by its rival (see `rival_of`), or is joined by it later, where
+    only the row itself can say how many steps it computes (see `joined_by_rivals`). The same recipe
+    twice is one row.
     """
     plain = resolve(BASELINE)
     rows = {BASELINE: PlannedRow(BASELINE, plain)}
@@ -52,16 +54,38 @@ def plan_rows(
     return (*rows.values(), PlannedRow(BASELINE_AGAIN, plain))
 
 
-def rival_of(recipe: Recipe, steps: int) -> PlannedRow | None:
+def joined_by_rivals(
+    rows: Sequence[PlannedRow], steps: int, measured: Mapping[str, float]
+) -> tuple[PlannedRow, ...]:
+    """The rows, each one that decides for itself what it computes followed by its rival.
+
+    `measured` has the mean number of steps that such a row computed, once it has run. A rival that
+    is there already, under whatever name, is not added again.
+    """
+    joined = list(rows)
+    for row in rows:
+        rival = rival_of(row.recipe, steps, measured.get(row.name))
+        if rival is not None and not any(_same(row.recipe, rival.recipe) for row in joined):
+            place = joined.index(row) + 1
+            joined.insert(place, _renamed(rival, taken={row.name for row in joined}))
+    return tuple(joined)
+
+
+def rival_of(recipe: Recipe, steps: int, measured: float | None = None) -> PlannedRow | None:
     """The honest rival of a recipe that caches: no cache, and as many steps as it computes.
 
-    Where only the number of steps is left in it, it is called `fewer-steps-K`, else
-    `NAME-fewer-steps-K`.
+    `measured` is the mean number of steps it has computed, for a cache that cannot tell before; it
+    has no rival until then. Where only the number of steps is left in the rival, it is called
+    `fewer-steps-K`, else `NAME-fewer-steps-K`.
     """
     if recipe.cache is None:
         return None
     sampling = recipe.sampling or Sampling.model_validate({})
     computed = computed_steps(recipe.cache, sampling.steps or steps)
+    if computed is None:
+        if measured is None:
+            return None
+        computed = max(1, round(measured))
     fewer = Sampling.model_validate({**dict(sampling), "steps": computed})
     name = f"fewer-steps-{computed}"
     rival = recipe.but(
@@ -85,6 +109,13 @@ def rotated(rows: Sequence[PlannedRow], turn: int) -> tuple[PlannedRow, ...]:
 def _add(row: PlannedRow, rows: dict[str, PlannedRow], faults: Faults) -> None:
     if not _same(rows.setdefault(row.name, row).recipe, row.recipe):
         faults.add(*_name_taken(row.name))
+
+
+def _renamed(row: PlannedRow, taken: Container[str]) -> PlannedRow:
+    """The row under its name, or the first free one that is made of it."""
+    numbered = (f"{row.name[: LONGEST_NAME - 4]}-{number}" for number in count(2))
+    name = next(name for name in chain([row.name], numbered) if name not in taken)
+    return PlannedRow(name, row.recipe.but(name=name))
 
 
 def _same(one: Recipe, other: Recipe) -> bool:

@@ -42,17 +42,20 @@ def bench(
     dtype: str = "auto",
     rounds: int = 1,
     references: Sequence[str] = (BASELINE,),
+    force: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Render the same prompts under several recipes and write results, pictures and a report.
 
     Every recipe gets a row, in a process of its own; `baseline` is rendered first and last, and a
-    recipe with a cache is joined by its honest rival, `fewer-steps-K`. What is not given comes
-    from the model's defaults; a recipe's `[sampling]` overrides it for its own row. `references`
-    are the rows whose pictures the others are scored against. `resume` keeps the rows that `out`
-    already has; otherwise an earlier benchmark's files there are replaced. `progress` hears what
-    is happening, how much of it is done, and of how much.
+    recipe with a cache is joined by its honest rival, `fewer-steps-K`, where K is the number of
+    steps it computes (for a cache that decides as it goes, the rounded mean of its first round).
+    What is not given comes from the model's defaults; a recipe's `[sampling]` overrides it for its
+    own row. `references` are the rows whose pictures the others are scored against. `force` runs
+    schedules learned on another model too, and their rows say so. `resume` keeps the rows that
+    `out` already has; otherwise an earlier benchmark's files there are replaced. `progress` hears
+    what is happening, how much of it is done, and of how much.
 
     Raises InputError, RecipeError or ModelError before anything is rendered; a row that fails does
     not raise, it has a status and a reason. After KeyboardInterrupt the finished rows are on disk.
@@ -70,6 +73,7 @@ def bench(
         device=device,
         dtype=dtype,
         rounds=rounds,
+        force=force,
     )
     store = Store(Path(out).expanduser().absolute())
     plan = make_plan(options, recipes, references, store)
@@ -84,18 +88,25 @@ def run_plan(
     progress: Progress | None = None,
     engine: str = HASTEN_ENGINE,
 ) -> Results:
-    """Run the rows that are not there yet; write results after each row and a report at the end."""
-    done = _finished(plan, store) if resume else {}
+    """Run the rows that are not there yet; write results after each row and a report at the end.
+
+    Where a row has to be measured before its rival is known, the plan grows on the way.
+    """
+    done: Done = {}
+    if resume:
+        plan = plan.joined_by_rivals(_steps_computed(_finished(plan, store)))
+        done = _finished(plan, store)
     store.open(plan.rows, plan.workload, resume=resume)
-    turns = plan.turns()
     try:
-        for number, turn in enumerate(turns, 1):
-            if turn.key not in done:
-                show = _shown(progress, f"{turn.row.name} ({number}/{len(turns)})")
-                row = _run_row(_job(plan, store, turn, done, engine), turn, store, show)
-                store.write_row(row, turn.round, plan.identity(turn.row))
-                done[turn.key] = row
-                write_results(store.out / "results.json", _results(plan, done))
+        while turn := next((turn for turn in plan.turns() if turn.key not in done), None):
+            turns = [turn.key for turn in plan.turns()]
+            show = _shown(progress, f"{turn.row.name} ({turns.index(turn.key) + 1}/{len(turns)})")
+            row = _run_row(_job(plan, store, turn, done, engine), turn, store, show)
+            store.write_row(row, turn.round, plan.identity(turn.row))
+            done[turn.key] = row
+            plan = plan.joined_by_rivals(_steps_computed(done))
+            store.open(plan.rows, plan.workload, resume=True)  # new rows are its own too
+            write_results(store.out / "results.json", _results(plan, done))
     except KeyboardInterrupt:
         if (BASELINE, 0) in done:
             _write(plan, store, done)
@@ -122,6 +133,15 @@ def _finished(plan: Plan, store: Store) -> Done:
     return done
 
 
+def _steps_computed(done: Done) -> dict[str, float]:
+    """Mean number of steps that each row computed in its first round."""
+    return {
+        name: row.steps_computed.mean
+        for (name, turn), row in done.items()
+        if turn == 0 and row.steps_computed
+    }
+
+
 def _job(plan: Plan, store: Store, turn: Turn, done: Done, engine: str) -> Job:
     """What the row's process is told. Only the first round has pictures and is scored."""
     name = turn.row.name
@@ -140,6 +160,7 @@ def _job(plan: Plan, store: Store, turn: Turn, done: Done, engine: str) -> Job:
         keep_floats=name in plan.references,
         references=references,
         outcome=str(store.work_file(name, turn.round, "outcome")),
+        force=plan.force,
         engine=engine,
     )
 

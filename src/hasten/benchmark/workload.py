@@ -26,12 +26,16 @@ DEFAULT_LIMIT = 50
 
 @dataclass(frozen=True)
 class Options(CallOptions):
-    """What was asked for; without a file, `last` and `limit`, the first 50 of the model's set."""
+    """What was asked for; without a file, `last` and `limit`, the first 50 of the model's set.
+
+    `force` uses schedules learned on another model.
+    """
 
     prompts: str | Path | None = None
     last: int | None = None
     limit: int | None = None
     rounds: int = 1
+    force: bool = False
 
 
 def resolve_workload(options: Options, faults: Faults) -> Workload:

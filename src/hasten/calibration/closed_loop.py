@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from hasten.calibration.cost import fit_weights
+from hasten.calibration.objective import Objective, relative_error
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step
 from hasten.passes.cache.predict import Weights
 
-__all__ = ["ClosedLoop", "fit_closed_loop", "relative_error"]
+__all__ = ["ClosedLoop", "fit_closed_loop"]
 
 
 class ClosedLoop:
@@ -62,12 +63,14 @@ def fit_closed_loop(
     *,
     order: int,
     batch: int,
+    objective: Objective | None = None,
 ) -> tuple[tuple[Weights, ...], float]:
-    """(weights of each computed step, relative error of the final latents on these runs).
+    """(weights of each computed step, what the objective says of these runs' final latents).
 
     `sample(ids)` runs those prompts under a plan that computes the steps of `path`. Weights are
-    fitted over a batch and averaged over batches.
+    fitted over a batch and averaged over batches. Without an objective, the relative error.
     """
+    objective = objective or relative_error(full.latents[-1])
     count = full.velocities.shape[1]
     fits: list[list[Weights]] = []
     finals: list[Tensor] = []
@@ -81,9 +84,4 @@ def fit_closed_loop(
         tuple(round(float(value), 5) for value in np.mean([fit[k] for fit in fits], axis=0))
         for k in range(len(fits[0]))
     )
-    return averaged, relative_error(torch.cat(finals), full.latents[-1])
-
-
-def relative_error(latents: Tensor, reference: Tensor) -> float:
-    """Mean over P of ‖latents − reference‖ / ‖reference‖, both P×D."""
-    return float(((latents - reference).norm(dim=1) / reference.norm(dim=1)).mean())
+    return averaged, objective(torch.cat(finals))

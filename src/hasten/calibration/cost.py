@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.calibration.trajectories import Trajectories
+from hasten.passes.cache.predict import WEIGHTS
 
 __all__ = ["GapCosts", "gram_matrix"]
 
@@ -30,11 +31,14 @@ def gram_matrix(trajectories: Trajectories) -> Array:
 
 
 class GapCosts:
-    """Fits and errors of gaps, each computed once."""
+    """Errors of gaps, each computed once: with fitted weights, or as a predictor fills them."""
 
-    def __init__(self, gram: Array, sigmas: tuple[float, ...]) -> None:
+    def __init__(
+        self, gram: Array, sigmas: tuple[float, ...], predictor: str | None = None
+    ) -> None:
         self.gram = gram
         self.sigmas = np.asarray(sigmas)
+        self.predictor = predictor
         self._known: dict[tuple[int, ...], Array] = {}
 
     def error(self, stop: int, known: tuple[int, ...]) -> Array:
@@ -53,11 +57,24 @@ class GapCosts:
         start = known[0]
         wanted = np.zeros(len(self.gram))
         wanted[start:stop] = np.diff(self.sigmas)[start:stop]
+        if self.predictor is not None:
+            return self._predicted(stop, known) - wanted
         span = self.sigmas[stop] - self.sigmas[start]
         weights = fit_weights(self.gram, wanted / span, known)
         made = np.zeros_like(wanted)
         made[list(known)] = weights * span
         return made - wanted
+
+    def _predicted(self, stop: int, known: tuple[int, ...]) -> Array:
+        weigh = WEIGHTS[str(self.predictor)]
+        made = np.zeros(len(self.gram))
+        levels = [float(self.sigmas[step]) for step in known]
+        for step in range(known[0], stop):
+            weights = weigh(levels, float(self.sigmas[step]))
+            span = self.sigmas[step + 1] - self.sigmas[step]
+            for known_step, weight in zip(known, weights, strict=False):
+                made[known_step] += weight * span
+        return made
 
 
 def fit_weights(gram: Array, target: Array, known: tuple[int, ...]) -> Array:

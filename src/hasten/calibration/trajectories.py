@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.calibration.store import Store
+
 __all__ = ["Trajectories", "at_scheduler_step", "record"]
 
 
@@ -61,38 +63,48 @@ def record(
     count: int,
     batch: int,
     progress: Callable[[int, int], None],
+    store: Store | None = None,
 ) -> Trajectories:
     """Record `count` runs in batches; `sample(ids)` draws those prompts and returns final latents.
 
-    Nothing is approximated: each step's velocity is stored as the scheduler saw it.
+    Nothing is approximated: each step's velocity is stored as the scheduler saw it. Batches that
+    `store` has are not run again.
     """
-    parts: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, count, batch):
+    store = store or Store()
+    parts: list[dict[str, Tensor]] = []
+    for number, first in enumerate(range(0, count, batch)):
         progress(first, count)
-        ids = range(first, min(first + batch, count))
-        velocities: list[Tensor] = []
-        latents: list[Tensor] = []
-
-        def keep(
-            _: int,
-            velocity: Tensor,
-            latent: Tensor,
-            velocities: list[Tensor] = velocities,
-            latents: list[Tensor] = latents,
-        ) -> Tensor:
-            velocities.append(velocity.flatten(1).float().cpu())
-            latents.append(latent.flatten(1).float().cpu())
-            return velocity
-
-        with at_scheduler_step(pipe.scheduler, keep):
-            final = sample(ids)
-        latents.append(final.flatten(1).float().cpu())
-        parts.append((torch.stack(velocities), torch.stack(latents)))
+        known = store.recording(number)
+        if known is None:
+            known = _record(sample, pipe, range(first, min(first + batch, count)))
+            store.keep_recording(number, known)
+        parts.append(known)
     progress(count, count)
-    steps = len(parts[0][0])
-    sigmas = [*pipe.scheduler.sigmas.tolist(), 0.0][: steps + 1]
     return Trajectories(
-        tuple(sigmas),
-        torch.cat([velocities for velocities, _ in parts], dim=1),
-        torch.cat([latents for _, latents in parts], dim=1),
+        tuple(parts[0]["sigmas"].tolist()),
+        torch.cat([part["velocities"] for part in parts], dim=1),
+        torch.cat([part["latents"] for part in parts], dim=1),
     )
+
+
+def _record(
+    sample: Callable[[Sequence[int]], Tensor], pipe: Any, ids: Sequence[int]
+) -> dict[str, Tensor]:
+    """`sigmas`, `velocities` and `latents` of one batch, shaped as in `Trajectories`."""
+    velocities: list[Tensor] = []
+    latents: list[Tensor] = []
+
+    def keep(_: int, velocity: Tensor, latent: Tensor) -> Tensor:
+        velocities.append(velocity.flatten(1).float().cpu())
+        latents.append(latent.flatten(1).float().cpu())
+        return velocity
+
+    with at_scheduler_step(pipe.scheduler, keep):
+        final = sample(ids)
+    latents.append(final.flatten(1).float().cpu())
+    sigmas = [*pipe.scheduler.sigmas.tolist(), 0.0][: len(velocities) + 1]
+    return {
+        "sigmas": torch.tensor(sigmas, dtype=torch.float64),
+        "velocities": torch.stack(velocities),
+        "latents": torch.stack(latents),
+    }

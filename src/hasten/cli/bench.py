@@ -49,6 +49,7 @@ def bench(
     max_sequence_length: options.MaxSequenceLength = None,
     rounds: Rounds = 1,
     reference: References = "baseline",
+    force: options.Force = False,
     resume: Resume = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -75,6 +76,7 @@ def bench(
             dtype=dtype,
             rounds=rounds,
             references=_names(reference),
+            force=force,
             resume=resume,
             progress=progress.show,
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from hasten.settings import CallOptions, Settings
 
 HELD_BACK = 8
+OBJECTIVES = ("latent", "lpips")
 
 
 def calibrate(
@@ -32,6 +35,15 @@ def calibrate(
         typer.Option(metavar="FILE", help="One prompt a line.  [default: the model's set]"),
     ] = None,
     limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = 16,
+    objective: Annotated[
+        str, typer.Option(metavar="latent|lpips", help="What to keep near the full run.")
+    ] = "latent",
+    climb: Annotated[
+        int, typer.Option(metavar="N", help="Evaluations a batch spent on improving the plan.")
+    ] = 120,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what an interrupted run left.")
+    ] = False,
     model: options.Model = "tiny",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -47,14 +59,32 @@ def calibrate(
     from hasten.settings import CallOptions
 
     asked = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
-    texts, settings = _request(asked, prompts, limit, budget, out)
-    found = _learn(asked, texts, settings, budget)
+    wanted = Wanted(budget, limit, objective, climb, out)
+    texts, settings = _request(asked, prompts, wanted)
+    found = _learn(asked, texts, settings, wanted, resume=resume)
     _write(found, out)
+    _forget(wanted.state)
     _print_result(found, out, as_json=as_json)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What to learn, and where it goes."""
+
+    budget: int
+    limit: int
+    objective: str
+    climb: int
+    out: Path
+
+    @property
+    def state(self) -> Path:
+        """Recordings and trials, until the recipe is written."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+
 def _request(
-    asked: CallOptions, prompts: Path | None, limit: int, budget: int, out: Path
+    asked: CallOptions, prompts: Path | None, wanted: Wanted
 ) -> tuple[list[str], Settings]:
     """Look at all of the input, and raise everything that is wrong with it at once."""
     from hasten.machine import machine
@@ -64,12 +94,13 @@ def _request(
     faults = Faults()
     defaults = model_defaults(asked.model, faults)
     settings = chosen_settings(asked, Settings.of_model(defaults), faults)
-    whole_number("budget", budget, 1, (1, settings.steps), faults)
+    whole_number("budget", wanted.budget, 1, (1, settings.steps), faults)
+    whole_number("climb", wanted.climb, 0, (0, 1_000_000), faults)
     whole_number("seed", asked.seed, 0, (0, MAX_SEED), faults)
     if asked.device not in ("auto", "cpu"):  # these two are always there: no need to look
         with faults.gather():
             machine().usable_device(asked.device)
-    count = whole_number("limit", limit, 16, (1, 1000), faults)
+    count = whole_number("limit", wanted.limit, 16, (1, 1000), faults)
     texts: list[str] = []
     with faults.gather():
         texts = list(read_prompts(prompts or defaults.prompts, limit=count + HELD_BACK))
@@ -79,14 +110,24 @@ def _request(
                 f"give at least {HELD_BACK + 1}, better {HELD_BACK + 16}",
             )
     with faults.gather():
-        if out.suffix != ".toml" or out.is_dir():
-            raise InputError(f"{out}: not a .toml file name", "for example --out schedule.toml")
-        options.check_writable(out.parent)
+        if wanted.objective not in OBJECTIVES:
+            raise InputError(
+                f"objective = {wanted.objective!r} is not one of {', '.join(OBJECTIVES)}",
+                "latent is the quicker, lpips decodes every trial",
+            )
+    with faults.gather():
+        if wanted.out.suffix != ".toml" or wanted.out.is_dir():
+            raise InputError(
+                f"{wanted.out}: not a .toml file name", "for example --out schedule.toml"
+            )
+        options.check_writable(wanted.out.parent)
     faults.raise_any()
     return texts, settings
 
 
-def _learn(asked: CallOptions, texts: list[str], settings: Settings, budget: int) -> Calibration:
+def _learn(
+    asked: CallOptions, texts: list[str], settings: Settings, wanted: Wanted, *, resume: bool
+) -> Calibration:
     from hasten.cli.progress import ProgressBar, silence_library_bars
 
     with ProgressBar() as progress:
@@ -95,17 +136,33 @@ def _learn(asked: CallOptions, texts: list[str], settings: Settings, budget: int
         from hasten import calibrate as learn
         from hasten import load_pipeline
 
+        if not resume:
+            _forget(wanted.state)
         arguments = settings.call_arguments()
-        return learn(
-            load_pipeline(asked.model, device=asked.device, dtype=asked.dtype),
-            texts,
-            budget=budget,
-            steps=arguments.pop("num_inference_steps"),
-            held_back=HELD_BACK,
-            seed=asked.seed,
-            progress=progress.show,
-            **arguments,
-        )
+        try:
+            found = learn(
+                load_pipeline(asked.model, device=asked.device, dtype=asked.dtype),
+                texts,
+                budget=wanted.budget,
+                steps=arguments.pop("num_inference_steps"),
+                objective=cast(Any, wanted.objective),
+                climb=wanted.climb,
+                held_back=HELD_BACK,
+                seed=asked.seed,
+                state=wanted.state,
+                progress=progress.show,
+                **arguments,
+            )
+        except KeyboardInterrupt:
+            print(f"{wanted.state} keeps what is done; --resume goes on from it", file=sys.stderr)
+            raise
+        return found
+
+
+def _forget(state: Path) -> None:
+    from hasten.calibration.store import remove_store
+
+    remove_store(state)
 
 
 def _write(found: Calibration, out: Path) -> None:
@@ -127,12 +184,15 @@ def _print_result(found: Calibration, out: Path, *, as_json: bool) -> None:
             "path": str(out),
             "error": found.error,
             "interval_error": found.interval_error,
+            "lpips": found.lpips,
+            "interval_lpips": found.interval_lpips,
             "better": found.better,
         }
         print(json.dumps(result, indent=2))
         return
     verdict = "" if found.better else "; no better than the interval: use that"
     print(
-        f"{out}: error of the final latents on {HELD_BACK} held-back prompts {found.error:.4f}, "
-        f"plain interval {found.interval_error:.4f}{verdict}"
+        f"{out}: on {HELD_BACK} held-back prompts, error of the final latents {found.error:.4f}, "
+        f"plain interval {found.interval_error:.4f}; LPIPS {found.lpips:.4f}, "
+        f"plain interval {found.interval_lpips:.4f}{verdict}"
     )

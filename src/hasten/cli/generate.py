@@ -65,6 +65,7 @@ def generate(
     seed: options.Seed = 0,
     guidance: options.Guidance = None,
     max_sequence_length: options.MaxSequenceLength = None,
+    force: options.Force = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say what each pass did.")] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -74,7 +75,7 @@ def generate(
 
     asked = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
     request = _request(prompt, recipe, out, asked)
-    picture = _render(request, device, dtype)
+    picture = _render(request, device, dtype, force=force)
     _save(picture.image, request, out)
     _print_result(picture, request, out, as_json=as_json, verbose=verbose)
 
@@ -102,7 +103,7 @@ def _request(prompt: str, recipe: str, out: Path, asked: CallOptions) -> Request
     return Request(prompt, asked.model, chosen, seed, settings)
 
 
-def _render(request: Request, device: str, dtype: str) -> Picture:
+def _render(request: Request, device: str, dtype: str, *, force: bool) -> Picture:
     from hasten.cli.progress import ProgressBar, silence_library_bars
     from hasten.models.defaults import model_directory
 
@@ -117,7 +118,7 @@ def _render(request: Request, device: str, dtype: str) -> Picture:
         from hasten import load_pipeline, optimize
 
         pipe = load_pipeline(request.model, device=device, dtype=dtype)
-        fast = optimize(pipe, request.recipe)
+        fast = optimize(pipe, request.recipe, force=force)
         loaded = time.perf_counter()
         what = "compiling, then steps" if request.recipe.compile else "steps"
         progress.stage(what, total=request.settings.steps)

@@ -28,6 +28,15 @@ class Family(Protocol):
     def epilogue(self, transformer: Any, state: Any) -> Tensor:
         """Everything after the last block: the model's output."""
 
+    def through(
+        self,
+        transformer: Any,
+        middle: Callable[[Any], Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The model's output for a call of its forward, with `middle` in place of its blocks."""
+
     def repeated_blocks(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         """The repeated blocks by name, in the order in which they run."""
 

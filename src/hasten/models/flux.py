@@ -7,17 +7,22 @@ The three parts call the very modules of `FluxTransformer2DModel` in the order o
     for _, state in family.blocks(transformer, state): ...
     output = family.epilogue(transformer, state)
 
+and `through` answers a call of `forward` with something else in place of the blocks.
+
 Shapes: B batch, S image tokens, T text tokens, D = heads x head_dim, C packed latent channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hasten.errors import CallError
 
 __all__ = ["FluxFamily", "FluxState"]
 
@@ -107,6 +112,26 @@ class FluxFamily:
         output: Tensor = transformer.proj_out(transformer.norm_out(state.image, state.conditioning))
         return output
 
+    def through(
+        self,
+        transformer: Any,
+        middle: Callable[[FluxState], FluxState],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The velocity (B×S×C) with `middle` in place of the blocks: after the prologue, before the
+        epilogue. `args` and `kwargs` are those of the transformer's forward; LoRA layers have the
+        call's scale while it lasts. Raises CallError for an argument this family does not know.
+        """
+        from diffusers.utils import apply_lora_scale
+
+        def forward(transformer: Any, **inputs: Any) -> Tensor:
+            return self.epilogue(transformer, middle(self.prologue(transformer, **inputs)))
+
+        scaled = apply_lora_scale("joint_attention_kwargs")(forward)  # as the original is
+        output: Tensor = scaled(transformer, **_inputs(transformer, args, kwargs))
+        return output
+
     def repeated_blocks(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         """(name, block), in the order in which they run."""
         return [
@@ -136,3 +161,22 @@ def _control(residuals: Sequence[Tensor], index: int, blocks: int, repeat: bool)
         return residuals[index % len(residuals)]
     blocks_each = -(-blocks // len(residuals))
     return residuals[index // blocks_each]
+
+
+PROLOGUE_INPUTS = inspect.signature(FluxFamily.prologue).parameters.keys()
+
+
+def _inputs(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the transformer's forward as those of `prologue`, by name."""
+    given = dict(kwargs)
+    if args:
+        _, *names = inspect.signature(type(transformer).forward).parameters
+        given.update(zip(names, args, strict=False))
+    given.pop("return_dict", None)
+    unknown = sorted(given.keys() - PROLOGUE_INPUTS)
+    if unknown:
+        raise CallError(
+            f"the FLUX.1 transformer cannot be run block by block with {', '.join(unknown)}",
+            'leave it out, or use a cache that runs whole steps, such as kind = "interval"',
+        )
+    return given

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.passes.cache.predict import WEIGHTS, combine, linear, reuse
+from hasten.passes.cache.predict import WEIGHTS, combine, damped, linear, reuse
 
 sigmas = st.floats(0.01, 1, allow_nan=False)
 
@@ -28,6 +28,15 @@ def test_linear_is_exact_on_lines(
     predicted = combine([line(second), line(first)], weights)
     scale = 1 + abs(target - second) / abs(first - second)
     assert predicted.item() == pytest.approx(line(target).item(), abs=3e-6 * scale)
+
+
+@given(known=st.lists(sigmas, min_size=1, max_size=4, unique=True), target=sigmas)
+def test_damped_is_half_way_from_reuse_to_linear(known: list[float], target: float) -> None:
+    values = [torch.tensor([value], dtype=torch.float64) for value in (0.7, -0.2, 1.0, 2.0)]
+    values = values[: len(known)]
+    ends = [combine(values, weigh(known, target)).item() for weigh in (reuse, linear)]
+    middle = combine(values, damped(known, target)).item()
+    assert middle == pytest.approx(sum(ends) / 2, rel=1e-5, abs=1e-5)
 
 
 @given(known=st.lists(sigmas, min_size=1, max_size=4), target=sigmas)

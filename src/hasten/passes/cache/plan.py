@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hasten.passes.cache.predict import WEIGHTS, Weights
 from hasten.passes.cache.resample import resampled
-from hasten.recipe import BudgetCache, Cache, IntervalCache, ScheduleCache
+from hasten.recipe import BudgetCache, Cache, IntervalCache, ResidualCache, ScheduleCache
 
 __all__ = ["Plan", "computed_steps", "interval_plan", "interval_steps", "schedule_plan"]
 
@@ -83,7 +83,7 @@ def schedule_plan(
 
     On another grid (number of steps, shift, resolution, a late start) its density of computed
     steps is carried over in sigma, in the same proportion or to exactly `budget` steps, and the
-    predictor `linear` replaces the fitted weights, which hold for the learned gaps alone.
+    predictor `damped` replaces the fitted weights, which hold for the learned gaps alone.
     """
     steps = len(sigmas) - 1
     same_count = budget is None or budget == len(schedule.compute)
@@ -98,11 +98,14 @@ def schedule_plan(
         return Plan(tuple(step in chosen for step in range(steps)), tuple(rows))
     learned = schedule.sigmas or tuple(1 - i / schedule.steps for i in range(schedule.steps))
     computed = resampled(schedule.compute, learned, sigmas, count=budget)
-    return predicted(sigmas, computed, "linear" if schedule.weights else schedule.predictor)
+    return predicted(sigmas, computed, "damped" if schedule.weights else schedule.predictor)
 
 
-def computed_steps(cache: Cache, steps: int) -> int:
-    """How many of `steps` steps a run from the beginning computes."""
+def computed_steps(cache: Cache, steps: int) -> int | None:
+    """How many of `steps` steps a run from the beginning computes; None where only the run itself
+    can say."""
+    if isinstance(cache, ResidualCache):
+        return None
     if isinstance(cache, IntervalCache):
         return len(
             interval_steps(

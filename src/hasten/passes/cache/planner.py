@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hasten.passes.cache.plan import Plan, interval_plan, schedule_plan
-from hasten.recipe import BudgetCache, Cache, IntervalCache, ScheduleCache
+from hasten.recipe import BudgetCache, IntervalCache, PlannedCache, ScheduleCache
 from hasten.schedules import nearest
 
 __all__ = ["Planner"]
@@ -16,7 +16,7 @@ __all__ = ["Planner"]
 class Planner:
     """Plans runs of one model under one `[cache]` section."""
 
-    cache: Cache
+    cache: PlannedCache
     fingerprint: str | None
 
     def __call__(self, sigmas: Sequence[float]) -> Plan:
@@ -31,9 +31,10 @@ class Planner:
 
     @property
     def calibrated(self) -> bool | None:
-        """Whether the plan was learned on a model; None for kinds that are not learned."""
+        """Whether the plan was learned on this very model; None for kinds that are not learned."""
         if isinstance(self.cache, ScheduleCache):
-            return self.cache.calibrated
+            own = self.fingerprint is not None and self.cache.fingerprint == self.fingerprint
+            return self.cache.calibrated and own
         if isinstance(self.cache, BudgetCache):
             return nearest(self.fingerprint, self.cache.budget, 50).fingerprint is not None
         return None

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from hasten.passes.cache.plan import Plan
-from hasten.passes.cache.predict import combine
-
-__all__ = ["Branch", "Run", "RunCounts"]
+__all__ = ["Answer", "Branch", "Run", "RunCounts"]
 
 
 @dataclass(frozen=True)
 class RunCounts:
     """What a finished (or interrupted) run did.
 
-    steps: sampling steps entered; computed: of these, steps on which the transformer ran for any
-    branch; skipped: the others; stored: outputs kept for later steps, over all branches.
+    steps: sampling steps entered; computed: of these, steps on which the whole transformer ran for
+    any branch; skipped: the others; stored: calls of which something was kept for later steps, over
+    all branches.
     """
 
     steps: int = 0
@@ -28,12 +26,22 @@ class RunCounts:
     stored: int = 0
 
 
-@dataclass
-class Branch:
-    """One stream of transformer calls, e.g. `cond` or `uncond`: its computed outputs, newest
-    first."""
+class Answer(NamedTuple):
+    """What a transformer call returns, and whether the whole transformer ran for it."""
 
-    outputs: deque[Tensor]
+    output: Tensor
+    computed: bool
+
+
+class Branch(Protocol):
+    """One stream of transformer calls within a run, e.g. `cond` or `uncond`, and what it keeps."""
+
+    def answer(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
+        """Answer the call of `step` (0 is the run's first), given the forward's arguments. The
+        first call is computed. What is kept changes only once the call has succeeded."""
+
+    def kept(self) -> Iterable[Tensor]:
+        """The tensors held for later steps."""
 
 
 @dataclass
@@ -47,7 +55,7 @@ class Run:
 
     timesteps: Tensor
     begin: int
-    plan: Plan
+    new_branch: Callable[[], Branch]
     branches: dict[Hashable, Branch] = field(default_factory=dict)
     index: int = -1
     calls_in_step: dict[Hashable, int] = field(default_factory=dict)
@@ -69,22 +77,16 @@ class Run:
         self.entered.add(index)
         key = (caller, order)
         if key not in self.branches:
-            self.branches[key] = Branch(deque(maxlen=self.plan.history))
+            self.branches[key] = self.new_branch()
         return self.branches[key]
 
-    def computes(self, branch: Branch) -> bool:
-        """Whether the transformer runs now. A branch's first call always computes."""
-        return self.plan.compute[self.index - self.begin] or not branch.outputs
-
-    def store(self, branch: Branch, output: Tensor) -> None:
-        """Keep a computed output for the steps to come."""
-        branch.outputs.appendleft(output.detach())
-        self.computed.add(self.index)
-        self.stored += 1
-
-    def velocity(self, branch: Branch) -> Tensor:
-        """What this step uses: known outputs, combined as the plan says."""
-        return combine(branch.outputs, self.plan.weights[self.index - self.begin])
+    def answer(self, branch: Branch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the branch answers now, after counting whether it computed."""
+        output, computed = branch.answer(self.index - self.begin, args, kwargs)
+        if computed:
+            self.computed.add(self.index)
+            self.stored += 1
+        return output
 
     def counts(self) -> RunCounts:
         """Steps entered, computed and skipped so far."""
@@ -96,9 +98,9 @@ class Run:
         )
 
     def bytes_held(self) -> int:
-        """Memory of the stored outputs."""
+        """Memory of what the branches keep."""
         return sum(
             value.numel() * value.element_size()
             for branch in self.branches.values()
-            for value in branch.outputs
+            for value in branch.kept()
         )

@@ -1,8 +1,7 @@
-"""The step cache around a transformer: compute and keep, or predict.
+"""The step cache before a transformer: it knows which step of which run a call belongs to.
 
-The decision is taken here, outside the transformer's own (maybe compiled) forward, from a static
-plan: no value is read back from the device in the loop. What is kept is the model's output (the
-velocity), so a skipped step costs nothing but the scheduler's update.
+What the call gets is the policy's affair (`planned`, `residual`); the decision is taken outside
+compiled code.
 """
 
 from __future__ import annotations
@@ -11,18 +10,16 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from hasten.errors import CallError
 from hasten.passes.applied import Applied
-from hasten.passes.cache.plan import Plan
-from hasten.passes.cache.state import Run, RunCounts
+from hasten.passes.cache.planner import Planner
+from hasten.passes.cache.state import Branch, Run, RunCounts
 
-Planner = Callable[[Sequence[float]], Plan]
-
-__all__ = ["StepCache", "cache_steps", "driven_by"]
+__all__ = ["Policy", "StepCache", "cache_steps", "driven_by"]
 
 # A step has at most this many transformer calls of one name and shape: conditional, unconditional,
 # and two more for perturbed guidance. More of them without a scheduler step in between means that
@@ -42,14 +39,28 @@ def driven_by(scheduler: Any) -> Iterator[None]:
         _scheduler.reset(token)
 
 
+class Policy(Protocol):
+    """How the calls of a transformer are answered; `keeps` names what it keeps for later steps."""
+
+    keeps: str
+
+    @property
+    def planner(self) -> Planner | None:
+        """What plans a run before it starts, where anything does."""
+
+    def begin(self, sigmas: Sequence[float]) -> Callable[[], Branch]:
+        """A run over N falling noise levels and its end (N + 1 entries): what makes a branch of it,
+        at the branch's first call."""
+
+    def describe(self) -> str:
+        """One line for the summary."""
+
+
 class StepCache:
     """Stands before one transformer's forward; holds a `Run` for each scheduler that drives it."""
 
-    def __init__(
-        self, forward: Callable[..., Any], planner: Planner, home: Callable[[], Any]
-    ) -> None:
-        self.forward = forward
-        self.planner = planner
+    def __init__(self, policy: Policy, home: Callable[[], Any]) -> None:
+        self.policy = policy
         self.home = home
         self.context: str | None = None
         self.runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
@@ -63,12 +74,14 @@ class StepCache:
         branch = run.enter(index, (self.context, latents.shape))
         if max(run.calls_in_step.values()) > MOST_CALLS_IN_STEP:
             raise _foreign_driver()
-        if run.computes(branch):
-            output = self.forward(*args, **kwargs)
-            run.store(branch, output[0])
-            self.peak_bytes = max(self.peak_bytes, run.bytes_held())
-        value = run.velocity(branch)
+        value = run.answer(branch, args, kwargs)
+        self.peak_bytes = max(self.peak_bytes, run.bytes_held())
         return (value,) if kwargs.get("return_dict") is False else _output(value)
+
+    @property
+    def planner(self) -> Planner | None:
+        """The policy's."""
+        return self.policy.planner
 
     def drop(self) -> None:
         """Forget the current run; its counts stay readable as `last_run`."""
@@ -85,19 +98,16 @@ class StepCache:
             steps = len(scheduler.timesteps) - index
             sigmas = [*scheduler.sigmas.tolist(), 0.0][index : index + steps + 1]
             run = self.runs[scheduler] = Run(
-                timesteps=scheduler.timesteps, begin=index, plan=self.planner(sigmas)
+                scheduler.timesteps, begin=index, new_branch=self.policy.begin(sigmas)
             )
         return run, index
 
 
-def cache_steps(pipe: Any, planner: Planner, what: str) -> tuple[Applied, StepCache]:
-    """Put a step cache before the pipeline's transformer. Only this instance is changed.
-
-    `planner` makes a run's plan from its noise levels; `what` describes it in the summary.
-    """
+def cache_steps(pipe: Any, policy: Policy) -> tuple[Applied, StepCache]:
+    """Put a step cache before the pipeline's transformer. Only this instance is changed."""
     transformer = pipe.transformer
     replaced = {name: transformer.__dict__.get(name) for name in _HOOKS}
-    cache = StepCache(transformer.forward, planner, _scheduler_of(pipe))
+    cache = StepCache(policy, _scheduler_of(pipe))
     original_context, original_reset = transformer.cache_context, transformer._reset_stateful_cache
 
     @contextmanager
@@ -125,9 +135,9 @@ def cache_steps(pipe: Any, planner: Planner, what: str) -> tuple[Applied, StepCa
                 setattr(transformer, name, value)
 
     def live() -> str:
-        return f"held at most {cache.peak_bytes / 2**20:.2f} MiB of outputs"
+        return f"held at most {cache.peak_bytes / 2**20:.2f} MiB of {policy.keeps}"
 
-    return Applied(name="cache", what=what, undo=undo, live=live), cache
+    return Applied(name="cache", what=policy.describe(), undo=undo, live=live), cache
 
 
 _HOOKS = ("forward", "cache_context", "_reset_stateful_cache")

@@ -1,0 +1,51 @@
+"""What a schedule is to keep near the full run: the final latents, or their picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hasten.quality import lpips
+
+__all__ = ["Objective", "ObjectiveName", "decode", "picture_distance", "relative_error"]
+
+ObjectiveName = Literal["latent", "lpips"]
+Objective = Callable[[Tensor], float]  # of P final latents, P×D
+BATCH = 8
+
+
+def relative_error(reference: Tensor) -> Objective:
+    """Mean over P of ‖latents − reference‖ / ‖reference‖, both P×D."""
+
+    def error(latents: Tensor) -> float:
+        return float(((latents - reference).norm(dim=1) / reference.norm(dim=1)).mean())
+
+    return error
+
+
+def picture_distance(pipe: Any, reference: Tensor, height: int, width: int) -> Objective:
+    """Mean LPIPS between the pictures of final latents and of `reference`, both P×D."""
+    wanted = decode(pipe, reference, height, width)
+
+    def distance(latents: Tensor) -> float:
+        return float(lpips(decode(pipe, latents, height, width), wanted).mean())
+
+    return distance
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Pictures, P×3×H×W in [0, 1], float32, on the pipeline's device; latents are P×D."""
+    channels = pipe.transformer.config.in_channels
+    config = pipe.vae.config
+    pictures = []
+    for some in torch.split(latents, BATCH):
+        packed = some.view(len(some), -1, channels).to(pipe._execution_device, pipe.vae.dtype)
+        unpacked = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
+        scaled = unpacked / config.scaling_factor + config.shift_factor
+        image = pipe.vae.decode(scaled, return_dict=False)[0]
+        pictures.append((image.float() / 2 + 0.5).clamp(0, 1))
+    return torch.cat(pictures)
