@@ -18,7 +18,7 @@ __all__ = ["draw", "markdown", "write_report"]
 
 TOLERANCE = 1.02
 FAMILIES = {
-    "hasten": ("#1f5fd0", "-", 2.2),
+    "hasten": ("#1f5fd0", "-", 1.4),
     "fewer steps": ("#777777", "--", 1.2),
     "diffusers": ("#d9731a", "-", 1.2),
     "cache-dit": ("#2a8f4e", "-", 1.2),
@@ -26,7 +26,7 @@ FAMILIES = {
 MARKERS = "osD^vP*X<>hp"
 HEAD = """# Step caching at equal cost: `{model}`
 
-{n} prompts, 128×128, {steps} steps, float32, CPU. LPIPS (AlexNet, mean) against the plain
+{n} prompts, 128×128, {steps} steps, float32, {device}. LPIPS (AlexNet, mean) against the plain
 pipeline's full {steps} steps; lower is closer. One evaluation is what one image costs in one step
 of the plain pipeline; a skipped step is charged what it still computes (linear layers, attention).
 Prompts: {prompts}. Each setting is the best found that costs at most
@@ -53,10 +53,12 @@ def markdown(results: dict[str, Any]) -> str:
         model=results["model"],
         n=_span(point["n"] for point in points),
         steps=results["workload"]["steps"],
+        device=_devices(results),
         prompts=results["workload"]["prompts"],
     )
     parts = (_by_budget(rows, budgets), _deeper(deep, budgets), _details(rows), _reasons(rows))
-    return "\n".join([text, *("\n".join([*part, ""]) for part in parts)])
+    filled = ([*part, ""] for part in parts)
+    return "\n".join([text, *("\n".join(lines) for lines in filled if lines != [""])])
 
 
 def _by_budget(rows: list[dict[str, Any]], budgets: list[float]) -> Iterable[str]:
@@ -72,7 +74,7 @@ def _by_budget(rows: list[dict[str, Any]], budgets: list[float]) -> Iterable[str
         cells = []
         for budget in budgets:
             point = at_budget(row, budget)
-            value = f"{point['lpips']:.4f}" if point else "–"
+            value = f"{point['lpips']:.5f}" if point else "–"
             cells.append(f"**{value}**" if point and point["lpips"] == best[budget] else value)
         if any(cell != "–" for cell in cells):
             yield f"| {row['method']} | {row['package']} | " + " | ".join(cells) + " |"
@@ -95,14 +97,17 @@ def _deeper(rows: list[dict[str, Any]], budgets: list[float]) -> Iterable[str]:
 def _details(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield "## Every point"
     yield ""
-    yield "LPIPS ± its standard error; s / plain: seconds an image, alone, and plain."
+    yield "LPIPS ± its standard error; s/plain: seconds an image, alone, and plain; tried: settings"
+    yield "judged in the search."
     yield ""
     yield from _table(rows)
 
 
 def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
-    yield "| method | evaluations | computed | LPIPS | SSIM | PSNR | s / plain | tried | setting |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---|"
+    yield (
+        "| method | evaluations | computed | n | LPIPS | SSIM | PSNR | s/plain | tried | setting |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|"
     for row in rows:
         for point in _points(row):
             values = point["per_prompt"]["lpips"]
@@ -112,13 +117,18 @@ def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
                 seconds = f"{point['seconds']:.2f} / {point['plain_seconds']:.2f}"
             yield (
                 f"| {row['method']} | {point['evaluations']:.2f} | {point['computed']:.1f} | "
-                f"{point['lpips']:.4f} ± {error:.4f} | {point['ssim']:.4f} | {point['psnr']:.1f} | "
+                f"{point['n']} | {point['lpips']:.5f} ± {error:.5f} | {point['ssim']:.4f} | "
+                f"{point['psnr']:.1f} | "
                 f"{seconds} | {point.get('tried', '–')} | {_setting(point['setting'])} |"
             )
 
 
 def _reasons(rows: list[dict[str, Any]]) -> Iterable[str]:
     notes = [f"- {row['method']}: {row['note']}" for row in rows if row.get("note")]
+    places = sorted({str(row["on"]) for row in rows if row.get("on")})
+    for place in places if len(places) > 1 else []:
+        there = ", ".join(row["method"] for row in rows if row.get("on") == place)
+        notes.append(f"- On {place}: {there}")
     gone = [f"- {row['method']}: {row['reason']}" for row in rows if row["reason"]]
     gone += [
         f"- {row['method']}, {point['budget']:g} evaluations: {point['reason']}"
@@ -148,7 +158,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
     used: dict[str, int] = {}
@@ -165,7 +175,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             [point["lpips"] for point in points],
             line,
             color=color,
-            linewidth=width,
+            linewidth=2 * width if row["method"] == "schedule" else width,
             alpha=0.9,
             marker=MARKERS[used[family] % len(MARKERS)],
             markersize=6,
@@ -173,14 +183,31 @@ def draw(results: dict[str, Any], path: Path) -> None:
         )
     axes.set(
         yscale="log",
-        xlabel="evaluations (transformer cost in plain steps, of 50)",
+        xlabel=f"evaluations (transformer cost in plain steps, of {results['workload']['steps']})",
         ylabel="LPIPS to the full run (lower is closer)",
         title=f"Step caching at equal cost, {results['model']}",
+        xticks=results["budgets"],
     )
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(True, which="both", alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    _legend(figure, axes)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Beside the plot, the methods under the name of their package."""
+    from matplotlib.lines import Line2D
+
+    lines = axes.get_lines()
+    handles = []
+    for family, (color, _, _) in FAMILIES.items():
+        own = [line for line in lines if line.get_color() == color]
+        if own:
+            handles += [Line2D([], [], linestyle="none", label=f"{family}:"), *own]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
 
 
 def _points(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -205,9 +232,15 @@ def _family(row: dict[str, Any]) -> str:
 
 def _setting(setting: dict[str, Any]) -> str:
     if "toml" in setting:
-        return "the recipe file"
+        return str(setting.get("recipe", "the recipe file"))
     short = {name: value for name, value in setting.items() if not isinstance(value, list)}
     return ", ".join(f"{name} {value}" for name, value in short.items())
+
+
+def _devices(results: dict[str, Any]) -> str:
+    here = results.get("environment", {})
+    own = here.get("gpu") or here.get("cpu") or "a CPU"
+    return " and ".join(sorted({str(row.get("on") or own) for row in results["rows"]}))
 
 
 def _span(counts: Iterable[int]) -> str:

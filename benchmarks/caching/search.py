@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-__all__ = ["gentlest", "geometric", "halve"]
+__all__ = ["gentlest", "geometric"]
 
 Candidate = TypeVar("Candidate")
 
@@ -16,36 +16,25 @@ def geometric(low: float, high: float, count: int) -> list[float]:
 
 
 def gentlest(
-    candidates: Sequence[Candidate], limit: float, cost: Callable[[Candidate], float]
-) -> Candidate | None:
-    """The first of `candidates` that costs at most `limit`; None where even the last costs more.
-
-    Costs fall (or stay) from one to the next: bisection, about log2(len) + 1 calls of `cost`.
-    """
-    if cost(candidates[-1]) > limit:
-        return None
-    low, high = 0, len(candidates) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if cost(candidates[middle]) <= limit:
-            high = middle
-        else:
-            low = middle + 1
-    return candidates[high]
-
-
-def halve(
     candidates: Sequence[Candidate],
-    error: Callable[[Candidate, int], float],
-    stages: Sequence[tuple[int, int]],
-) -> Candidate:
-    """Successive halving: a stage is (prompts to judge on, candidates to keep); least error wins.
+    limit: float,
+    cost: Callable[[Candidate], float],
+    guess: int | None = None,
+) -> int | None:
+    """Index of the first of `candidates` that costs at most `limit`; None where none does.
 
-    The last stage keeps one. A stage that would drop nothing is left out, unless it is the last
-    and there is a choice to make.
+    Costs fall (or stay) from one to the next: steps that double lead from `guess` (by default the
+    middle) to both sides of the limit, bisection to the place. About 2 log2(distance) calls.
     """
-    alive = list(candidates)
-    for prompts, keep in stages:
-        if len(alive) > keep:
-            alive = sorted(alive, key=lambda candidate: error(candidate, prompts))[:keep]
-    return alive[0]
+    low, high = -1, len(candidates)  # dearer than the limit, within it; beyond the ends by default
+    probe, stride = guess, 1
+    if probe is None:
+        probe, stride = len(candidates) // 2, len(candidates)
+    while high - low > 1:
+        if cost(candidates[probe]) <= limit:
+            high, ahead = probe, probe - stride
+        else:
+            low, ahead = probe, probe + stride
+        stride *= 2
+        probe = ahead if low < ahead < high else (low + high) // 2
+    return high if high < len(candidates) else None

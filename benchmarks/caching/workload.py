@@ -66,48 +66,89 @@ class Images:
 
 
 class Model:
-    """A loaded model, from which every setting gets a pipeline of its own."""
+    """A loaded model on a device, from which every setting gets a pipeline of its own."""
 
-    def __init__(self, name: str, charged_blocks: int | None = None) -> None:
+    def __init__(self, name: str, device: str = "cpu", charged_blocks: int | None = None) -> None:
         import hasten
 
         self.name = name
-        self.plain = hasten.load_pipeline("tiny")
+        self.device = torch.device(device)
+        self.plain = hasten.load_pipeline("tiny", device="cpu", dtype="float32")
         if name == "teacher":
             from diffusers import FluxTransformer2DModel
 
             folder = ROOT / "training" / "teacher" / "transformer"
             self.plain.transformer = FluxTransformer2DModel.from_pretrained(folder).float().eval()
         self.plain.set_progress_bar_config(disable=True)
+        self.digest = self._digest()  # before the move: sums differ from device to device
+        self.plain.to(self.device)
         self.unit = self._unit(charged_blocks)
 
     def pipeline(self) -> Any:
-        """A fresh pipeline. Some caches patch the pipeline's class, so it has its own class."""
+        """A fresh pipeline that shares the weights, with modules and a scheduler of its own. Some
+        caches patch the pipeline's class, so it has its own class."""
         kind = type(self.plain)
         parts = dict(self.plain.components)
-        parts["transformer"] = copy.deepcopy(self.plain.transformer)
+        transformer = self.plain.transformer
+        weights = (*transformer.parameters(), *transformer.buffers())
+        parts["transformer"] = copy.deepcopy(transformer, {id(one): one for one in weights})
         parts["scheduler"] = type(self.plain.scheduler).from_config(self.plain.scheduler.config)
         pipe = type(kind.__name__, (kind,), {"__module__": kind.__module__})(**parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def draw(self, call: Any, some: Sequence[Prompt], steps: int = STEPS) -> Tensor:
+        """Images of these prompts in one call, each from its own noise, which is the same on every
+        device: N×3×H×W in [0, 1], on the model's device, not rounded."""
+        return self._called(call, some, steps, "pt").clamp(0, 1)
+
+    def latents(self, call: Any, some: Sequence[Prompt], steps: int = STEPS) -> Tensor:
+        """`draw`, undecoded: N×tokens×channels."""
+        return self._called(call, some, steps, "latent")
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Images of final latents, as the pipeline decodes them."""
+        pipe = self.plain
+        factor = pipe.vae_scale_factor
+        unpacked = pipe._unpack_latents(latents, SIZE["height"], SIZE["width"], factor)
+        config = pipe.vae.config
+        pixels = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor).sample
+        images: Tensor = pipe.image_processor.postprocess(pixels, output_type="pt")
+        return images.float().clamp(0, 1)
+
+    def _called(self, call: Any, some: Sequence[Prompt], steps: int, output_type: str) -> Tensor:
+        arguments = dict(MODELS[self.name])
+        if "negative_prompt" in arguments:
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(some)
+        result = call(
+            [prompt.text for prompt in some],
+            num_inference_steps=steps,
+            generator=[torch.Generator("cpu").manual_seed(prompt.id) for prompt in some],
+            output_type=output_type,
+            **SIZE,
+            **arguments,
+        )
+        images: Tensor = result.images
+        return images.float()
+
     def render(
         self, call: Any, chosen: Sequence[Prompt], *, steps: int = STEPS, batch: int
     ) -> Images:
-        """Render each prompt from its own noise, `batch` at a time; float images, not rounded."""
+        """`draw`, `batch` prompts at a time, with what each cost."""
         pictures: list[Tensor] = []
         evaluations: list[float] = []
         computed: list[float] = []
         with metered(call.transformer) as meter:
             for some in _batches(chosen, batch):
-                pictures.append(self._images(call, some, steps))
+                pictures.append(self.draw(call, some, steps))
                 calls = meter.take()
                 evaluations += [self.unit.evaluations(calls)] * len(some)
                 computed += [self.unit.computed(calls)] * len(some)
         return Images(torch.cat(pictures), evaluations, computed)
 
     def references(self, chosen: Sequence[Prompt], batch: int = 4) -> Tensor:
-        """The plain pipeline's full runs; kept on disk, and one rendered anew to compare."""
+        """The plain pipeline's full runs, on the model's device; what is missing on disk is
+        rendered and kept."""
         known = self._known
         missing = [prompt for prompt in chosen if str(prompt.id) not in known]
         if missing:
@@ -116,16 +157,27 @@ class Model:
             self._keep(known)
         return torch.stack([known[str(prompt.id)] for prompt in chosen])
 
+    def check_references(self) -> None:
+        """Render one of those on disk anew, and forget them all where it has changed."""
+        if not self._known:
+            return
+        number, kept = next(iter(self._known.items()))
+        again = self.render(self.plain, [_prompt(int(number))], batch=1).images[0]
+        drift = (again - kept).abs().max().item()
+        if drift > DRIFT:
+            print(f"{self._reference_file} is stale, off by {drift:.2g}: all rendered anew")
+            self._known.clear()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     @cached_property
     def _known(self) -> dict[str, Tensor]:
         if not self._reference_file.is_file():
             return {}
-        known: dict[str, Tensor] = load_file(self._reference_file)
-        number, kept = next(iter(known.items()))
-        again = self.render(self.plain, [_prompt(int(number))], batch=1).images[0]
-        drift = (again - kept).abs().max().item()
-        if drift > DRIFT:
-            raise RuntimeError(f"{self._reference_file} is stale: off by {drift:.2g}; delete it")
+        known: dict[str, Tensor] = load_file(self._reference_file, device=str(self.device))
         return known
 
     def _keep(self, known: dict[str, Tensor]) -> None:
@@ -135,28 +187,13 @@ class Model:
         save_file(known, temporary)
         temporary.replace(path)
 
-    @cached_property
+    @property
     def _reference_file(self) -> Path:
-        return REFERENCES / f"{self.name}-{self._digest()}.safetensors"
-
-    def _images(self, call: Any, some: Sequence[Prompt], steps: int) -> Tensor:
-        arguments = dict(MODELS[self.name])
-        if "negative_prompt" in arguments:
-            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(some)
-        result = call(
-            [prompt.text for prompt in some],
-            num_inference_steps=steps,
-            generator=[torch.Generator("cpu").manual_seed(prompt.id) for prompt in some],
-            output_type="pt",
-            **SIZE,
-            **arguments,
-        )
-        images: Tensor = result.images.float().clamp(0, 1)
-        return images
+        return REFERENCES / f"{self.name}-{self.device.type}-{self.digest}.safetensors"
 
     def _unit(self, charged_blocks: int | None) -> Unit:
         with metered(self.plain.transformer) as meter:
-            self._images(self.plain, [Prompt(0, "a fox")], steps=1)
+            self.draw(self.plain, [Prompt(0, "a fox")], steps=1)
         unit = Unit.of(meter.calls)
         if charged_blocks is None:
             return unit

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from benchmarks.caching.report import at_budget, markdown, write_report
-from benchmarks.caching.run import merge
+from benchmarks.caching.results import merge
 
 
 def point(budget: float | None, evaluations: float, lpips: float) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def results() -> dict[str, Any]:
 
 def test_table_has_the_best_in_bold_and_every_reason(results: dict[str, Any]) -> None:
     text = markdown(results)
-    assert "| MagCache | diffusers | **0.0200** | – |" in text
-    assert "| recipe:mine.toml | hasten | – | **0.0100** |" in text
+    assert "| MagCache | diffusers | **0.02000** | – |" in text
+    assert "| recipe:mine.toml | hasten | – | **0.01000** |" in text
     assert "- Heun: takes no sigmas" in text
     assert "- MagCache, 17 evaluations: too dear" in text
 
@@ -58,8 +58,8 @@ def test_rows_charged_otherwise_have_their_own_table(results: dict[str, Any]) ->
     merge(results, deep, timed=False)
     merge(results, row("DBCache", "cache-dit", [point(25, 25.0, 0.03)]), timed=False)
     above, below = markdown(results).split("## Charged as in a model of 57 blocks")
-    assert "| DBCache | cache-dit | 0.0300 | – |" in above
-    assert "| DBCache | cache-dit | **0.0010** | – |" in below
+    assert "| DBCache | cache-dit | 0.03000 | – |" in above
+    assert "| DBCache | cache-dit | **0.00100** | – |" in below
 
 
 @pytest.mark.parametrize(("evaluations", "fits"), [(17.3, True), (17.4, False), (12.0, False)])
