@@ -38,6 +38,7 @@ from torch import Tensor
 
 from hasten.calibration.closed_loop import fit_closed_loop
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step, record
+from hasten.passes.cache.predict import damped
 from hasten.quality import lpips
 
 __all__ = ["CANDIDATES", "Ground", "Known", "markdown"]
@@ -109,6 +110,7 @@ def _log_ratio(product: Tensor, square: Tensor) -> float:
 CANDIDATES: dict[str, Callable[[Ground], list[Weights]]] = {
     "reuse": partial(_in_sigma, reuse),
     "linear in σ": partial(_in_sigma, extrapolation(1)),
+    "damped in σ": partial(_in_sigma, damped),
     "quadratic in σ": partial(_in_sigma, extrapolation(2)),
     "cubic in σ": partial(_in_sigma, extrapolation(3)),
     "Adams–Bashforth 2, over the gap": partial(_in_sigma, extrapolation(1), whole_gap=True),
