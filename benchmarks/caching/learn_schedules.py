@@ -16,10 +16,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from benchmarks.caching.workload import MODELS, SIZE, Model
 
 import hasten
 from hasten.calibration.cost import GapCosts, gram_matrix
-from hasten.calibration.learn import request_of
+from hasten.calibration.learn import POWERS, Request, request_of
+from hasten.calibration.objective import relative_error
 from hasten.calibration.search import best_path
 from hasten.calibration.store import Store
 from hasten.calibration.trajectories import Trajectories, record
@@ -71,51 +72,70 @@ def learn(name: str, steps: int, budget: int, options: argparse.Namespace) -> No
     (options.out / f"{stem}.json").write_text(json.dumps(told), "utf-8")
 
 
-def generic(runs: Sequence[Trajectories], models: Sequence[str], prefix: str) -> list[Recipe]:
-    """Plans for any FLUX-like model: the paths that are best for all these models' runs together.
+@dataclass(frozen=True)
+class Recorded:
+    """A model, and its full runs of the first prompts."""
+
+    request: Request
+    runs: Trajectories
+
+    def error(self, plan: ScheduleCache) -> float:
+        """Relative error of the final latents when the plan really runs on these prompts."""
+        fast = hasten.optimize(self.request.pipe, Recipe(cache=plan))
+        try:
+            finals = self.request.run_all(fast, range(self.runs.velocities.shape[1]))
+        finally:
+            fast.restore()
+        return relative_error(self.runs.latents[-1])(finals)
+
+
+def generic(models: dict[str, Recorded], budget: int, prefix: str) -> Recipe:
+    """A plan for any FLUX-like model: of a few searched ones, the best for all these models.
 
     Each model's Gram matrix is divided by its trace, so that no model counts more for its scale.
-    Nothing is fitted: the cost is that of the predictor `damped`, which then fills the gaps.
+    Nothing is fitted: the cost is that of the predictor which then fills the gaps.
     """
-    gram: Any = 0
-    for own in map(gram_matrix, runs):
-        gram = gram + own / np.trace(own)
-    sigmas = runs[0].sigmas
-    costs = GapCosts(gram, sigmas, predictor="damped")
-    return [
-        Recipe(
-            name=f"{prefix}-{GENERIC_STEPS}-{budget}",
-            description=f"learned on {' and '.join(models)}, not on your model",
-            cache=ScheduleCache(
-                steps=GENERIC_STEPS,
-                compute=best_path(costs, GENERIC_STEPS, budget, power=2),
-                predictor="damped",
-                sigmas=tuple(round(sigma, 6) for sigma in sigmas[:-1]),
-                calibrated=False,
-            ),
+    grams = [gram_matrix(model.runs) for model in models.values()]
+    together = sum(gram / np.trace(gram) for gram in grams)
+    sigmas = next(iter(models.values())).runs.sigmas
+    plans = [
+        ScheduleCache(
+            steps=GENERIC_STEPS,
+            compute=best_path(GapCosts(together, sigmas, name), GENERIC_STEPS, budget, power),
+            predictor=name,
+            sigmas=tuple(round(sigma, 6) for sigma in sigmas[:-1]),
+            calibrated=False,
         )
-        for budget in BUDGETS[GENERIC_STEPS]
+        for name, power in product(("linear", "damped"), POWERS)
     ]
-
-
-def write_generic(options: argparse.Namespace) -> None:
-    """Plans from all models, and for each model from the others, to judge such plans by."""
-    runs = {name: recorded(name, options) for name in MODELS}
-    plans = generic([*runs.values()], [*runs], "generic")
-    for name in runs:
-        others = [other for other in runs if other != name]
-        plans += generic([runs[other] for other in others], others, f"generic-for-{name}")
-    for recipe in plans:
-        (options.out / f"{recipe.name}.toml").write_text(recipe.to_toml(), "utf-8")
+    best = min(plans, key=lambda plan: sum(model.error(plan) for model in models.values()))
+    return Recipe(
+        name=f"{prefix}-{GENERIC_STEPS}-{budget}",
+        description=f"learned on {' and '.join(models)}, not on your model",
+        cache=best,
+    )
 
 
 @torch.no_grad()
-def recorded(name: str, options: argparse.Namespace) -> Trajectories:
+def write_generic(options: argparse.Namespace) -> None:
+    """Plans from all models, and for each model from the others, to judge such plans by."""
+    models = {name: recorded(name, options) for name in MODELS}
+    for budget in BUDGETS[GENERIC_STEPS]:
+        plans = [generic(models, budget, "generic")]
+        for name in models:
+            others = {other: models[other] for other in models if other != name}
+            plans.append(generic(others, budget, f"generic-for-{name}"))
+        for recipe in plans:
+            (options.out / f"{recipe.name}.toml").write_text(recipe.to_toml(), "utf-8")
+
+
+def recorded(name: str, options: argparse.Namespace) -> Recorded:
     """Full runs of the first prompts, kept in OUT/runs-NAME."""
     model = Model(name, device=options.device)
     prompts = read_prompts("tiny", limit=options.prompts)
-    request = request_of(model.plain, prompts, GENERIC_STEPS, 0, BATCH, {**SIZE, **MODELS[name]})
-    return record(
+    asked = {**SIZE, **MODELS[name]}
+    request = request_of(model.plain, prompts, GENERIC_STEPS, 0, BATCH, asked)
+    runs = record(
         lambda ids: request.run(request.pipe, ids),
         request.pipe,
         len(prompts),
@@ -123,6 +143,7 @@ def recorded(name: str, options: argparse.Namespace) -> Trajectories:
         lambda done, total: None,
         Store(options.out / f"runs-{name}", request.key()),
     )
+    return Recorded(request, runs)
 
 
 def main() -> None:
