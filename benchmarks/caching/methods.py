@@ -394,6 +394,22 @@ def _methods() -> dict[str, Method]:
             _apply_cache,
             lambda computed, predictor=predictor: interval_settings(computed, predictor),
         )
+    table.add(
+        "residual",
+        "hasten",
+        _apply_cache,
+        lambda _: [
+            {
+                "kind": "residual",
+                "predictor": predictor,
+                "warmup_steps": first,
+                "max_consecutive": 1000,
+            }
+            for predictor, first in product(("reuse", "linear", "damped"), (1, 4))
+        ],
+        knob=Knob("threshold", 0.003, 3),
+        single=True,
+    )
     table.add("fewer steps, Euler", "diffusers", _call, lambda computed: [{"steps": computed}])
     table.add("fewer steps, UniPC", "diffusers", _apply_unipc, _unipc_settings)
     table.add("fewer steps, DPM++", "diffusers", _apply_dpm, _dpm_settings)

@@ -56,7 +56,12 @@ def markdown(results: dict[str, Any]) -> str:
         device=_devices(results),
         prompts=results["workload"]["prompts"],
     )
-    parts = (_by_budget(rows, budgets), _deeper(deep, budgets), _details(rows), _reasons(rows))
+    parts = (
+        _by_budget(rows, budgets),
+        _deeper(deep, budgets),
+        _details(rows, results.get("timed_on")),
+        _reasons(rows),
+    )
     filled = ([*part, ""] for part in parts)
     return "\n".join([text, *("\n".join(lines) for lines in filled if lines != [""])])
 
@@ -94,11 +99,12 @@ def _deeper(rows: list[dict[str, Any]], budgets: list[float]) -> Iterable[str]:
         yield from _table(rows)
 
 
-def _details(rows: list[dict[str, Any]]) -> Iterable[str]:
+def _details(rows: list[dict[str, Any]], timed_on: str | None) -> Iterable[str]:
+    where = f", on {timed_on}" if timed_on else ""
     yield "## Every point"
     yield ""
-    yield "LPIPS ± its standard error; s/plain: seconds an image, alone, and plain; tried: settings"
-    yield "judged in the search."
+    yield f"LPIPS ± its standard error; s/plain: seconds an image, alone, and plain{where}; tried:"
+    yield "settings judged in the search."
     yield ""
     yield from _table(rows)
 

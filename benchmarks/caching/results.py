@@ -33,9 +33,10 @@ class Results:
         if older and not parts and not part["reason"] and not settings_in([part]):
             return
         here = about.get("environment", {})
-        parts.append({**part, "on": here.get("gpu") or here.get("cpu")})
+        place = here.get("gpu") or here.get("cpu")
+        parts.append({**part, "on": place})
         merge(self.data, part if self.timed else joined(parts), timed=self.timed)
-        self.data |= about
+        self.data |= {"timed_on": place} if self.timed else about
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.data, indent=1) + "\n", "utf-8")

@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "caching"
 SHIPPED = ROOT / "src" / "hasten" / "schedules"
 LEARNED = ROOT / "benchmarks" / "caching" / "schedules"
 EVERY = [SCHEDULE, GENERIC, *METHODS]
-PARTIAL = ["FirstBlockCache", "DBCache", "DBCache + TaylorSeer", "step masks"]
+PARTIAL = ["residual", "FirstBlockCache", "DBCache", "DBCache + TaylorSeer", "step masks"]
 """Methods that run the first block on a skipped step: 1/11 of this model, 1/57 of FLUX.1-dev."""
 
 
