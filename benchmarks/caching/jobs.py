@@ -30,8 +30,7 @@ REFERENCES = "references"
 """The job that renders the full runs that all other jobs of its model compare with."""
 SCHEDULE = "schedule"
 GENERIC = "schedule, generic"
-"""A plan learned on the other model, filled by linear extrapolation: without a schedule of one's
-own."""
+"""A plan learned on the other model: what one without a schedule of its own gets."""
 STEMS = {SCHEDULE: "{model}", GENERIC: "generic-for-{model}"}
 QUICK, LONG = 8.0, 30.0  # seconds: what goes first; what is cut into a job a budget
 BRANCHES = {"tiny": 1, "teacher": 2}

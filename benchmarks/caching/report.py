@@ -131,10 +131,10 @@ def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
 
 def _reasons(rows: list[dict[str, Any]]) -> Iterable[str]:
     notes = [f"- {row['method']}: {row['note']}" for row in rows if row.get("note")]
-    places = sorted({str(row["on"]) for row in rows if row.get("on")})
+    places = sorted({_place(point) for row in rows for point in _points(row)} - {""})
     for place in places if len(places) > 1 else []:
-        there = ", ".join(row["method"] for row in rows if row.get("on") == place)
-        notes.append(f"- On {place}: {there}")
+        there = [row["method"] for row in rows if any(_place(p) == place for p in _points(row))]
+        notes.append(f"- On {place}: {'; '.join(there)}")
     gone = [f"- {row['method']}: {row['reason']}" for row in rows if row["reason"]]
     gone += [
         f"- {row['method']}, {point['budget']:g} evaluations: {point['reason']}"
@@ -243,10 +243,13 @@ def _setting(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in short.items())
 
 
+def _place(point: dict[str, Any]) -> str:
+    return str(point.get("on") or "")
+
+
 def _devices(results: dict[str, Any]) -> str:
-    here = results.get("environment", {})
-    own = here.get("gpu") or here.get("cpu") or "a CPU"
-    return " and ".join(sorted({str(row.get("on") or own) for row in results["rows"]}))
+    places = {_place(point) for row in results["rows"] for point in _points(row)} - {""}
+    return " and ".join(sorted(places)) or "a CPU"
 
 
 def _span(counts: Iterable[int]) -> str:

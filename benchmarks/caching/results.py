@@ -22,37 +22,32 @@ class Results:
         self.data: dict[str, Any] = {"schema": 1, "rows": []}
         if path.is_file():
             self.data = json.loads(path.read_text("utf-8"))
-        self.parts: dict[tuple[str, int | None], list[Row]] = {}
 
     def add(self, part: Row, about: dict[str, Any]) -> None:
-        """Put a part into its row; a row's first part replaces what an older run had there, unless
-        nothing came of it."""
-        # Rows may be measured on several machines: each says where, `about` where the last one was.
-        parts = self.parts.setdefault(_key(part), [])
-        older = not self.timed and any(_key(row) == _key(part) for row in self.data["rows"])
-        if older and not parts and not part["reason"] and not settings_in([part]):
-            return
+        """Put a part into its row, budget by budget: a point takes the place of an older one of its
+        budget, unless nothing came of it. Each point says on what it was measured; `about` is of
+        the last run."""
         here = about.get("environment", {})
         place = here.get("gpu") or here.get("cpu")
-        parts.append({**part, "on": place})
-        merge(self.data, part if self.timed else joined(parts), timed=self.timed)
+        points = [{**point, "on": place} for point in part["points"]]
+        merge(self.data, {**part, "points": points}, timed=self.timed)
+        budgets = {*self.data.get("budgets", []), *about.get("budgets", [])}
         self.data |= {"timed_on": place} if self.timed else about
+        self.data["budgets"] = sorted(budgets, reverse=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.data, indent=1) + "\n", "utf-8")
         temporary.replace(self.path)
 
 
-def joined(parts: list[Row]) -> Row:
-    """One row of its parts: points by falling budget; a reason where there are no points at all."""
-    points = [point for part in parts for point in part["points"]]
-    reasons = [part["reason"] for part in parts if part["reason"]]
-    return {
-        **parts[0],
-        "points": sorted(points, key=lambda point: -(point["budget"] or 0)),
-        "reason": None if points else next(iter(reasons), None),
-        "seconds": round(sum(part.get("seconds", 0) for part in parts), 1),
-    }
+def joined(old: Row, new: Row) -> Row:
+    """One row of two: points by falling budget; a reason where there are no points at all."""
+    measured = {point["budget"] for point in old["points"] if point.get("setting")}
+    fresh = [p for p in new["points"] if p.get("setting") or p["budget"] not in measured]
+    replaced = {point["budget"] for point in fresh}
+    points = [*(p for p in old["points"] if p["budget"] not in replaced), *fresh]
+    points.sort(key=lambda point: -(point["budget"] or 0))
+    return {**new, "points": points, "reason": None if points else new["reason"]}
 
 
 def failed_part(part: Row, budgets: list[float], reason: str) -> Row:
@@ -69,11 +64,11 @@ def failed_part(part: Row, budgets: list[float], reason: str) -> Row:
 
 
 def merge(results: dict[str, Any], row: Row, *, timed: bool) -> None:
-    """Put a row in place of an older one of its method; a timed row only adds its seconds."""
+    """Join a row with the older one of its method; a timed row only adds its seconds."""
     rows = results["rows"]
     place = next((i for i, old in enumerate(rows) if _key(old) == _key(row)), len(rows))
     if not timed:
-        rows[place : place + 1] = [row]
+        rows[place : place + 1] = [joined(rows[place], row) if place < len(rows) else row]
         return
     for timing in row["points"]:
         for point in rows[place]["points"]:

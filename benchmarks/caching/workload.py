@@ -16,6 +16,7 @@ from benchmarks.caching.cost import Unit, metered
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hasten.calibration.objective import decode
 from hasten.prompts import read_prompts
 
 __all__ = ["MODELS", "Images", "Model", "Prompt", "prompts"]
@@ -108,13 +109,7 @@ class Model:
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Images of final latents, as the pipeline decodes them."""
-        pipe = self.plain
-        factor = pipe.vae_scale_factor
-        unpacked = pipe._unpack_latents(latents, SIZE["height"], SIZE["width"], factor)
-        config = pipe.vae.config
-        pixels = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor).sample
-        images: Tensor = pipe.image_processor.postprocess(pixels, output_type="pt")
-        return images.float().clamp(0, 1)
+        return decode(self.plain, latents.flatten(1), SIZE["height"], SIZE["width"])
 
     def _called(self, call: Any, some: Sequence[Prompt], steps: int, output_type: str) -> Tensor:
         arguments = dict(MODELS[self.name])

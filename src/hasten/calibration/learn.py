@@ -164,9 +164,12 @@ def calibrate(
     )
     interval = _interval_of(budget, steps)
     show("check on held-back prompts", 0, 2)
-    error, distance = _held_back(request, schedule, held, learned)
+    judges = request.objective("latent", held), request.objective("lpips", held)
+    error, distance = _held_back(request, schedule, judges, range(learned, len(prompts)))
     show("check on held-back prompts", 1, 2)
-    interval_error, interval_distance = _held_back(request, interval, held, learned)
+    interval_error, interval_distance = _held_back(
+        request, interval, judges, range(learned, len(prompts))
+    )
     show("check on held-back prompts", 2, 2)
     recipe = Recipe(
         name=f"schedule-{budget}-of-{steps}",
@@ -250,15 +253,15 @@ def _closed_loop(
 
 
 def _held_back(
-    request: Request, cache: Cache, held: Trajectories, first: int
+    request: Request, cache: Cache, judges: tuple[Objective, Objective], ids: range
 ) -> tuple[float, float]:
-    """Relative error of the latents and LPIPS on the held-back prompts, sampled as a user would."""
+    """What both say of the final latents of these prompts, sampled as a user would."""
     fast: OptimizedPipeline = optimize(request.pipe, Recipe(cache=cache))
     try:
-        finals = request.run_all(fast, range(first, first + held.velocities.shape[1]))
+        finals = request.run_all(fast, ids)
     finally:
         fast.restore()
-    return request.objective("latent", held)(finals), request.objective("lpips", held)(finals)
+    return judges[0](finals), judges[1](finals)
 
 
 def request_of(

@@ -40,7 +40,8 @@ def test_every_task_runs_and_its_exit_status_is_told() -> None:
 
     ended = {one.task: one.code for one in run_all([0, 3, 5], 2, start)}
     assert ended == {0: 0, 3: 3, 5: 5}
-    assert seen == [3, 3, 2]
+    assert seen[:2] == [3, 3]
+    assert seen[2] in {1, 2}  # the first two may end together
 
 
 def test_no_more_run_than_there_are_slots() -> None:

@@ -16,14 +16,13 @@ def part(*budgets: float, reason: str | None = None) -> dict[str, Any]:
 
 
 def test_parts_become_one_row_with_falling_budgets() -> None:
-    row = joined([part(13), part(25, 17)])
+    row = joined(part(13), part(25, 17))
     assert [point["budget"] for point in row["points"]] == [25, 17, 13]
-    assert row["seconds"] == 4.0
     assert row["reason"] is None
 
 
 def test_a_row_without_any_points_keeps_its_reason() -> None:
-    assert joined([part(reason="cannot"), part(reason="cannot")])["reason"] == "cannot"
+    assert joined(part(reason="cannot"), part(reason="cannot"))["reason"] == "cannot"
 
 
 def test_a_job_that_broke_off_says_what_it_lacks_and_keeps_what_it_has() -> None:
@@ -42,13 +41,18 @@ def test_the_file_is_whole_after_every_part(tmp_path: Path) -> None:
     assert [point["budget"] for point in row["points"]] == [25, 17, 10]
 
 
-def test_a_later_run_replaces_the_whole_row(tmp_path: Path) -> None:
+def test_a_later_run_replaces_the_budgets_it_measured(tmp_path: Path) -> None:
     path = tmp_path / "tiny.json"
-    Results(path).add(part(25), {})
+    Results(path).add(part(25, 17), {"budgets": [25, 17], "environment": {"cpu": "one"}})
     again = Results(path)
-    again.add(part(17), {})
-    assert [point["budget"] for point in again.data["rows"][0]["points"]] == [17]
-    assert settings_of(again.data, "DBCache", None) == {"17": {"k": 17}}
+    newer = part(17, 10)
+    newer["points"][0]["lpips"] = 0.2
+    again.add(newer, {"budgets": [17, 10], "environment": {"gpu": "two", "cpu": "three"}})
+    points = again.data["rows"][0]["points"]
+    found = [(point["budget"], point["lpips"], point["on"]) for point in points]
+    assert found == [(25, 0.1, "one"), (17, 0.2, "two"), (10, 0.1, "two")]
+    assert again.data["budgets"] == [25, 17, 10]
+    assert set(settings_of(again.data, "DBCache", None)) == {"25", "17", "10"}
     assert settings_of(again.data, "DBCache", 57) == {}
 
 

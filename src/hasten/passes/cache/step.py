@@ -75,7 +75,8 @@ class StepCache:
         if max(run.calls_in_step.values()) > MOST_CALLS_IN_STEP:
             raise _foreign_driver()
         value = run.answer(branch, args, kwargs)
-        self.peak_bytes = max(self.peak_bytes, run.bytes_held())
+        if index in run.computed:  # nothing is kept on other steps
+            self.peak_bytes = max(self.peak_bytes, run.bytes_held())
         return (value,) if kwargs.get("return_dict") is False else _output(value)
 
     @property
