@@ -20,6 +20,7 @@ __all__ = [
     "Knob",
     "Method",
     "UnsupportedError",
+    "interval_settings",
     "recipe_method",
     "schedule_method",
 ]
@@ -85,14 +86,15 @@ def _apply_cache(pipe: Any, setting: Setting) -> Any:
     return hasten.optimize(pipe, hasten.Recipe.from_dict({"cache": setting}))
 
 
-def interval_settings(computed: int, predictor: str) -> list[Setting]:
-    """Starts and intervals, with the end step that makes exactly `computed` steps computed."""
+def interval_settings(computed: int, predictor: str, steps: int = STEPS) -> list[Setting]:
+    """Starts and intervals, with the end step that makes exactly `computed` of `steps` steps
+    computed."""
     found: dict[tuple[bool, ...], Setting] = {}
     for start, interval in product((0, 1, 2, 3, 4, 6, 8), range(2, 11)):
-        for end in range(start, STEPS + 1):
+        for end in range(start, steps + 1):
             plan = tuple(
                 step < start or (step - start) % interval == 0 or step >= end or step == 0
-                for step in range(STEPS)
+                for step in range(steps)
             )
             if sum(plan) == computed:
                 setting = {"start_step": start, "interval": interval, "end_step": end}

@@ -24,7 +24,7 @@ from benchmarks.caching.workload import Model, Prompt, prompts
 
 from hasten.quality import lpips, psnr, ssim
 
-__all__ = ["perform", "run_row"]
+__all__ = ["Bench", "Score", "perform", "point_of", "run_row"]
 
 STEPS = 50
 KNOB_VALUES = 48
@@ -71,7 +71,7 @@ class Bench:
         """Render `chosen` under `setting` and compare with the plain pipeline's full runs."""
         call = call or self.apply(setting)
         batch = 1 if self.method.single else self.batch
-        steps = setting.get("steps", STEPS)
+        steps = setting.get("steps")
         drawn = self.model.render(call, chosen, steps=steps, batch=batch)
         if not drawn.images.isfinite().all():  # some solver options divide by zero here
             return _worst(chosen, drawn.evaluations)
@@ -168,7 +168,7 @@ def _all_points(
         yield from _timed(bench, job, measured)
     elif job.method.endswith(".toml"):
         setting = bench.method.settings(0)[0]
-        yield _point(None, setting, bench.score(setting, measured))
+        yield point_of(None, setting, bench.score(setting, measured))
     else:
         yield from _points(bench, job, search, measured)
 
@@ -189,7 +189,7 @@ def _points(
             if not math.isfinite(sum(score.lpips)):
                 yield {"budget": budget, "setting": None, "reason": "its images are not finite"}
                 break
-            point = {**_point(budget, setting, score), "tried": tried}
+            point = {**point_of(budget, setting, score), "tried": tried}
             if score.cost <= bound:
                 over = {"reason": "over budget on these prompts"} if score.cost > limit else {}
                 yield point | over
@@ -200,7 +200,8 @@ def _points(
         print(f"{bench.method.name}: budget {budget} done", file=sys.stderr, flush=True)
 
 
-def _point(budget: float | None, setting: Setting, score: Score) -> Row:
+def point_of(budget: float | None, setting: Setting, score: Score) -> Row:
+    """A measured setting as the results file has it: means, and every prompt's values."""
     means = {name: statistics.mean(values) for name, values in asdict(score).items()}
     per_prompt = {
         name: [round(value, 6) for value in values] for name, values in asdict(score).items()

@@ -19,7 +19,7 @@ from torch import Tensor
 from hasten.calibration.objective import decode
 from hasten.prompts import read_prompts
 
-__all__ = ["MODELS", "Images", "Model", "Prompt", "prompts"]
+__all__ = ["MODELS", "SIZE", "Frame", "Images", "Model", "Prompt", "prompts"]
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "out" / "caching"
@@ -58,6 +58,21 @@ def _prompt(number: int) -> Prompt:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What a full run is: its number of steps, the pictures' side in pixels, and the shift of the
+    noise levels (None: the model's own)."""
+
+    steps: int = STEPS
+    side: int = SIZE["width"]
+    shift: float | None = None
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Call arguments."""
+        return {**SIZE, "width": self.side, "height": self.side}
+
+
+@dataclass(frozen=True)
 class Images:
     """images: N×3×H×W in [0, 1]; evaluations and computed steps: N values."""
 
@@ -69,10 +84,17 @@ class Images:
 class Model:
     """A loaded model on a device, from which every setting gets a pipeline of its own."""
 
-    def __init__(self, name: str, device: str = "cpu", charged_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: str = "cpu",
+        charged_blocks: int | None = None,
+        frame: Frame | None = None,
+    ) -> None:
         import hasten
 
         self.name = name
+        self.frame = frame or Frame()
         self.device = torch.device(device)
         self.plain = hasten.load_pipeline("tiny", device="cpu", dtype="float32")
         if name == "teacher":
@@ -80,6 +102,11 @@ class Model:
 
             folder = ROOT / "training" / "teacher" / "transformer"
             self.plain.transformer = FluxTransformer2DModel.from_pretrained(folder).float().eval()
+        if self.frame.shift is not None:
+            scheduler = self.plain.scheduler
+            self.plain.scheduler = type(scheduler).from_config(
+                scheduler.config, shift=self.frame.shift
+            )
         self.plain.set_progress_bar_config(disable=True)
         self.digest = self._digest()  # before the move: sums differ from device to device
         self.plain.to(self.device)
@@ -98,36 +125,38 @@ class Model:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def draw(self, call: Any, some: Sequence[Prompt], steps: int = STEPS) -> Tensor:
+    def draw(self, call: Any, some: Sequence[Prompt], steps: int | None = None) -> Tensor:
         """Images of these prompts in one call, each from its own noise, which is the same on every
         device: N×3×H×W in [0, 1], on the model's device, not rounded."""
         return self._called(call, some, steps, "pt").clamp(0, 1)
 
-    def latents(self, call: Any, some: Sequence[Prompt], steps: int = STEPS) -> Tensor:
+    def latents(self, call: Any, some: Sequence[Prompt], steps: int | None = None) -> Tensor:
         """`draw`, undecoded: N×tokens×channels."""
         return self._called(call, some, steps, "latent")
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Images of final latents, as the pipeline decodes them."""
-        return decode(self.plain, latents.flatten(1), SIZE["height"], SIZE["width"])
+        return decode(self.plain, latents.flatten(1), self.frame.side, self.frame.side)
 
-    def _called(self, call: Any, some: Sequence[Prompt], steps: int, output_type: str) -> Tensor:
+    def _called(
+        self, call: Any, some: Sequence[Prompt], steps: int | None, output_type: str
+    ) -> Tensor:
         arguments = dict(MODELS[self.name])
         if "negative_prompt" in arguments:
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(some)
         result = call(
             [prompt.text for prompt in some],
-            num_inference_steps=steps,
+            num_inference_steps=self.frame.steps if steps is None else steps,
             generator=[torch.Generator("cpu").manual_seed(prompt.id) for prompt in some],
             output_type=output_type,
-            **SIZE,
+            **self.frame.size,
             **arguments,
         )
         images: Tensor = result.images
         return images.float()
 
     def render(
-        self, call: Any, chosen: Sequence[Prompt], *, steps: int = STEPS, batch: int
+        self, call: Any, chosen: Sequence[Prompt], *, steps: int | None = None, batch: int
     ) -> Images:
         """`draw`, `batch` prompts at a time, with what each cost."""
         pictures: list[Tensor] = []
@@ -197,8 +226,11 @@ class Model:
         return replace(unit, partial=own_blocks / charged_blocks)
 
     def _digest(self) -> str:
-        known = f"{STEPS} {SIZE} {MODELS[self.name]} {torch.__version__}".encode()
-        digest = hashlib.sha256(known)
+        frame, arguments = self.frame, MODELS[self.name]
+        known = f"{frame.steps} {frame.size} {arguments} {torch.__version__}"
+        if frame.shift is not None:
+            known += f" shift {frame.shift}"
+        digest = hashlib.sha256(known.encode())
         for part in (self.plain.transformer, self.plain.vae, self.plain.text_encoder_2):
             for weight in part.state_dict().values():
                 digest.update(weight.double().sum().numpy().tobytes())
