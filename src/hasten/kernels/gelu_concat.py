@@ -1,0 +1,164 @@
+"""Attention output beside gelu of the MLP's hidden row, quantised row by row, in one pass.
+
+    y = [attention, gelu(hidden)]             (either may be absent; gelu's tanh approximation)
+    codes, row scale = y / (max|y| / 448)     (where asked; else y in the inputs' dtype)
+
+tanh-gelu(x) = x · sigmoid(2 · sqrt(2/π) · (x + 0.044715 x³)) (Hendrycks & Gimpel 2016). Everything
+between load and store is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hasten.kernels.quantize import quantize_rows
+from hasten.kernels.streams import Streams
+from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
+
+__all__ = ["gelu_concat", "launch", "reference"]
+
+FP8 = torch.float8_e4m3fn
+TINY = 1e-12
+WARPS = 16  # a program; measured best on an H100 at M = 12288
+NARROW_WARPS = 8  # without an MLP
+
+
+@torch.library.custom_op(
+    "hasten::gelu_concat",
+    mutates_args=(),
+    schema="(Tensor? attention, Tensor? hidden, SymInt[] streams, bool quantize) "
+    "-> (Tensor, Tensor)",
+)
+def gelu_concat(
+    attention: Tensor | None, hidden: Tensor | None, streams: Sequence[int], quantize: bool
+) -> tuple[Tensor, Tensor]:
+    """y and, where quantised, its row scales (else an empty tensor).
+
+    attention: batch × tokens × D, sequence by sequence; hidden: rows × M in the order of
+    `Streams(*streams)`, rows may be apart; one of them may be None. y: rows × (D + M) in their
+    dtype, or float8_e4m3fn codes with scales rows × 1 in float32.
+    """
+    return reference(attention, hidden, streams, quantize)
+
+
+@gelu_concat.register_fake
+def _(
+    attention: Tensor | None, hidden: Tensor | None, streams: Sequence[int], quantize: bool
+) -> tuple[Tensor, Tensor]:
+    return _outputs(attention, hidden, Streams(*streams), quantize)
+
+
+def reference(
+    attention: Tensor | None,
+    hidden: Tensor | None,
+    streams: Sequence[int],
+    quantize: bool,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch, in `dtype` between input and output."""
+    parts = []
+    if attention is not None:
+        parts.append(Streams(*streams).by_stream(attention).to(dtype))
+    if hidden is not None:
+        parts.append(torch.nn.functional.gelu(hidden.to(dtype), approximate="tanh"))
+    y = torch.cat(parts, dim=1)
+    if quantize:
+        return quantize_rows(y)
+    given = _either(attention, hidden)
+    return y.to(given.dtype), given.new_empty(0, dtype=torch.float32)
+
+
+@gelu_concat.register_kernel("cuda")
+def launch(
+    attention: Tensor | None, hidden: Tensor | None, streams: Sequence[int], quantize: bool
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernel, one program a row."""
+    rows = Streams(*streams)
+    y, scales = _outputs(attention, hidden, rows, quantize)
+    given = _either(attention, hidden)
+    left = 0 if attention is None else attention.shape[2]
+    right = 0 if hidden is None else hidden.shape[1]
+    _kernel[(rows.rows,)](
+        given if attention is None else attention, given if hidden is None else hidden,
+        y, scales if quantize else given,
+        0 if attention is None else attention.stride(0),
+        0 if attention is None else attention.stride(1),
+        0 if hidden is None else hidden.stride(0),
+        rows.text_rows, max(rows.text, 1), rows.image, left, right, TINY,
+        LEFT=next_power_of_2(max(left, 1)), PART=next_power_of_2(max(-(-right // 3), 1)),
+        HAS_LEFT=left > 0, HAS_RIGHT=right > 0, QUANTIZE=quantize,
+        num_warps=WARPS if right else NARROW_WARPS,
+    )  # fmt: skip
+    return y, scales
+
+
+def _either(attention: Tensor | None, hidden: Tensor | None) -> Tensor:
+    given = hidden if attention is None else attention
+    assert given is not None, "neither attention nor hidden was given"
+    return given
+
+
+def _outputs(
+    attention: Tensor | None, hidden: Tensor | None, rows: Streams, quantize: bool
+) -> tuple[Tensor, Tensor]:
+    given = _either(attention, hidden)
+    width = sum(part.shape[-1] for part in (attention, hidden) if part is not None)
+    y = given.new_empty((rows.rows, width), dtype=FP8 if quantize else given.dtype)
+    return y, given.new_empty((rows.rows, 1) if quantize else 0, dtype=torch.float32)
+
+
+@jit
+def _kernel(
+    left_ptr, right_ptr, y_ptr, scales_ptr,
+    sequence_stride, token_stride, right_stride,
+    text_rows, text_tokens, image_tokens, left_width, right_width, tiny,
+    LEFT: tl.constexpr, PART: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    out = y_ptr + row * (left_width + right_width)
+    largest = tiny
+    if HAS_LEFT:
+        is_text = row < text_rows
+        after_text = row - text_rows
+        sequence = tl.where(is_text, row // text_tokens, after_text // image_tokens)
+        only_image = tl.where(text_rows > 0, text_tokens, 0)
+        position = tl.where(is_text, row % text_tokens, only_image + after_text % image_tokens)
+        in_left = tl.arange(0, LEFT) < left_width
+        at = sequence * sequence_stride + position * token_stride + tl.arange(0, LEFT)
+        left = tl.load(left_ptr + at, in_left, 0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(left), 0))
+    if HAS_RIGHT:  # three parts: FLUX.1's 12288 columns are exactly three blocks of a power of two
+        columns = tl.arange(0, PART)
+        hidden = right_ptr + row * right_stride + columns
+        first = _gelu(hidden, columns, right_width)
+        second = _gelu(hidden + PART, columns + PART, right_width)
+        third = _gelu(hidden + 2 * PART, columns + 2 * PART, right_width)
+        largest = tl.maximum(largest, tl.max(tl.abs(first), 0))
+        largest = tl.maximum(largest, tl.max(tl.abs(second), 0))
+        largest = tl.maximum(largest, tl.max(tl.abs(third), 0))
+    inverse = 1.0
+    if QUANTIZE:
+        tl.store(scales_ptr + row, largest / 448.0)
+        inverse = 448.0 / largest
+    if HAS_LEFT:
+        tl.store(out + tl.arange(0, LEFT), (left * inverse).to(y_ptr.dtype.element_ty), in_left)
+    if HAS_RIGHT:
+        right = out + left_width
+        _store(right, first * inverse, columns, right_width)
+        _store(right, second * inverse, columns + PART, right_width)
+        _store(right, third * inverse, columns + 2 * PART, right_width)
+
+
+@jit
+def _gelu(at, columns, width):
+    x = tl.load(at, columns < width, 0.0).to(tl.float32)
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@jit
+def _store(row, values, columns, width):
+    tl.store(row + columns, values.to(row.dtype.element_ty), columns < width)

@@ -1,0 +1,53 @@
+"""Eight-bit codes with one scale a row, or one for all, so that the largest value just fits.
+
+    scale = max(amax, TINY) / limit    codes = round(clamp(x / scale)), to nearest, ties to even
+
+limit: 448 for float8_e4m3fn (Micikevicius et al., arXiv:2209.05433), 127 for int8, which leaves
+-128 unused so that codes are symmetric. Arithmetic is float32, or float64 where x is.
+
+Plain torch throughout, so that torch.compile fuses it into whatever made x. Nothing waits for the
+device, so values that are not finite are not refused but passed on: the scale of their row (of
+everything, where there is one scale) is not finite either, and so is whatever is multiplied by it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["FP8", "TINY", "dequantize", "quantize_rows", "quantize_tensor"]
+
+FP8 = torch.float8_e4m3fn
+TINY = 1e-12  # smallest maximum: zeros get codes of zero, not of NaN
+LIMITS = {FP8: 448.0, torch.int8: 127.0}  # largest code
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
+    """x: … × K, taken as M × K -> codes M × K of `dtype`, scales M × 1 in float32."""
+    rows = _exact(x)
+    return _quantize(rows, rows.abs().amax(dim=1, keepdim=True), dtype)
+
+
+def quantize_tensor(x: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
+    """x: … × K, taken as M × K -> codes M × K of `dtype`, one scale (0-dim) in float32."""
+    rows = _exact(x)
+    return _quantize(rows, rows.abs().amax(), dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes M × K times their scale (M × 1, or one value), multiplied in float32."""
+    return (codes.to(torch.float32) * scale).to(dtype)
+
+
+def _exact(x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.dtype == torch.float64 else rows.to(torch.float32)
+
+
+def _quantize(rows: Tensor, amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    limit = LIMITS[dtype]
+    scale = (amax.clamp(min=TINY) / limit).to(torch.float32)
+    codes = rows / scale
+    if dtype == torch.int8:
+        codes = codes.round()
+    return codes.clamp(-limit, limit).to(dtype), scale

@@ -1,0 +1,30 @@
+"""Triton where it is installed; CPU builds of PyTorch come without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = None
+
+__all__ = ["available", "jit", "next_power_of_2", "tl"]
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the plain function where there is nothing to compile it."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def available() -> bool:
+    """Whether Triton can be imported."""
+    return triton is not None
+
+
+def next_power_of_2(value: int) -> int:
+    """Smallest power of two that is at least `value` (≥ 1): Triton's blocks have such sizes."""
+    return 1 << (value - 1).bit_length()
