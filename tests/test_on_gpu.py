@@ -17,9 +17,11 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 import hasten
+from hasten import HastenError
 from hasten.cli import main
-from hasten.quality import psnr
-from hasten.recipe import Recipe
+from hasten.passes.graphs import Graphs
+from hasten.quality import lpips, psnr
+from hasten.recipe import Recipe, resolve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +33,20 @@ ALL_COMPUTED = {"cache": {"kind": "interval", "interval": 1}}
 BUDGET = {"cache": {"budget": 7}}
 RESIDUAL = {"cache": {"kind": "residual"}}
 NEVER_SKIPS = {"cache": {"kind": "residual", "threshold": 1e-12}}
+GRAPHED = {
+    "kernels": {"fuse": {"kernels": "on"}, "compile": {"mode": "none", "cuda_graphs": "on"}},
+    "table": {"fuse": {"kernels": "off"}, "compile": {"mode": "none", "cuda_graphs": "on"}},
+    "forward": {"compile": {"mode": "none", "cuda_graphs": "on"}},
+}
+ROCKET = "a 3D render of a rocket on a blue background"
+CHANGES: list[dict[str, Any]] = [
+    {"prompt": "a 3D render of a red kite on a green background"},
+    {"guidance_scale": 1.5},
+    {"height": 96, "width": 160},
+    {"prompt": [ROCKET, "a teapot"]},
+    {"true_cfg_scale": 2.0, "negative_prompt": "a cat"},
+    {"num_inference_steps": 7},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,18 +62,18 @@ def tiny(dtype: str = "bfloat16") -> Any:
 
 
 def image(pipe: Any, seed: int = 0, **kwargs: Any) -> torch.Tensor:
-    """1×3×128×128 in [0, 1], float32."""
-    pictures = pipe(
-        "a 3D render of a rocket on a blue background",
-        num_inference_steps=STEPS,
-        height=128,
-        width=128,
-        guidance_scale=3.0,
-        max_sequence_length=64,
-        output_type="pt",
-        generator=torch.Generator().manual_seed(seed),
-        **kwargs,
-    ).images
+    """B×3×128×128 in [0, 1], float32, where the arguments do not say otherwise."""
+    arguments = {
+        "prompt": ROCKET,
+        "num_inference_steps": STEPS,
+        "height": 128,
+        "width": 128,
+        "guidance_scale": 3.0,
+        "max_sequence_length": 64,
+        "output_type": "pt",
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    pictures = pipe(**{**arguments, **kwargs}).images
     return torch.as_tensor(pictures).float().clamp(0, 1)
 
 
@@ -131,6 +147,122 @@ def test_offloading_frees_the_device_and_changes_nothing(recipe: dict[str, Any])
     plain = fast.restore()
     assert plain.device.type == "cuda"
     assert torch.equal(image(plain), expected)
+
+
+def test_lossless_draws_what_the_plain_pipeline_draws() -> None:
+    expected = image(tiny())
+    fast = hasten.optimize(tiny(), "lossless")
+    assert psnr(image(fast), expected).item() >= 40
+    assert psnr(image(fast, seed=1), image(tiny(), seed=1)).item() >= 40
+    assert "fused kernels, unquantised products" in fast.summary()
+    assert psnr(image(fast.restore()), expected).item() == 100
+
+
+def test_fp8_stays_near_to_bfloat16() -> None:
+    plain, fast = tiny(), hasten.optimize(tiny(), "fp8")
+    distances = [lpips(image(fast, seed=seed), image(plain, seed=seed)).item() for seed in range(4)]
+    assert sum(distances) / len(distances) <= 0.03, distances
+    assert "fused kernels, FP8 products" in fast.summary()
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_graphs_follow_every_change_of_a_call(name: str) -> None:
+    """A pipeline that has recorded other calls draws what one does that has recorded none."""
+    recipe = Recipe.from_dict(GRAPHED[name])
+    used = hasten.optimize(tiny("float32"), recipe)
+    image(used)
+    for change in [*CHANGES, {}]:
+        fresh = hasten.optimize(tiny("float32"), recipe)
+        assert torch.equal(image(used, **change), image(fresh, **change)), change
+        plain = image(tiny("float32"), **change)
+        assert psnr(image(used, **change), plain).min().item() >= 40, change
+
+
+def test_the_memory_of_graphs_is_reported() -> None:
+    fast = hasten.optimize(tiny(), "lossless")
+    assert "(0 recorded, 0 MiB)" in fast.summary()
+    image(fast)
+    image(fast, height=512, width=512)  # 1088 tokens: some MiB of activations
+    (line,) = [line for line in fast.summary().splitlines() if "cuda graphs" in line]
+    recorded, mebibytes = line.partition("(")[2].rstrip(")").split(", ")
+    assert recorded == "2 recorded"
+    assert int(mebibytes.removesuffix(" MiB")) > 0
+
+
+def test_a_second_resolution_is_recorded_beside_the_first() -> None:
+    plain, fast = tiny(), hasten.optimize(tiny(), "lossless")
+    for size in ({}, {"height": 64, "width": 192}, {}):
+        assert psnr(image(fast, **size), image(plain, **size)).item() >= 40
+
+
+def test_a_step_of_balanced_waits_for_nothing() -> None:
+    """From the second step on, computed and skipped ones alike, waiting is an error."""
+    fast = hasten.optimize(tiny(), "balanced")
+    expected = image(fast)  # records, compiles and tries backends
+
+    def forbid(pipe: Any, step: int, timestep: Any, kwargs: Any) -> dict[str, Any]:
+        torch.cuda.set_sync_debug_mode("error" if step < STEPS - 2 else "default")
+        return {}
+
+    try:
+        assert torch.equal(image(fast, callback_on_step_end=forbid), expected)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < fast.last_run.computed < STEPS
+    assert "1 recorded" in fast.summary()
+
+
+def test_out_of_memory_while_recording_leaves_a_pipeline_that_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The allocator refuses in the middle of a capture, then no more."""
+    plain, fast = tiny(), hasten.optimize(tiny(), "lossless")
+    image(fast)
+    capture, state = Graphs._capture, {"calls": 0}
+
+    def greedy(graphs: Any, function: Any, inputs: Any, device: Any) -> Any:
+        def too_much(*values: torch.Tensor) -> torch.Tensor:
+            state["calls"] += 1
+            if torch.cuda.is_current_stream_capturing():
+                torch.empty(2**50, dtype=torch.uint8, device=device)
+            velocity: torch.Tensor = function(*values)
+            return velocity
+
+        return capture(graphs, too_much, inputs, device)
+
+    monkeypatch.setattr(Graphs, "_capture", greedy)
+    with pytest.raises(HastenError, match="out of GPU memory while recording") as caught:
+        image(fast, height=192, width=192)
+    assert "cuda_graphs" in caught.value.fix
+    assert state["calls"] == 3, "it was to fail while capturing"
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    for size in ({}, {"height": 192, "width": 192}):
+        assert psnr(image(fast, **size), image(plain, **size)).item() >= 40
+
+
+def test_a_trial_of_backends_leaves_the_users_random_numbers_alone() -> None:
+    fast = hasten.optimize(tiny(), "lossless")
+    torch.cuda.manual_seed(0)
+    before = torch.cuda.get_rng_state()
+    image(fast)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert "for 1×" in fast.summary()
+
+
+def test_modulation_weights_wait_in_host_memory() -> None:
+    expected = image(hasten.optimize(tiny(), "lossless"))
+    plain = tiny()
+    recipe = resolve("lossless").but(offload={"kind": "modulation"})
+    fast = hasten.optimize(plain, recipe, copy=True)
+    linears = [
+        fast.transformer.norm_out.linear,
+        fast.transformer.transformer_blocks[0].norm1.linear,
+    ]
+    assert all(linear.weight.device.type == "cpu" for linear in linears)
+    assert plain.transformer.norm_out.linear.weight.device.type == "cuda", "the other pipeline's"
+    assert psnr(image(fast), expected).item() >= 40  # the trials may choose another backend
+    fast.restore()
+    assert all(linear.weight.device.type == "cuda" for linear in linears)
 
 
 def test_generate_and_calibrate_run_on_the_device(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hasten.conflicts import conflicts, kernels_declined
 from hasten.errors import AlreadyOptimizedError, UnsupportedError, join_fixes
 from hasten.machine import Machine, Problem
-from hasten.recipe import Recipe, ResidualCache
+from hasten.recipe import Quantize, Recipe, ResidualCache
 
 if TYPE_CHECKING:
     from hasten.models.family import Family
@@ -18,26 +19,14 @@ MARK = "_hasten_recipe"  # set on an optimised transformer: the recipe's name
 
 def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
     """What of this recipe cannot run on a device of this type here. Needs no model."""
-    found = []
-    if recipe.compile is not None and (trouble := machine.compile_problem(device_type)):
+    found = _quantize_problems(recipe, machine, device_type)
+    compiles = recipe.compile is not None and recipe.compile.mode != "none"
+    if compiles and (trouble := machine.compile_problem(device_type)):
         fault, fix = trouble
         rest = "the preset 'cache'" if recipe.cache else "the preset 'baseline'"
         found.append(Problem(fault, f"{fix}; or use {rest}, which needs no compiler"))
-    if isinstance(recipe.cache, ResidualCache) and recipe.compile and recipe.compile.mode == "full":
-        found.append(
-            Problem(
-                'cache.kind = "residual" decides between the blocks, and compile.mode = "full" '
-                "makes one graph of all of them",
-                'set compile.mode = "blocks", or use a planned cache, such as kind = "interval"',
-            )
-        )
-    if recipe.offload is not None and recipe.offload.kind == "model" and device_type == "cpu":
-        found.append(
-            Problem(
-                'offload.kind = "model" needs an accelerator to offload from, and this is the CPU',
-                "leave [offload] out: on a CPU the weights are in host memory already",
-            )
-        )
+    found += _text_and_decoder_problems(recipe, machine, device_type)
+    found += conflicts(recipe, device_type)
     return found
 
 
@@ -51,7 +40,13 @@ def check(
     found = [
         *problems(recipe, machine, pipe.device.type),
         *_model_problems(recipe, pipe, family),
+        *_linear_problems(recipe, pipe.transformer, family),
+        *_kernel_problems(recipe, pipe.transformer, family),
+        *_forward_problems(recipe, pipe.transformer),
+        *_offload_problems(recipe, pipe.transformer, family),
         *_residual_problems(recipe, pipe.transformer, family),
+        *_text_encoder_problems(recipe, pipe),
+        *_vae_problems(recipe, getattr(pipe, "vae", None)),
         *_schedule_problems(recipe, fingerprint),
     ]
     if found:
@@ -104,6 +99,111 @@ def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
     return found
 
 
+def _quantize_problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
+    if recipe.quantize is None:
+        return []
+    trouble = machine.quantize_problem(
+        device_type,
+        recipe.quantize.scheme,
+        emulate=recipe.quantize.emulate,
+        compiled=recipe.compile is not None and recipe.compile.mode != "none",
+    )
+    return [] if trouble is None else [trouble]
+
+
+def _linear_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+    """Why the transformer's linears cannot be quantised as `[quantize]` asks."""
+    if recipe.quantize is None:
+        return []
+    from hasten.quantization.plan import plan_problems
+
+    return plan_problems(transformer, family.quantizable(transformer), recipe.quantize)
+
+
+def _kernel_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+    """Why this transformer cannot run on the fused kernels that the recipe insists on."""
+    if recipe.fuse is None or recipe.fuse.kernels != "on":
+        return []
+    linears = _to_be_fp8(recipe, transformer, family)
+    return [
+        Problem(f'fuse.kernels = "on": {reason}', 'set fuse.kernels = "auto", or "off"')
+        for reason in family.reasons_against_kernels(transformer, linears)[:3]
+    ]
+
+
+def _to_be_fp8(recipe: Recipe, transformer: Any, family: Family) -> set[Any]:
+    """Linears that `[quantize]` will replace before the kernels take over, for good."""
+    if recipe.quantize is None or kernels_declined(recipe):
+        return set()
+    if _linear_problems(recipe, transformer, family):
+        return set()
+    linears = family.quantizable(transformer)
+    from hasten.quantization.plan import make_plan
+
+    names = set(make_plan(transformer, linears, recipe.quantize).names)
+    return {linear for name, linear in linears if name in names}
+
+
+def _text_and_decoder_problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
+    found = []
+    if recipe.text is not None and recipe.text.scheme == "fp8-weight" and device_type == "mps":
+        found.append(
+            Problem(
+                'text.scheme = "fp8-weight": there is no FP8 on mps', 'set scheme = "int8-weight"'
+            )
+        )
+    alone = recipe.compile is None or recipe.compile.mode == "none"  # nobody else asks this
+    if recipe.decoder is not None and recipe.decoder.compile and alone:
+        trouble = machine.compile_problem(device_type)
+        if trouble is not None:
+            fault, fix = trouble
+            found.append(Problem(fault, f"{fix}; or leave decoder.compile out"))
+    return found
+
+
+def _text_encoder_problems(recipe: Recipe, pipe: Any) -> list[Problem]:
+    if recipe.text is None:
+        return []
+    clip: Any = getattr(pipe, "text_encoder", None)
+    t5: Any = getattr(pipe, "text_encoder_2", None)
+    if t5 is None and (recipe.text.scheme or clip is None):
+        return [
+            Problem(
+                "the pipeline has no " + ("text encoders" if clip is None else "text_encoder_2"),
+                "load the pipeline with its text encoders, or take [text] out of the recipe",
+            )
+        ]
+    if recipe.text.scheme is None:
+        return []
+    from hasten.quantization.plan import plan_problems
+
+    linears = [(name, part) for name, part in t5.named_modules() if type(part).__name__ == "Linear"]
+    return [
+        Problem(f"text_encoder_2: {fault}", fix)
+        for fault, fix in plan_problems(t5, linears, Quantize(scheme=recipe.text.scheme))
+    ]
+
+
+def _vae_problems(recipe: Recipe, vae: Any) -> list[Problem]:
+    if recipe.decoder is None:
+        return []
+    if vae is None:
+        return [
+            Problem(
+                "the pipeline has no vae",
+                "load the pipeline with it, or take [decoder] out of the recipe",
+            )
+        ]
+    if recipe.decoder.compile and vae.decoder._compiled_call_impl is not None:
+        return [
+            Problem(
+                "the VAE's decoder is compiled already",
+                "leave the compiling to the recipe, or set decoder.compile = false",
+            )
+        ]
+    return []
+
+
 def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
     """Why the transformer cannot be run block by block, some blocks always and the others not."""
     if not isinstance(recipe.cache, ResidualCache):
@@ -118,10 +218,7 @@ def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> list
                 "one first block is the usual number",
             )
         )
-    own = type(transformer).forward
-    if getattr(transformer.forward, "__func__", None) is not own or (
-        transformer._compiled_call_impl is not None
-    ):
+    if _is_replaced(transformer):
         found.append(
             Problem(
                 "the transformer's forward was replaced or compiled (by offloading, hooks or "
@@ -131,6 +228,40 @@ def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> list
             )
         )
     return found
+
+
+def _is_replaced(transformer: Any) -> bool:
+    own = getattr(transformer.forward, "__func__", None) is type(transformer).forward
+    return not own or transformer._compiled_call_impl is not None
+
+
+def _forward_problems(recipe: Recipe, transformer: Any) -> list[Problem]:
+    """Why another forward cannot take the place of this transformer's."""
+    if recipe.fuse is None or not _is_replaced(transformer):
+        return []
+    return [
+        Problem(
+            "the transformer's forward was replaced or compiled (by offloading, hooks or "
+            "torch.compile), and [fuse] puts its own in its place",
+            "optimise the plain pipeline and put such things into the recipe, or around it "
+            "afterwards; or take [fuse] out of the recipe",
+        )
+    ]
+
+
+def _offload_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+    """Why the modulation weights cannot wait in host memory."""
+    if recipe.offload is None or recipe.offload.kind != "modulation":
+        return []
+    kinds = {type(norm.linear).__name__ for _, norm in family.modulated_norms(transformer)}
+    if kinds == {"Linear"}:
+        return []
+    return [
+        Problem(
+            f'offload.kind = "modulation" moves plain linears, and there are {", ".join(kinds)}',
+            "fuse LoRA adapters first: pipe.fuse_lora(), then pipe.unload_lora_weights()",
+        )
+    ]
 
 
 def _schedule_problems(recipe: Recipe, fingerprint: str | None) -> list[Problem]:

@@ -28,6 +28,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Triton's oldest supported NVIDIA generation (Volta).
 OLDEST_TRITON_CAPABILITY = (7, 0)
+# Oldest GPUs whose tensor cores multiply FP8 (Ada) and int8 as cuBLASLt does it (Turing).
+OLDEST_FP8_CAPABILITY = (8, 9)
+OLDEST_INT8_CAPABILITY = (7, 5)
 INSTALL_COMPILER = "apt-get install g++ python3-dev (Debian/Ubuntu)"
 
 
@@ -55,6 +58,7 @@ class Machine:
     `cxx_compiler` is the one torch.compile would run on the CPU, `c_compiler` the one Triton
     would run to build its launchers; both are absolute paths of programs that answer `--version`.
     `torch_architectures` are the GPU generations torch was built for, e.g. ("sm_80", "sm_90").
+    `fp8_on_cpu`: torch's scaled FP8 product was tried on the CPU and right.
     """
 
     python: str
@@ -75,6 +79,7 @@ class Machine:
     cxx_compiler: str | None = None
     c_compiler: str | None = None
     python_headers: bool = False
+    fp8_on_cpu: bool = False
 
     def default_device(self) -> str:
         """Where `auto` runs: the first CUDA device, else the CPU; MPS only where it is named."""
@@ -168,6 +173,33 @@ class Machine:
             )
         return self._cpu_compile_problem() if device == "cpu" else self._triton_problem(device)
 
+    def quantize_problem(
+        self, device: str, scheme: str, *, emulate: bool = False, compiled: bool = False
+    ) -> Problem | None:
+        """Why linears cannot be quantised on `device`; None where they can.
+
+        scheme, emulate: the recipe's; compiled: whether torch.compile will see them.
+        """
+        if device == "mps":
+            return Problem(
+                "[quantize] on mps is not tested with hasten",
+                "use a recipe without [quantize], or --device cpu",
+            )
+        gpu = self.gpu(device)
+        if gpu is None:
+            works = emulate or scheme != "fp8" or self.fp8_on_cpu
+            return None if works else self._no_cpu_fp8_problem()
+        if emulate or scheme.endswith("-weight"):
+            uncompilable = compiled and scheme.startswith("fp8")
+            return _old_triton_problem(gpu, scheme) if uncompilable else None
+        return _old_gpu_problem(gpu, scheme)
+
+    def _no_cpu_fp8_problem(self) -> Problem:
+        return Problem(
+            f'quantize.scheme = "fp8": torch {self.torch} has no FP8 product on this CPU',
+            'set emulate = true for the same pictures, or scheme = "int8" or "fp8-weight"',
+        )
+
     def _cpu_compile_problem(self) -> Problem | None:
         if self.cxx_compiler is None:
             return Problem(
@@ -182,7 +214,7 @@ class Machine:
         if gpu is not None and gpu.capability < OLDEST_TRITON_CAPABILITY:
             return Problem(
                 f"torch.compile needs a GPU of compute capability 7.0 or later; {gpu.name} "
-                f"has {gpu.capability[0]}.{gpu.capability[1]}",
+                f"has {_dotted(gpu.capability)}",
                 "use a recipe without [compile]",
             )
         if self.triton is None:
@@ -205,6 +237,34 @@ class Machine:
             f"{sysconfig.get_path('include')}",
             INSTALL_COMPILER,
         )
+
+
+def _old_gpu_problem(gpu: Gpu, scheme: str) -> Problem | None:
+    """Why this GPU cannot multiply the codes of `scheme` ("fp8" or "int8")."""
+    needed = OLDEST_FP8_CAPABILITY if scheme == "fp8" else OLDEST_INT8_CAPABILITY
+    if gpu.capability >= needed:
+        return None
+    nearest = "int8" if gpu.capability >= OLDEST_INT8_CAPABILITY else "int8-weight"
+    return Problem(
+        f'quantize.scheme = "{scheme}" needs a GPU of compute capability {_dotted(needed)} or '
+        f"later; {gpu.name} has {_dotted(gpu.capability)}",
+        f'set scheme = "{nearest}", or emulate = true for the same pictures at no gain in speed',
+    )
+
+
+def _old_triton_problem(gpu: Gpu, scheme: str) -> Problem | None:
+    """Why torch.compile cannot convert FP8 on this GPU: Triton has no such type there."""
+    if gpu.capability >= OLDEST_FP8_CAPABILITY:
+        return None
+    return Problem(
+        f"torch.compile cannot convert FP8 on {gpu.name}: that needs compute capability "
+        f"{_dotted(OLDEST_FP8_CAPABILITY)}, it has {_dotted(gpu.capability)}",
+        f'set scheme = "{scheme.replace("fp8", "int8")}", or leave [compile] out',
+    )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def check_dtype(name: str) -> None:
@@ -238,6 +298,7 @@ def machine() -> Machine:
         cxx_compiler=_working(inductor_compiler()),
         c_compiler=_c_compiler(),
         python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        fp8_on_cpu=_fp8_on_cpu(),
     )
 
 
@@ -277,6 +338,21 @@ def _working(program: str) -> str | None:
 def _looked_for(variable: str, default: str) -> str:
     value = os.environ.get(variable)
     return f"${variable} = {value!r}" if value is not None else f"${variable}, {default}"
+
+
+def _fp8_on_cpu() -> bool:
+    """Whether torch multiplies FP8 codes with a scale a row on this CPU: one tiny product."""
+    import torch
+
+    ones = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    scale = torch.full((16, 1), 0.5)
+    try:
+        product = torch._scaled_mm(
+            ones, ones.t(), scale, scale.t(), out_dtype=torch.float32, use_fast_accum=True
+        )
+    except (RuntimeError, TypeError):
+        return False
+    return bool((product == 4).all())
 
 
 def _gpus() -> list[Gpu]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hasten.check import MARK, learned_elsewhere
+from hasten.driving import driven_by
 from hasten.errors import HastenError
 from hasten.models.defaults import defaults_for
 from hasten.models.load import model_notes
 from hasten.passes.applied import Applied
 from hasten.passes.cache.state import RunCounts
-from hasten.passes.cache.step import StepCache, driven_by
+from hasten.passes.cache.step import StepCache
 from hasten.recipe import Recipe, parse_size
 
 __all__ = ["OptimizedPipeline", "undo_all"]
@@ -78,9 +79,13 @@ class OptimizedPipeline:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of this pipeline's figures must know, e.g. that its weights are random."""
-        planner = getattr(self._cache, "planner", None)
-        forced = learned_elsewhere(self.recipe, getattr(planner, "fingerprint", None))
-        return (*model_notes(self.pipe), *([FORCED] if forced else []))
+        declined = [
+            f"{applied.name}: {what} left alone: {why}"
+            for applied in self._applied
+            if applied.declined
+            for what, why in applied.left_alone
+        ]
+        return (*self._model_notes(), *declined)
 
     @property
     def call_defaults(self) -> dict[str, Any]:
@@ -104,7 +109,7 @@ class OptimizedPipeline:
         if self.last_run.steps:
             run = self.last_run
             lines.append(f"  last run: {run.computed} of {run.steps} steps computed")
-        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  note: {note}" for note in self._model_notes()]
         return "\n".join(lines)
 
     def restore(self) -> Any:
@@ -120,6 +125,11 @@ class OptimizedPipeline:
         if stuck:
             raise HastenError(stuck, "load the pipeline again to have it as it was")
         return self.pipe
+
+    def _model_notes(self) -> tuple[str, ...]:
+        planner = getattr(self._cache, "planner", None)
+        forced = learned_elsewhere(self.recipe, getattr(planner, "fingerprint", None))
+        return (*model_notes(self.pipe), *([FORCED] if forced else []))
 
     def _counts(self) -> RunCounts:
         if self._cache is not None:

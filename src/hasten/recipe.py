@@ -29,16 +29,21 @@ from pydantic import (
 from hasten.errors import InputError, RecipeError
 
 __all__ = [
+    "Attention",
     "BudgetCache",
     "Cache",
     "Compile",
+    "Decoder",
+    "Fuse",
     "IntervalCache",
     "Offload",
     "PlannedCache",
+    "Quantize",
     "Recipe",
     "ResidualCache",
     "Sampling",
     "ScheduleCache",
+    "Text",
     "preset_names",
     "read_recipe",
     "resolve",
@@ -190,30 +195,107 @@ Cache = Annotated[
 ]
 
 
-class Compile(Section):
-    """torch.compile of the repeated blocks (one compilation a block class) or of the whole step."""
+class Fuse(Section):
+    """Work done once a run instead of once a step, and kernels that do several things in one pass.
 
-    mode: Literal["blocks", "full"] = "blocks"
+    `conditioning`: the AdaLN modulations of all steps come from one table made before the first
+    step; so do the rotary and text embeddings. `kernels`: the blocks run on hasten's own fused
+    kernels; "auto" does so where nothing stands in the way and says why where something does.
+    """
+
+    conditioning: bool = True
+    kernels: Literal["auto", "on", "off"] = "auto"
+
+
+class Quantize(Section):
+    """Linears of the repeated blocks in eight bits; embedders, modulations and outputs stay.
+
+    `fp8`, `int8`: weights and activations, activations scaled as they come; `fp8-weight`,
+    `int8-weight`: weights only. `emulate` rounds as the scheme does and multiplies in the
+    pipeline's dtype: the scheme's quality on any device, without its speed.
+    """
+
+    scheme: Literal["fp8", "int8", "fp8-weight", "int8-weight"] = "fp8"
+    granularity: Literal["row", "tensor"] = Field(
+        default="row", description="one scale a row (token, output channel) or one a tensor"
+    )
+    skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="linears to leave alone, as patterns: transformer_blocks.0.*"
+    )
+    emulate: bool = False
+
+
+class Attention(Section):
+    """Which kernel multiplies queries, keys and values; "auto" times those there, once a shape."""
+
+    backend: Literal["auto", "native", "cudnn", "flash", "efficient", "math"] = "auto"
+
+
+class Compile(Section):
+    """torch.compile of the repeated blocks (one compilation a block class) or of the whole step.
+
+    `cuda_graphs`: record the step's kernels once a shape and replay them as one launch; mode "none"
+    does that without torch.compile.
+    """
+
+    mode: Literal["blocks", "full", "none"] = "blocks"
+    cuda_graphs: Literal["auto", "on", "off"] = "off"
     dynamic: bool | None = Field(
         default=None,
         description="true: shapes symbolic from the start; absent: once a shape has changed",
     )
 
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.mode == "none" and self.cuda_graphs == "off":
+            raise ValueError('mode = "none" without cuda_graphs does nothing: leave [compile] out')
+        return self
+
+
+class Text(Section):
+    """Text encoders: embeddings of past prompts kept, and weights in eight bits."""
+
+    cache_mb: Annotated[int, Field(ge=0, le=65536)] = Field(
+        default=0, description="size of the cache of prompt embeddings, in MiB; 0 keeps none"
+    )
+    scheme: Literal["fp8-weight", "int8-weight"] | None = Field(
+        default=None, description="how the T5 encoder's linears are stored"
+    )
+
+
+class Decoder(Section):
+    """The VAE: memory layout, compilation and tiling of its decoder."""
+
+    compile: bool = False
+    channels_last: bool = False
+    tiling: Literal["auto", "on", "off"] = Field(
+        default="off", description='"auto" tiles pictures over 2048x2048 pixels'
+    )
+
 
 class Offload(Section):
-    """Where weights wait. `model` keeps one component at a time on the accelerator."""
+    """Where weights wait.
 
-    kind: Literal["none", "model"] = "none"
+    `model` keeps one component at a time on the accelerator. `modulation` keeps the weights that
+    make the conditioning table in host memory and brings them over layer by layer when it is made.
+    """
+
+    kind: Literal["none", "model", "modulation"] = "none"
 
 
 class Recipe(Section):
-    """All passes of one optimisation. Order of application: cache, compile, offload."""
+    """All passes of one optimisation. Order: quantize, fuse, compile, cache, text to offload."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "custom"
     description: str = ""
     sampling: Sampling | None = None
+    fuse: Fuse | None = None
+    quantize: Quantize | None = None
+    attention: Attention | None = None
     cache: Cache | None = None
     compile: Compile | None = None
+    text: Text | None = None
+    decoder: Decoder | None = None
     offload: Offload | None = None
 
     @classmethod
@@ -336,7 +418,16 @@ CACHES: dict[str, type[Section]] = {
     "budget": BudgetCache,
     "residual": ResidualCache,
 }
-SECTIONS: dict[str, type[Section]] = {"sampling": Sampling, "compile": Compile, "offload": Offload}
+SECTIONS: dict[str, type[Section]] = {
+    "sampling": Sampling,
+    "fuse": Fuse,
+    "quantize": Quantize,
+    "attention": Attention,
+    "compile": Compile,
+    "text": Text,
+    "decoder": Decoder,
+    "offload": Offload,
+}
 
 
 def _closest(location: tuple[Any, ...]) -> str:

@@ -28,6 +28,7 @@ from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes
 from hasten.benchmark.workload import settings_of
 from hasten.chatter import quiet_libraries
 from hasten.errors import HastenError, InputError, ModelError, UnsupportedError
+from hasten.passes.text.embeddings import cache_off
 from hasten.recipe import Recipe
 from hasten.results import (
     Quality,
@@ -72,7 +73,8 @@ def _outcome(job: Job, tell: Told) -> Outcome:
 def measure(job: Job, engine_module: Any, tell: Told) -> Row:
     """Measure the job's row in this process: its times and memory, then its quality."""
     device = torch.device(job.device)
-    row, random_weights = _timed_row(job, device, engine_module, tell)
+    with cache_off():  # so that each image pays for its own prompt
+        row, random_weights = _timed_row(job, device, engine_module, tell)
     gc.collect()  # the metrics need the memory that the model held
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -87,7 +89,8 @@ def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -
     """
     # Dynamo would otherwise give up compiling at its limit and go on uncompiled, silently.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    settings = settings_of(Recipe.from_toml(job.toml, source=job.row), job.workload)
+    recipe = Recipe.from_toml(job.toml, source=job.row)
+    settings = settings_of(recipe, job.workload)
     first = job.workload.prompts[0]
 
     tell("load", 0, 1)
@@ -104,7 +107,7 @@ def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -
     row = Row(
         recipe=job.row,
         status="ok",
-        notes=(*engine.fast.notes, counted),
+        notes=(*engine.fast.notes, counted, *_switched_off(recipe)),
         calibrated=engine.fast.calibrated,
         seconds_per_image=summarize_seconds(seconds),
         transformer_ms_per_step=1000 * step_seconds,
@@ -120,6 +123,11 @@ def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -
         toml=job.toml,
     )
     return row, engine.random_weights
+
+
+def _switched_off(recipe: Recipe) -> tuple[str, ...]:
+    cached = recipe.text is not None and recipe.text.cache_mb > 0
+    return ("cache of prompt embeddings off while timing",) if cached else ()
 
 
 def _quality(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from hasten.errors import UnsupportedError
 from hasten.models.flux import FluxFamily
+from hasten.models.flux_fused import Attend
+from hasten.models.modulations import Modulations
 
 __all__ = ["Family", "family_of"]
 
@@ -39,6 +41,44 @@ class Family(Protocol):
 
     def repeated_blocks(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         """The repeated blocks by name, in the order in which they run."""
+
+    @property
+    def conditioning(self) -> Callable[..., Tensor]:
+        """(transformer, timesteps, guidance, pooled, dtype) -> what the modulations are made of."""
+
+    @property
+    def state(self) -> Callable[..., Any]:
+        """(transformer, latents, text, conditioning, rotary) -> the state before the first block,
+        where all but the latents is embedded."""
+
+    def rotary(self, transformer: Any, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every token's position, text first: tokens × head_dim each."""
+
+    def inputs(
+        self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of the model's forward by name."""
+
+    def scaled(
+        self, transformer: Any, function: Callable[..., Tensor], inputs: dict[str, Any]
+    ) -> Tensor:
+        """`function(transformer, **inputs)` under the LoRA scale that `inputs` name."""
+
+    def modulated_norms(self, transformer: Any) -> list[tuple[str, Any]]:
+        """Norms with a modulation linear by name, in the order in which they run."""
+
+    def reasons_against_kernels(
+        self, transformer: Any, to_be_fp8: Container[nn.Module] = ()
+    ) -> list[str]:
+        """Why the blocks cannot run on the fused kernels, once these linears are FP8; empty where
+        they can."""
+
+    def fused(self, transformer: Any, modulations: Modulations, attend: Attend) -> Any:
+        """The blocks on fused kernels: (latents, text, row, cos, sin) -> velocity; `changed` says
+        what was replaced since, `fp8` whether its products are FP8."""
+
+    def quantizable(self, transformer: Any) -> list[tuple[str, nn.Linear]]:
+        """Linears that may be quantised, by name: (name in the transformer, linear)."""
 
 
 FAMILIES: dict[str, Family] = {"FluxTransformer2DModel": FluxFamily()}

@@ -15,7 +15,7 @@ Shapes: B batch, S image tokens, T text tokens, D = heads x head_dim, C packed l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import CallError
+from hasten.models.flux_fused import FusedFlux, reasons_against
+from hasten.models.modulations import Modulations
 
 __all__ = ["FluxFamily", "FluxState"]
 
@@ -72,19 +74,77 @@ class FluxFamily:
         rounding to the latents' dtype, and so it does `guidance`.
         """
         image = transformer.x_embedder(hidden_states)
-        moments = [timestep.to(image.dtype) * 1000]
-        if guidance is not None:
-            moments.append(guidance.to(image.dtype) * 1000)
         return FluxState(
             image=image,
             text=transformer.context_embedder(encoder_hidden_states),
-            conditioning=transformer.time_text_embed(*moments, pooled_projections),
-            rotary=transformer.pos_embed(torch.cat((_two_d(txt_ids), _two_d(img_ids)))),
+            conditioning=self.conditioning(
+                transformer, timestep, guidance, pooled_projections, image.dtype
+            ),
+            rotary=self.rotary(transformer, txt_ids, img_ids),
             kwargs=self._with_image_prompt(transformer, joint_attention_kwargs),
             double_residuals=controlnet_block_samples,
             single_residuals=controlnet_single_block_samples,
             residuals_repeat=controlnet_blocks_repeat,
         )
+
+    def state(
+        self,
+        transformer: Any,
+        latents: Tensor,
+        text: Tensor,
+        conditioning: Tensor,
+        rotary: tuple[Tensor, Tensor],
+    ) -> FluxState:
+        """The state before the first block where all but the latents (B×S×C) is embedded."""
+        return FluxState(
+            image=transformer.x_embedder(latents),
+            text=text,
+            conditioning=conditioning,
+            rotary=rotary,
+        )
+
+    def conditioning(
+        self,
+        transformer: Any,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        pooled_projections: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """R×D from R timesteps in [0, 1], guidance scales and pooled texts (R×pooled_dim)."""
+        moments = [timestep.to(dtype) * 1000]
+        if guidance is not None:
+            moments.append(guidance.to(dtype) * 1000)
+        embedded: Tensor = transformer.time_text_embed(*moments, pooled_projections)
+        return embedded
+
+    def rotary(self, transformer: Any, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, (T+S)×head_dim each in float32, from T×3 and S×3 positions."""
+        cos, sin = transformer.pos_embed(torch.cat((_two_d(txt_ids), _two_d(img_ids))))
+        return cos, sin
+
+    def modulated_norms(self, transformer: Any) -> list[tuple[str, nn.Module]]:
+        """(name, norm) of every norm with a modulation linear, in the order in which they run."""
+        found: list[tuple[str, nn.Module]] = []
+        for index, block in enumerate(transformer.transformer_blocks):
+            found.append((f"transformer_blocks.{index}.norm1", block.norm1))
+            found.append((f"transformer_blocks.{index}.norm1_context", block.norm1_context))
+        for index, block in enumerate(transformer.single_transformer_blocks):
+            found.append((f"single_transformer_blocks.{index}.norm", block.norm))
+        return [*found, ("norm_out", transformer.norm_out)]
+
+    def fused(
+        self, transformer: Any, modulations: Modulations, attend: Callable[..., Tensor]
+    ) -> FusedFlux:
+        """The blocks on fused kernels: (latents, text, row, cos, sin) -> velocity."""
+        return FusedFlux(transformer, modulations, attend)
+
+    def reasons_against_kernels(
+        self, transformer: Any, to_be_fp8: Container[nn.Module] = ()
+    ) -> list[str]:
+        """Why the blocks cannot run on the fused kernels, once these linears are FP8; empty where
+        they can."""
+        return reasons_against(transformer, to_be_fp8)
 
     def blocks(self, transformer: Any, state: FluxState) -> Iterator[tuple[str, FluxState]]:
         """Run the double-stream, then the single-stream blocks; yield the state after each."""
@@ -123,14 +183,41 @@ class FluxFamily:
         epilogue. `args` and `kwargs` are those of the transformer's forward; LoRA layers have the
         call's scale while it lasts. Raises CallError for an argument this family does not know.
         """
-        from diffusers.utils import apply_lora_scale
 
         def forward(transformer: Any, **inputs: Any) -> Tensor:
             return self.epilogue(transformer, middle(self.prologue(transformer, **inputs)))
 
-        scaled = apply_lora_scale("joint_attention_kwargs")(forward)  # as the original is
-        output: Tensor = scaled(transformer, **_inputs(transformer, args, kwargs))
+        return self.scaled(transformer, forward, self.inputs(transformer, args, kwargs))
+
+    def scaled(
+        self, transformer: Any, function: Callable[..., Tensor], inputs: dict[str, Any]
+    ) -> Tensor:
+        """`function(transformer, **inputs)` while LoRA layers have the scale that `inputs` name."""
+        from diffusers.utils import apply_lora_scale
+
+        scaled = apply_lora_scale("joint_attention_kwargs")(function)  # as the original forward is
+        output: Tensor = scaled(transformer, **inputs)
         return output
+
+    def inputs(
+        self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of the transformer's forward as those of `prologue`, by name.
+
+        Raises CallError for an argument this family does not know.
+        """
+        given = dict(kwargs)
+        if args:
+            _, *names = inspect.signature(type(transformer).forward).parameters
+            given.update(zip(names, args, strict=False))
+        given.pop("return_dict", None)
+        unknown = sorted(given.keys() - PROLOGUE_INPUTS)
+        if unknown:
+            raise CallError(
+                f"the FLUX.1 transformer cannot be run block by block with {', '.join(unknown)}",
+                'leave it out; or take a cache of kind = "interval", no [fuse] and no CUDA graphs',
+            )
+        return given
 
     def repeated_blocks(self, transformer: Any) -> list[tuple[str, nn.Module]]:
         """(name, block), in the order in which they run."""
@@ -138,6 +225,18 @@ class FluxFamily:
             (f"{name}.{index}", block)
             for name in ("transformer_blocks", "single_transformer_blocks")
             for index, block in enumerate(getattr(transformer, name))
+        ]
+
+    def quantizable(self, transformer: Any) -> list[tuple[str, nn.Linear]]:
+        """(name, linear) of every linear in the blocks but the modulations (norm*.linear).
+
+        A modulation sees one row a step, so it gains nothing, and it scales all tokens at once.
+        """
+        return [
+            (f"{block_name}.{name}", module)
+            for block_name, block in self.repeated_blocks(transformer)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith("norm")
         ]
 
     def _with_image_prompt(
@@ -164,19 +263,3 @@ def _control(residuals: Sequence[Tensor], index: int, blocks: int, repeat: bool)
 
 
 PROLOGUE_INPUTS = inspect.signature(FluxFamily.prologue).parameters.keys()
-
-
-def _inputs(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the transformer's forward as those of `prologue`, by name."""
-    given = dict(kwargs)
-    if args:
-        _, *names = inspect.signature(type(transformer).forward).parameters
-        given.update(zip(names, args, strict=False))
-    given.pop("return_dict", None)
-    unknown = sorted(given.keys() - PROLOGUE_INPUTS)
-    if unknown:
-        raise CallError(
-            f"the FLUX.1 transformer cannot be run block by block with {', '.join(unknown)}",
-            'leave it out, or use a cache that runs whole steps, such as kind = "interval"',
-        )
-    return given

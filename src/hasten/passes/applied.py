@@ -13,7 +13,8 @@ class Applied:
     """One applied pass.
 
     name: the recipe's section; what: one line of what was changed; left_alone: (what, why) pairs;
-    undo: puts everything back, or None with `cannot_undo` saying why not.
+    undo: puts everything back, or None with `cannot_undo` saying why not; declined: whether what
+    was left alone is what the recipe asked for with "auto", which results have to say.
     """
 
     name: str
@@ -21,4 +22,5 @@ class Applied:
     undo: Callable[[], None] | None
     left_alone: tuple[tuple[str, str], ...] = ()
     cannot_undo: str = ""
+    declined: bool = False
     live: Callable[[], str] = field(default=lambda: "")

@@ -41,9 +41,13 @@ def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Appl
 
 def compile_forward(transformer: nn.Module, recipe: Compile) -> Applied:
     """Compile the transformer's forward as one graph."""
+    before = transformer.__dict__.get("forward")
     transformer.forward = torch.compile(transformer.forward, fullgraph=True, dynamic=recipe.dynamic)
 
     def undo() -> None:
-        del transformer.forward
+        if before is None:
+            del transformer.forward
+        else:
+            transformer.forward = before
 
     return Applied(name="compile", what="the transformer's forward, as one graph", undo=undo)

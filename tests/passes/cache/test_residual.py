@@ -524,7 +524,7 @@ def refusal(pipe: Any, recipe: dict[str, Any]) -> UnsupportedError:
 def test_one_graph_leaves_no_room_for_a_decision(pipe: Any) -> None:
     error = refusal(pipe, {"cache": EVERY_STEP, "compile": {"mode": "full"}})
     assert "between the blocks" in error.faults[0]
-    assert 'compile.mode = "blocks"' in error.fix
+    assert 'set compile.mode = "blocks"' in error.fix
     blocks = Recipe.from_dict({"cache": EVERY_STEP, "compile": {"mode": "blocks"}})
     check(blocks, pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
 

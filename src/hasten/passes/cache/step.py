@@ -9,34 +9,22 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from hasten.driving import driving, scheduler_of, step_of
 from hasten.errors import CallError
 from hasten.passes.applied import Applied
 from hasten.passes.cache.planner import Planner
 from hasten.passes.cache.state import Branch, Run, RunCounts
 
-__all__ = ["Policy", "StepCache", "cache_steps", "driven_by"]
+__all__ = ["Policy", "StepCache", "cache_steps"]
 
 # A step has at most this many transformer calls of one name and shape: conditional, unconditional,
 # and two more for perturbed guidance. More of them without a scheduler step in between means that
 # another pipeline, with a scheduler of its own, drives this transformer.
 MOST_CALLS_IN_STEP = 4
-
-_scheduler: ContextVar[Any] = ContextVar("scheduler of the running call", default=None)
-
-
-@contextmanager
-def driven_by(scheduler: Any) -> Iterator[None]:
-    """Transformer calls inside belong to a run of this scheduler."""
-    token = _scheduler.set(scheduler)
-    try:
-        yield
-    finally:
-        _scheduler.reset(token)
 
 
 class Policy(Protocol):
@@ -86,14 +74,14 @@ class StepCache:
 
     def drop(self) -> None:
         """Forget the current run; its counts stay readable as `last_run`."""
-        run = self.runs.pop(_scheduler.get() or self.home(), None)
+        run = self.runs.pop(driving(self.home), None)
         if run is not None:
             self.last_run = run.counts()
 
     def _run(self) -> tuple[Run, int]:
         """The current run and the scheduler's step in it; a new run where a new one has begun."""
-        scheduler = _scheduler.get() or self.home()
-        index = _position(scheduler)
+        scheduler = driving(self.home)
+        index = step_of(scheduler)
         run = self.runs.get(scheduler)
         if run is None or run.timesteps is not scheduler.timesteps or index < run.index:
             steps = len(scheduler.timesteps) - index
@@ -108,7 +96,7 @@ def cache_steps(pipe: Any, policy: Policy) -> tuple[Applied, StepCache]:
     """Put a step cache before the pipeline's transformer. Only this instance is changed."""
     transformer = pipe.transformer
     replaced = {name: transformer.__dict__.get(name) for name in _HOOKS}
-    cache = StepCache(policy, _scheduler_of(pipe))
+    cache = StepCache(policy, scheduler_of(pipe))
     original_context, original_reset = transformer.cache_context, transformer._reset_stateful_cache
 
     @contextmanager
@@ -142,35 +130,6 @@ def cache_steps(pipe: Any, policy: Policy) -> tuple[Applied, StepCache]:
 
 
 _HOOKS = ("forward", "cache_context", "_reset_stateful_cache")
-
-
-def _scheduler_of(pipe: Any) -> Callable[[], Any]:
-    """The pipeline's scheduler as it is when asked (users replace it); survives the pipeline."""
-    reference, scheduler = weakref.ref(pipe), pipe.scheduler
-
-    def current() -> Any:
-        alive = reference()
-        return scheduler if alive is None else alive.scheduler
-
-    return current
-
-
-def _position(scheduler: Any) -> int:
-    """The step the scheduler stands at, as an index into its `timesteps`."""
-    if not hasattr(scheduler, "step_index") or not hasattr(scheduler, "sigmas"):
-        raise CallError(
-            f"{type(scheduler).__name__} does not say at which step it is",
-            "use a scheduler with step_index and sigmas, e.g. FlowMatchEulerDiscreteScheduler",
-        )
-    index = scheduler.step_index
-    if index is None:
-        index = scheduler.begin_index or 0
-    if scheduler.num_inference_steps is None or index >= len(scheduler.timesteps):
-        raise CallError(
-            "the transformer was called outside a sampling run of the pipeline's scheduler",
-            "call scheduler.set_timesteps first, or restore() the pipeline for other uses",
-        )
-    return int(index)
 
 
 def _foreign_driver() -> CallError:

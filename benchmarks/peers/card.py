@@ -1,0 +1,94 @@
+"""The presets' card for docs/speed.md: speed on the true shape, quality on the bundled model.
+
+    python -m benchmarks.peers.card
+
+Prints markdown from the committed results. Ratios are against all of the plain pipeline's images in
+the row's own group, and against its quickest one of the whole run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.report import BASE
+
+__all__ = ["card"]
+
+RESULTS = Path(__file__).parents[1] / "results"
+SPEED = RESULTS / "peers" / "h100-presets.json"
+MEMORY = RESULTS / "peers" / "h100-memory.json"
+QUALITY = RESULTS / "tiny-h100" / "results.json"
+SIZES = ("512", "1024")
+HEAD = """| {size}×{size} | computed | s / image | × | × quickest | ms / computed step | of eager |
+| :-- | --: | --: | --: | --: | --: | --: |"""
+
+
+def card() -> str:
+    """Three tables: each size, memory, quality."""
+    speed = json.loads(SPEED.read_text("utf-8"))["rows"]
+    tables = [_at_size(speed, size) for size in SIZES]
+    return "\n\n".join([*tables, _memory(), _quality()])
+
+
+def _at_size(rows: list[dict[str, Any]], size: str) -> str:
+    measured = [row for row in rows if row["status"] == "ok"]
+    bases = {row["group"]: row["sizes"][size] for row in measured if row["row"] == BASE}
+    times = [base["seconds"]["median"] for base in bases.values()]
+    quickest = min(sample for base in bases.values() for sample in base["seconds"]["samples"])
+    span = f"{min(times):.2f}–{max(times):.2f}"
+    lines = [HEAD.format(size=size), f"| plain pipeline, eager | 50 | {span} | 1 | 1 | – | 1 |"]
+    for row in measured:
+        if row["row"] != BASE:
+            here, base = row["sizes"][size], bases[row["group"]]
+            seconds = here["seconds"]["median"]
+            step = here["ms_per_step"] * 50 / here["computed"]
+            lines.append(
+                f"| {_name(row)} | {here['computed']} | {seconds:.2f} "
+                f"| {base['seconds']['median'] / seconds:.2f} | {quickest / seconds:.2f} "
+                f"| {step:.1f} | {here['ms_per_step'] / base['ms_per_step']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def _memory() -> str:
+    rows = json.loads(MEMORY.read_text("utf-8"))["rows"]
+    lines = [
+        "| memory in the loop at 1024×1024, GiB | used | held beside it |",
+        "| :-- | --: | --: |",
+    ]
+    for row in rows:
+        if row["status"] == "ok":
+            used, held = row["sizes"]["1024"]["peak_bytes"], row["held_bytes"]
+            lines.append(f"| {_name(row)} | {used / 2**30:.1f} | {_gib(held)} |")
+    return "\n".join(lines)
+
+
+def _quality() -> str:
+    rows = json.loads(QUALITY.read_text("utf-8"))["rows"]
+    lines = [
+        "| bundled model | LPIPS | SSIM | PSNR dB | prompts |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        if row["status"] == "ok" and row["recipe"] in ("lossless", "fp8", "balanced", "max"):
+            quality = row["quality"][0]
+            lines.append(
+                f"| `{row['recipe']}` | {quality['lpips']:.5f} | {quality['ssim']:.4f} "
+                f"| {quality['psnr']:.1f} | {quality['n']} |"
+            )
+    return "\n".join(lines)
+
+
+def _gib(value: int | None) -> str:
+    return "–" if value is None else f"{value / 2**30:.1f}"
+
+
+def _name(row: dict[str, Any]) -> str:
+    name = row["row"].removeprefix("hasten:")
+    return name if row["row"] == name else f"`{Path(name).stem}`"
+
+
+if __name__ == "__main__":
+    print(card())

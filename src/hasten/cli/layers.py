@@ -1,0 +1,163 @@
+"""`hasten doctor --layers`: the error of each linear that a recipe quantises, the worst first."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from hasten.errors import Faults, InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hasten.quantization.report import LayerError
+    from hasten.recipe import Quantize, Recipe
+    from hasten.settings import Settings
+
+STEPS = 4  # of the one run that is measured: from pure noise to almost none
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Errors, worst first, and what they were measured on."""
+
+    model: str
+    recipe: str
+    quantize: Quantize
+    device: str
+    dtype: str
+    prompt: str
+    errors: list[LayerError]
+    skip: list[str]
+
+    @property
+    def median_db(self) -> float:
+        return median(error.sqnr_db for error in self.errors)
+
+
+def report_layers(model: str, recipe: str, device: str, dtype: str, *, as_json: bool) -> None:
+    """Run the plain model for four steps and print what quantising each linear would change."""
+    from hasten.models.defaults import ModelDefaults
+    from hasten.recipe import Recipe, resolve
+    from hasten.settings import CallOptions, Settings, chosen_settings, model_defaults
+
+    faults, chosen, defaults = Faults(), Recipe(), ModelDefaults()
+    with faults.gather():
+        chosen = resolve(recipe)
+        if chosen.quantize is None:
+            faults.add(f"the recipe {recipe} quantises nothing", "give one with [quantize]: fp8")
+    defaults = model_defaults(model, faults)
+    otherwise = Settings.of_model(defaults).under(chosen.sampling)
+    settings = chosen_settings(CallOptions(model, device, dtype), otherwise, faults)
+    with faults.gather():
+        _check_device(chosen, device)
+    faults.raise_any()
+    measured = _measure(model, chosen, device, dtype, replace(settings, steps=STEPS), defaults)
+    print(json.dumps(_as_data(measured), indent=2)) if as_json else _print(measured)
+
+
+def _check_device(recipe: Recipe, device: str) -> None:
+    from hasten.machine import machine
+
+    here = machine()
+    target = here.usable_device(device)
+    quantize = recipe.quantize
+    if quantize is None:
+        return
+    problem = here.quantize_problem(target, quantize.scheme, emulate=quantize.emulate)
+    if problem is not None:
+        raise UnsupportedError(*problem)
+
+
+def _measure(
+    model: str, recipe: Recipe, device: str, dtype: str, settings: Settings, defaults: Any
+) -> Measured:
+    from hasten.cli.progress import ProgressBar, silence_library_bars
+    from hasten.prompts import read_prompts
+
+    quantize, prompt = recipe.quantize, read_prompts(defaults.prompts)[0]
+    assert quantize is not None
+    with ProgressBar() as progress:
+        progress.stage("loading")
+        silence_library_bars()
+        import torch
+
+        from hasten import load_pipeline
+        from hasten.models.family import family_of
+        from hasten.quantization.plan import make_plan
+        from hasten.quantization.report import layer_errors, worth_skipping
+
+        pipe = load_pipeline(model, device=device, dtype=dtype)
+        linears = family_of(pipe).quantizable(pipe.transformer)
+        names = set(make_plan(pipe.transformer, linears, quantize).names)
+        progress.stage("steps", total=STEPS)
+
+        def at_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+            progress.at(step + 1)
+            return {}
+
+        def run() -> None:
+            pipe(
+                prompt,
+                **settings.call_arguments(),
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+                callback_on_step_end=at_step_end,
+            )
+
+        errors = layer_errors([item for item in linears if item[0] in names], quantize, run)
+    if not errors:
+        raise InputError(f"none of the linears of {model} ran", "give a model whose blocks run")
+    where = str(pipe.device), str(pipe.transformer.dtype).removeprefix("torch.")
+    return Measured(model, recipe.name, quantize, *where, prompt, errors, worth_skipping(errors))
+
+
+def _as_data(measured: Measured) -> dict[str, Any]:
+    """The same as JSON values; a ratio that is not finite is null."""
+    layers = [
+        asdict(error) | {"sqnr_db": error.sqnr_db if math.isfinite(error.sqnr_db) else None}
+        for error in measured.errors
+    ]
+    about = {name: getattr(measured, name) for name in ("model", "recipe", "device", "dtype")}
+    return {
+        **about,
+        "quantize": measured.quantize.model_dump(),
+        "steps": STEPS,
+        "prompt": measured.prompt,
+        "layers": layers,
+        "skip": measured.skip,
+    }
+
+
+def _print(measured: Measured) -> None:
+    from hasten.cli.table import print_table
+
+    scheme = measured.quantize
+    errors = measured.errors
+    how = f"{scheme.scheme}, one scale a {scheme.granularity}"
+    emulated = ", emulated" if scheme.emulate else ""
+    print(
+        f"{len(errors)} linears of {measured.model} in {how}{emulated}, against "
+        f"{measured.dtype} on {measured.device}: {STEPS} steps of one picture"
+    )
+    print()
+    rows = [
+        (error.name, str(error.inputs), str(error.outputs), f"{error.sqnr_db:.1f}",
+         f"{100 * 10 ** (-error.sqnr_db / 20):.2f} %")
+        for error in errors[:SHOWN]
+    ]  # fmt: skip
+    print_table(("linear", "inputs", "outputs", "SQNR dB", "error"), rows, right="lrrrr")
+    if len(errors) > SHOWN:
+        print(f"and {len(errors) - SHOWN} nearer ones (--json lists all)")
+    print()
+    print(
+        f"worst {errors[0].sqnr_db:.1f} dB, median {measured.median_db:.1f} dB, "
+        f"best {errors[-1].sqnr_db:.1f} dB"
+    )
+    if not measured.skip:
+        print("none stands out by twice the median's error: no reason to skip any")
+        return
+    print("these stand out by twice the median's error or more; to leave them alone:")
+    print(f"  [quantize]\n  skip = {json.dumps([*scheme.skip, *measured.skip])}")

@@ -1,0 +1,160 @@
+"""Sections of a recipe that cannot go together, and what a device type cannot do at all."""
+
+from __future__ import annotations
+
+from hasten.machine import Problem
+from hasten.recipe import Recipe, ResidualCache
+
+__all__ = ["conflicts", "graphs_declined", "kernels_declined"]
+
+
+def conflicts(recipe: Recipe, device_type: str) -> list[Problem]:
+    """Every conflict within the recipe on a device of this type. Needs no model."""
+    return [
+        *_residual(recipe),
+        *_attention(recipe, device_type),
+        *_fuse(recipe),
+        *_graphs(recipe, device_type),
+        *_offload(recipe, device_type),
+    ]
+
+
+def kernels_declined(recipe: Recipe) -> str | None:
+    """Why the recipe's other sections leave nothing to the fused kernels; None where they do."""
+    if recipe.compile and recipe.compile.mode != "none":
+        return "the blocks are compiled instead"
+    if recipe.offload and recipe.offload.kind == "model":
+        return 'offload.kind = "model" moves the weights that the kernels have merged'
+    if recipe.quantize and (recipe.quantize.scheme != "fp8" or recipe.quantize.emulate):
+        emulated = "emulated " if recipe.quantize.emulate else ""
+        return f'the kernels feed real "fp8" products, no {emulated}"{recipe.quantize.scheme}" ones'
+    if recipe.quantize and recipe.quantize.granularity != "row":
+        return 'the kernels quantise row by row: granularity = "row"'
+    return None
+
+
+def graphs_declined(recipe: Recipe, device_type: str) -> str | None:
+    """Why `cuda_graphs = "auto"` records none; None where it does."""
+    if device_type != "cuda":
+        return f"the pipeline is on {device_type}"
+    if isinstance(recipe.cache, ResidualCache):
+        return 'cache.kind = "residual" decides within a step'
+    if recipe.offload and recipe.offload.kind == "model":
+        return 'offload.kind = "model" moves the weights whose addresses a graph holds'
+    return None
+
+
+def _residual(recipe: Recipe) -> list[Problem]:
+    """The residual cache decides between the blocks: nothing may hold all of them."""
+    if not isinstance(recipe.cache, ResidualCache):
+        return []
+    whole = [
+        (recipe.compile and recipe.compile.mode == "full", 'compile.mode = "full"', "blocks"),
+        (
+            recipe.compile and recipe.compile.cuda_graphs == "on",
+            'compile.cuda_graphs = "on"',
+            "auto",
+        ),
+        (recipe.fuse, "[fuse]", None),
+        (
+            recipe.attention and recipe.attention.backend == "auto",
+            'attention.backend = "auto"',
+            "native",
+        ),
+    ]
+    return [
+        Problem(
+            f'cache.kind = "residual" decides between the blocks, and {what} takes them as one',
+            (f'set {what.partition(" = ")[0]} = "{instead}"' if instead else "leave it out")
+            + ', or use a planned cache, such as kind = "interval"',
+        )
+        for there, what, instead in whole
+        if there
+    ]
+
+
+def _attention(recipe: Recipe, device_type: str) -> list[Problem]:
+    if recipe.attention is None:
+        return []
+    found = []
+    backend = recipe.attention.backend
+    if device_type != "cuda" and backend in ("cudnn", "flash", "efficient"):
+        found.append(
+            Problem(
+                f'attention.backend = "{backend}" is a kernel for NVIDIA GPUs, '
+                f"and this is {device_type}",
+                'set attention.backend = "native", or "auto"',
+            )
+        )
+    if backend == "auto" and recipe.compile and recipe.compile.mode == "full":
+        found.append(
+            Problem(
+                'attention.backend = "auto" tries backends out, and compile.mode = "full" '
+                "makes one graph of the forward",
+                'set attention.backend = "native" or "cudnn", or compile.mode = "blocks"',
+            )
+        )
+    return found
+
+
+def _fuse(recipe: Recipe) -> list[Problem]:
+    if recipe.fuse is None:
+        return []
+    found = []
+    if recipe.compile and recipe.compile.mode == "full":
+        found.append(
+            Problem(
+                '[fuse] splits the transformer\'s forward, and compile.mode = "full" makes one '
+                "graph of it",
+                'set compile.mode = "blocks", or "none" for the fused kernels',
+            )
+        )
+    declined = kernels_declined(recipe)
+    if recipe.fuse.kernels == "on" and declined:
+        found.append(Problem(f'fuse.kernels = "on": {declined}', 'set fuse.kernels = "auto"'))
+    return found
+
+
+def _graphs(recipe: Recipe, device_type: str) -> list[Problem]:
+    if recipe.compile is None or recipe.compile.cuda_graphs != "on":
+        return []
+    found = []
+    if device_type != "cuda":
+        found.append(
+            Problem(
+                f'compile.cuda_graphs = "on" needs an NVIDIA GPU, and this is {device_type}',
+                'set cuda_graphs = "auto"',
+            )
+        )
+    if recipe.offload and recipe.offload.kind == "model":
+        found.append(
+            Problem(
+                'a CUDA graph holds the addresses of weights that offload.kind = "model" moves',
+                'set cuda_graphs = "auto", or offload.kind = "modulation"',
+            )
+        )
+    return found
+
+
+def _offload(recipe: Recipe, device_type: str) -> list[Problem]:
+    if recipe.offload is None or recipe.offload.kind == "none":
+        return []
+    found = []
+    if device_type == "cpu":
+        found.append(
+            Problem(
+                f'offload.kind = "{recipe.offload.kind}" needs an accelerator to offload from, '
+                "and this is the CPU",
+                "leave [offload] out: on a CPU the weights are in host memory already",
+            )
+        )
+    tabled = recipe.fuse is not None and recipe.fuse.conditioning
+    if recipe.offload.kind == "modulation" and not tabled:
+        found.append(
+            Problem(
+                'offload.kind = "modulation" without the conditioning table would bring the '
+                "weights over at every step",
+                "add [fuse] with conditioning = true",
+            )
+        )
+    return found

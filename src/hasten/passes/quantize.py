@@ -1,0 +1,96 @@
+"""Linears of the repeated blocks in eight bits, each original freed as it is replaced.
+
+The largest layer goes first, so what can run out of memory does so before anything is replaced:
+after it, every layer frees more than the next one takes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import ModelError
+from hasten.passes.applied import Applied
+from hasten.quantization.linear import QuantizedLinear, quantized
+from hasten.quantization.plan import Linears, make_plan
+from hasten.recipe import Quantize
+
+__all__ = ["Family", "quantize_linears"]
+
+
+class Family(Protocol):
+    """What knows which linears of a transformer may be quantised."""
+
+    def quantizable(self, transformer: nn.Module) -> Linears:
+        """(name, linear) of each."""
+
+
+def quantize_linears(transformer: nn.Module, family: Family, recipe: Quantize) -> Applied:
+    """Replace linears in their parents. Takes one layer's memory more than there was, then less.
+
+    Raises UnsupportedError (the recipe does not fit this transformer) or ModelError (a weight is
+    not finite) before anything is replaced. An error in the middle carries a note of how much was.
+    """
+    linears = family.quantizable(transformer)
+    plan = make_plan(transformer, linears, recipe)
+    _refuse_not_finite(linears)
+    del linears  # which would keep every original alive
+    before = after = done = 0
+    try:
+        for name in sorted(plan.names, key=lambda name: -_linear(transformer, name).weight.numel()):
+            old = _linear(transformer, name)
+            new = quantized(old, recipe).train(old.training)
+            before, after = before + _bytes(old), after + _bytes(new)
+            _replace(transformer, name, new)
+            done += 1
+    except BaseException as error:
+        if done:
+            error.add_note(f"quantize: {done} linears are replaced already; load the model again")
+        raise
+    return Applied(
+        name="quantize",
+        what=_describe(recipe, done, before, after),
+        undo=None,
+        left_alone=plan.left_alone,
+        cannot_undo="the original weights were freed as they were replaced (copy=True keeps them)",
+    )
+
+
+def _refuse_not_finite(linears: Linears) -> None:
+    """Waits for the device once, whatever the number of layers."""
+    extremes = torch.stack([torch.stack(linear.weight.detach().aminmax()) for _, linear in linears])
+    broken = [
+        name
+        for (name, _), finite in zip(linears, extremes.isfinite().all(dim=1).tolist(), strict=True)
+        if not finite
+    ]
+    if broken:
+        raise ModelError(
+            f"weights of {len(broken)} linears are not all finite, the first is {broken[0]}",
+            "download or copy the model again, or load it in bfloat16 if it was float16",
+        )
+
+
+def _linear(transformer: nn.Module, name: str) -> nn.Linear:
+    linear = transformer.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _replace(transformer: nn.Module, name: str, new: QuantizedLinear) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(transformer.get_submodule(parent), own, new)
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _describe(recipe: Quantize, count: int, before: int, after: int) -> str:
+    how = f"{count} linears in {recipe.scheme}, one scale a {recipe.granularity}"
+    if recipe.emulate:
+        return f"{how}, emulated: rounded alike, multiplied in the pipeline's dtype"
+    return f"{how}: {before / 2**20:.1f} → {after / 2**20:.1f} MiB"

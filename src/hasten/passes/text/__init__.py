@@ -1,0 +1,1 @@
+"""Text encoders: answers to past prompts kept (`embeddings`), weights in eight bits (`weights`)."""

@@ -1,0 +1,137 @@
+"""A cache of prompt embeddings in front of the text encoders.
+
+It stands before the encoders and not before a pipeline's `encode_prompt`: pipelines made with
+`from_pipe` share the encoders, and between a prompt and its tokens lies much that may change (the
+tokenizer, textual inversion, `max_sequence_length`). Tokens and the encoder's state say exactly
+what the answer is. `num_images_per_prompt` is applied behind it; a negative prompt is one more.
+
+It is put in the place where `nn.Module.compile` puts compiled code, outside the forward and all
+that offloading wraps around it: an encoder whose answer is known stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from hasten.passes.applied import Applied
+from hasten.passes.text.question import key_of
+from hasten.passes.text.store import Store
+
+__all__ = ["CachedEncoder", "cache_embeddings", "cache_off"]
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+_off: ContextVar[bool] = ContextVar("no prompt embedding is taken from a cache", default=False)
+
+
+@contextmanager
+def cache_off() -> Iterator[None]:
+    """Inside, every prompt is encoded anew and nothing is kept. For timing."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+class CachedEncoder:
+    """Called in place of one text encoder, with its arguments and its results.
+
+    Kept answers lie in host memory. Whoever asks gets a copy, on the device of the first answer.
+    """
+
+    def __init__(self, encoder: nn.Module, name: str, store: Store) -> None:
+        self.encoder = encoder
+        self.name = name
+        self.store = store
+        self.uncached = 0
+        self.encode: Callable[..., Any] = encoder._compiled_call_impl or encoder._call_impl
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key = None if _off.get() else key_of(self.encoder, args, kwargs)
+        if key is None:
+            self.uncached += 1
+            return self.encode(*args, **kwargs)
+        kept = self.store.get((self.name, key))
+        if kept is not None:
+            return _mapped(kept, lambda held: held.copy())
+        answer = self.encode(*args, **kwargs)
+        try:
+            kept = _mapped(answer, _Held)
+        except TypeError:
+            self.uncached += 1
+        else:
+            self.store.put((self.name, key), kept, _size(kept) + _size(key))
+        return answer
+
+
+def cache_embeddings(pipe: Any, cache_mb: int) -> Applied:
+    """Put one cache of at most `cache_mb` MiB before the pipeline's text encoders."""
+    store = Store(cache_mb * 2**20)
+    found = {name: getattr(pipe, name, None) for name in ENCODERS}
+    caches = [
+        CachedEncoder(encoder, name, store)
+        for name, encoder in found.items()
+        if encoder is not None
+    ]
+    before = [cache.encoder._compiled_call_impl for cache in caches]
+    for cache in caches:
+        cache.encoder._compiled_call_impl = cache
+
+    def undo() -> None:
+        for cache, previous in zip(caches, before, strict=True):
+            if cache.encoder._compiled_call_impl is cache:  # not compiled or wrapped since
+                cache.encoder._compiled_call_impl = previous
+
+    def live() -> str:
+        uncached = sum(cache.uncached for cache in caches)
+        return (
+            f"{len(store)} kept, {store.size / 2**20:.2f} MiB, {store.hits} hits, "
+            f"{store.misses} misses" + (f", {uncached} passed by" if uncached else "")
+        )
+
+    return Applied(
+        name="text",
+        what=f"at most {cache_mb} MiB of prompt embeddings kept in host memory",
+        undo=undo,
+        left_alone=tuple((name, "not loaded") for name in ENCODERS if found[name] is None),
+        live=live,
+    )
+
+
+class _Held:
+    """A tensor's copy in host memory, and where it came from."""
+
+    def __init__(self, tensor: Any) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError
+        self.tensor = tensor.detach().to("cpu", copy=True)
+        self.device = tensor.device
+
+    def copy(self) -> Tensor:
+        return self.tensor.to(self.device, copy=True)
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same tuple, list or Transformers output with its leaves changed."""
+    if isinstance(value, Mapping):
+        return type(value)(**{name: _mapped(item, change) for name, item in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(item, change) for item in value)
+    return None if value is None else change(value)
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors and byte strings in a value, however nested."""
+    if isinstance(value, _Held):
+        return value.tensor.nbytes
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, bytes) else 0

@@ -1,0 +1,219 @@
+"""What stands in for `nn.Linear` once its weight is eight-bit codes.
+
+    y = x Wᵀ + b        W ≈ weight · weight_scale        x ≈ codes · scale, made anew at each call
+
+| class            | weight codes | activations | product |
+| ---------------- | ------------ | ----------- | ------- |
+| Fp8Linear        | FP8          | FP8         | FP8, accumulated in float32 (`torch._scaled_mm`) |
+| Int8Linear       | int8         | int8        | int8, accumulated in int32 (`torch._int_mm`) |
+| WeightOnlyLinear | FP8 or int8  | as they are | in the activations' dtype |
+| EmulatedLinear   | any of these, rounded alike | | in the activations' dtype, on any device |
+
+Shapes: M rows (every token of every item), K inputs, N outputs. `weight` is N × K; `weight_scale`
+N × 1 (granularity "row": one scale an output channel, and one a token) or 0-dim ("tensor"), in
+float32. Both are buffers: a model's `dtype` is that of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from hasten.kernels.quantize import FP8, dequantize, quantize_rows, quantize_tensor
+from hasten.recipe import Quantize
+
+__all__ = [
+    "EmulatedLinear",
+    "Fp8Linear",
+    "Int8Linear",
+    "QuantizedLinear",
+    "WeightOnlyLinear",
+    "quantized",
+]
+
+Granularity = Literal["row", "tensor"]
+FEWEST_INT8_ROWS = 17  # cuBLASLt's int8 product takes no fewer
+
+
+class QuantizedLinear(nn.Module):
+    """What the four have in common. `in_features` and `out_features` are those of the original."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: nn.Parameter | None
+    keeps_dtype: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_parameter("bias", bias)
+
+    @property
+    def granularity(self) -> Granularity:
+        return "row" if self.weight_scale.ndim else "tensor"
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, weight={self.weight.dtype}, scale a {self.granularity}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Codes and scales move with the model, and keep their dtype under `.to(dtype)`."""
+
+        def apply(tensor: Tensor) -> Tensor:
+            if not any(tensor is self._buffers[name] for name in self.keeps_dtype):
+                return fn(tensor)
+            whole = torch.int8 if tensor.dtype.itemsize == 1 else torch.int32
+            return fn(tensor.view(whole)).view(tensor.dtype)  # integers are only moved
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Fp8Linear(QuantizedLinear):
+    """Weight and activations in float8_e4m3fn. Needs `Machine.quantize_problem` to find none."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, granularity: Granularity = "row") -> Self:
+        return cls(*_codes(linear.weight.detach(), granularity, FP8), linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """… × K -> … × N in x's dtype."""
+        codes, scale = _codes(x, self.granularity, FP8)
+        # On CUDA, products with a scale a row come out in bfloat16 and in nothing else.
+        dtype = torch.bfloat16 if x.is_cuda else x.dtype
+        y = self.product(codes, scale, dtype=dtype)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def product(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        out: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """Codes M × K and their scales (M × 1, or one value, as the weight's) -> M × N of `dtype`.
+
+        `out` (M × N of `dtype`, contiguous) is written to where it is given.
+        """
+        return torch._scaled_mm(
+            codes,
+            self.weight.t(),
+            scale_a=scale,
+            scale_b=self.weight_scale.t(),
+            bias=None if self.bias is None else self.bias.to(dtype),
+            out_dtype=dtype,
+            use_fast_accum=True,
+            out=out,
+        )
+
+
+class Int8Linear(QuantizedLinear):
+    """Weight and activations in int8; the product is exact, so only the codes are rounded."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, granularity: Granularity = "row") -> Self:
+        return cls(*_codes(linear.weight.detach(), granularity, torch.int8), linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """… × K -> … × N in x's dtype."""
+        codes, scale = _codes(x, self.granularity, torch.int8)
+        y = self.product(codes, scale, dtype=x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def product(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Codes M × K and their scales (M × 1, or one value) -> M × N of `dtype`."""
+        rows = codes.shape[0]
+        if codes.is_cuda and rows < FEWEST_INT8_ROWS:
+            codes = nn.functional.pad(codes, (0, 0, 0, FEWEST_INT8_ROWS - rows))
+        sums = torch._int_mm(codes, self.weight.t())[:rows]
+        y = sums.to(torch.float32) * scale * self.weight_scale.t()
+        return (y if self.bias is None else y + self.bias).to(dtype)
+
+
+class WeightOnlyLinear(QuantizedLinear):
+    """The weight as codes of either dtype, made whole at each call: half the memory, not faster."""
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, granularity: Granularity = "row", dtype: torch.dtype = FP8
+    ) -> Self:
+        return cls(*_codes(linear.weight.detach(), granularity, dtype), linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """… × K -> … × N in x's dtype."""
+        weight = dequantize(self.weight, self.weight_scale, x.dtype)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class EmulatedLinear(QuantizedLinear):
+    """Rounds as a scheme does and multiplies in the activations' dtype.
+
+    `weight` is N × K in the original dtype, already rounded. `codes` is the scheme's dtype;
+    `activations` says whether it rounds activations too.
+    """
+
+    keeps_dtype = ("weight_scale",)
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: nn.Parameter | None,
+        codes: torch.dtype = FP8,
+        activations: bool = True,
+    ) -> None:
+        super().__init__(weight, weight_scale, bias)
+        self.codes = codes
+        self.activations = activations
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        granularity: Granularity = "row",
+        codes: torch.dtype = FP8,
+        activations: bool = True,
+    ) -> Self:
+        rounded, scale = _codes(linear.weight.detach(), granularity, codes)
+        weight = dequantize(rounded, scale, linear.weight.dtype)
+        return cls(weight, scale, linear.bias, codes, activations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """… × K -> … × N in x's dtype."""
+        if self.activations:
+            codes, scale = _codes(x, self.granularity, self.codes)
+            x = dequantize(codes, scale, x.dtype).reshape(x.shape)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        what = "weight and activations" if self.activations else "weight"
+        return f"{super().extra_repr()}, {what} rounded as {self.codes}"
+
+
+def quantized(linear: nn.Linear, recipe: Quantize) -> QuantizedLinear:
+    """What stands in for this linear under a recipe's `[quantize]`; the linear is not changed."""
+    codes, weight_only = _scheme(recipe.scheme)
+    if recipe.emulate:
+        return EmulatedLinear.from_linear(linear, recipe.granularity, codes, not weight_only)
+    if weight_only:
+        return WeightOnlyLinear.from_linear(linear, recipe.granularity, codes)
+    kind: Any = Fp8Linear if codes == FP8 else Int8Linear
+    made: QuantizedLinear = kind.from_linear(linear, recipe.granularity)
+    return made
+
+
+def _scheme(scheme: str) -> tuple[torch.dtype, bool]:
+    """A scheme's codes, and whether it leaves activations as they are."""
+    kind, _, weight = scheme.partition("-")
+    return {"fp8": FP8, "int8": torch.int8}[kind], weight == "weight"
+
+
+def _codes(x: Tensor, granularity: Granularity, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return quantize_rows(x, dtype) if granularity == "row" else quantize_tensor(x, dtype)

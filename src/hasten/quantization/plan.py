@@ -1,0 +1,210 @@
+"""Which linears a recipe quantises, what it leaves alone and why, and what stands in its way.
+
+`skip` patterns are those of a shell (`*`, `?`, `[ab]`; `*` crosses dots) over the linears' names in
+the transformer. A module's name stands for all linears in it: "transformer_blocks.0".
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from hasten.errors import UnsupportedError, join_fixes
+from hasten.machine import Problem
+from hasten.recipe import Quantize
+
+__all__ = ["Linears", "Plan", "make_plan", "plan_problems"]
+
+Linears = Sequence[tuple[str, nn.Linear]]
+"""Linears of a transformer by their names in it."""
+
+# Of both sides of a weight: cuBLASLt takes no others. The same everywhere, so that one recipe means
+# the same layers on any device.
+MULTIPLE_OF = {"fp8": 16, "int8": 8, "fp8-weight": 1, "int8-weight": 1}
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODULATION = "modulation: sees one row a step, not every token"
+OUTSIDE = "outside the repeated blocks: few weights, and all of the picture passes through them"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Names of the linears to quantise, in the order given; what is left alone and why."""
+
+    names: tuple[str, ...]
+    left_alone: tuple[tuple[str, str], ...]
+
+
+def make_plan(transformer: nn.Module, linears: Linears, recipe: Quantize) -> Plan:
+    """Choose among `linears`; the transformer's other linears are left alone.
+
+    Raises UnsupportedError with everything that `plan_problems` finds.
+    """
+    if found := plan_problems(transformer, linears, recipe):
+        faults, fixes = zip(*found, strict=True)
+        raise UnsupportedError(faults, join_fixes(fixes))
+    skipped, misfits, chosen = _sorted_out(linears, recipe)
+    return Plan(
+        names=tuple(chosen),
+        left_alone=(
+            *((pattern, _asked(skipped, pattern)) for pattern in recipe.skip),
+            *_by_reason(misfits),
+            *_never_quantised(transformer, linears),
+        ),
+    )
+
+
+def plan_problems(transformer: nn.Module, linears: Linears, recipe: Quantize) -> list[Problem]:
+    """Why these linears cannot be quantised as the recipe asks; empty where they can."""
+    if adapted := _adapted(transformer):
+        return [
+            Problem(
+                f"{len(adapted)} linears carry LoRA adapters ({adapted[0]}, …), which would be "
+                "rounded or lost",
+                "pipe.fuse_lora() and then pipe.unload_lora_weights() before quantising",
+            )
+        ]
+    special = [(name, why) for name, linear in linears if (why := _not_plain(linear))]
+    if special or not linears:
+        return [_not_plain_problem(special)]
+    found = [
+        _no_match(pattern, linears) for pattern in _idle_patterns(transformer, linears, recipe)
+    ]
+    _, misfits, chosen = _sorted_out(linears, recipe)
+    if not chosen and not found:
+        why = next(iter(misfits.values()), "skip covers all of them")
+        found.append(
+            Problem(
+                f"none of the {len(linears)} linears is left to quantise: {why}",
+                'shorten quantize.skip, use scheme = "int8-weight", or leave [quantize] out',
+            )
+        )
+    return found
+
+
+def _sorted_out(linears: Linears, recipe: Quantize) -> tuple[list[str], dict[str, str], list[str]]:
+    """Names skipped, (name -> why its shape does not do), names to quantise."""
+    skipped: list[str] = []
+    misfits: dict[str, str] = {}
+    chosen = []
+    multiple = MULTIPLE_OF[recipe.scheme]
+    for name, linear in linears:
+        if any(_matches(name, pattern) for pattern in recipe.skip):
+            skipped.append(name)
+        elif linear.in_features % multiple or linear.out_features % multiple:
+            misfits[name] = (
+                f"{linear.in_features} inputs, {linear.out_features} outputs: "
+                f"{recipe.scheme} needs multiples of {multiple}"
+            )
+        else:
+            chosen.append(name)
+    return skipped, misfits, chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _idle_patterns(transformer: nn.Module, linears: Linears, recipe: Quantize) -> list[str]:
+    """Patterns that match no linear at all, quantised or not."""
+    names = {name for name, _ in linears} | {name for name, _ in _linears_of(transformer)}
+    return [
+        pattern for pattern in recipe.skip if not any(_matches(name, pattern) for name in names)
+    ]
+
+
+def _no_match(pattern: str, linears: Linears) -> Problem:
+    known = dict.fromkeys(form for name, _ in linears for form in _patterns_for(name))
+    close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
+    nearest = f"nearest: {', '.join(close)}; " if close else ""
+    return Problem(
+        f"quantize.skip: {pattern!r} matches no linear",
+        f"{nearest}`hasten doctor --layers --json` lists the linears",
+    )
+
+
+def _patterns_for(name: str) -> Iterable[str]:
+    """The name itself, the blocks it is in, and its last words in any block."""
+    words = name.split(".")
+    yield name
+    for length in range(1, len(words)):
+        yield ".".join([*words[:length], "*"])
+        yield ".".join(["*", *words[length:]])
+
+
+def _adapted(transformer: nn.Module) -> list[str]:
+    """Linears that PEFT has wrapped: they keep the original as `base_layer`."""
+    return [name for name, module in transformer.named_modules() if hasattr(module, "base_layer")]
+
+
+def _not_plain(linear: nn.Linear) -> str:
+    """Why this is more than a linear with a weight of its own; empty where it is not."""
+    weight = linear.weight
+    if type(linear) is not nn.Linear or type(weight) is not nn.Parameter:
+        return f"a {type(linear).__name__} with a {type(weight).__name__}"
+    if weight.dtype not in PLAIN_DTYPES:
+        return f"stored in {str(weight.dtype).removeprefix('torch.')}"
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    if (
+        weight.is_meta
+        or hooked
+        or hasattr(linear, "_hf_hook")
+        or hasattr(linear, "_diffusers_hook")
+    ):
+        return "offloaded, or with hooks of its own"
+    return ""
+
+
+def _not_plain_problem(special: list[tuple[str, str]]) -> Problem:
+    if not special:
+        return Problem(
+            "the repeated blocks have no plain linears: they are quantised already",
+            "load the pipeline again, in bfloat16, float16 or float32",
+        )
+    name, why = special[0]
+    return Problem(
+        f"{len(special)} linears cannot be replaced, the first is {name}: {why}",
+        "load it in bfloat16, float16 or float32, and let the recipe quantise and offload",
+    )
+
+
+def _asked(skipped: list[str], pattern: str) -> str:
+    count = sum(_matches(name, pattern) for name in skipped)
+    return f"named by skip, {count} in all" if count else "named by skip, never quantised anyway"
+
+
+def _by_reason(misfits: dict[str, str]) -> list[tuple[str, str]]:
+    """Equal linears of all blocks as one line."""
+    counts = Counter((_any_block(name), why) for name, why in misfits.items())
+    return [(f"{count} × {name}", why) for (name, why), count in counts.items()]
+
+
+def _never_quantised(transformer: nn.Module, linears: Linears) -> list[tuple[str, str]]:
+    """The transformer's other linears: in the same blocks, then outside them."""
+    quantisable = {name for name, _ in linears}
+    blocks = {name.split(".")[0] for name in quantisable}
+    others = [name for name, _ in _linears_of(transformer) if name not in quantisable]
+    inside = dict.fromkeys(_any_block(name) for name in others if name.split(".")[0] in blocks)
+    outside = dict.fromkeys(
+        name.split(".")[0] for name in others if name.split(".")[0] not in blocks
+    )
+    found = ((", ".join(inside), MODULATION), (", ".join(outside), OUTSIDE))
+    return [(names, why) for names, why in found if names]
+
+
+def _linears_of(transformer: nn.Module) -> Linears:
+    return [
+        (name, module)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def _any_block(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)

@@ -1,0 +1,29 @@
+"""The page about quantisation: its recipes are valid, its links and numbers hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hasten.recipe import Recipe
+
+PAGE = Path(__file__).parents[2] / "docs" / "quantization.md"
+TEXT = PAGE.read_text("utf-8")
+
+
+def test_its_recipes_are_valid() -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert Recipe.from_toml(block).quantize is not None
+
+
+def test_it_names_every_scheme() -> None:
+    schemes = Recipe.json_schema()["$defs"]["Quantize"]["properties"]["scheme"]["enum"]
+    for scheme in schemes:
+        assert f"| `{scheme}` |" in TEXT
+
+
+def test_its_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert (PAGE.parent / link).exists(), link

@@ -1,0 +1,53 @@
+"""The page about speed: its recipes are valid, its links lead somewhere, its presets exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.peers.card import card
+
+from hasten.recipe import Recipe, preset_names
+
+PAGE = Path(__file__).parents[2] / "docs" / "speed.md"
+TEXT = PAGE.read_text("utf-8")
+
+
+def test_its_recipes_are_valid() -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert Recipe.from_toml(block).fuse is not None
+
+
+def test_its_presets_exist() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|", TEXT.partition("## Measured")[0], re.MULTILINE)
+    assert rows == ["lossless", "fp8", "balanced", "max"]
+    assert set(rows) <= set(preset_names())
+
+
+def test_its_python_is_valid() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    compile(code, str(PAGE), "exec")
+
+
+def test_its_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT):
+        assert (PAGE.parent / link).exists(), link
+
+
+def test_its_tables_come_from_the_results() -> None:
+    (tables,) = re.findall(
+        r"<!-- results: peers -->\n(.*?)\n<!-- end of results -->", TEXT, re.DOTALL
+    )
+    assert tables == card()
+
+
+def test_the_readmes_figures_come_from_the_results() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text("utf-8")
+    (sentence,) = re.findall(r"On one H100 at 1024×1024.*?\n\n", readme, re.DOTALL)
+    figures = re.findall(r"`(\w+)` ([\d.]+) s\s\(([\d.]+)×\)", sentence)
+    assert [name for name, *_ in figures] == ["lossless", "fp8", "balanced", "max"]
+    at_1024 = card().split("\n\n")[1]
+    for name, seconds, ratio in figures:
+        assert re.search(rf"\| `{name}` \| \d+ \| {seconds} \| {ratio} \|", at_1024), name
