@@ -14,14 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hasten.kernels.quantize import quantize_rows
+from hasten.kernels.quantize import FP8, TINY, quantize_rows
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
 
 __all__ = ["gelu_concat", "launch", "reference"]
 
-FP8 = torch.float8_e4m3fn
-TINY = 1e-12
 WARPS = 16  # a program; measured best on an H100 at M = 12288
 NARROW_WARPS = 8  # without an MLP
 

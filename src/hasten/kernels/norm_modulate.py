@@ -14,14 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hasten.kernels.quantize import quantize_rows
+from hasten.kernels.quantize import FP8, TINY, quantize_rows
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
 
 __all__ = ["launch", "norm_modulate", "reference"]
 
-FP8 = torch.float8_e4m3fn
-TINY = 1e-12  # smallest row maximum: a row of zeros gets codes of zero, not of NaN
 WARPS = 4  # a program; measured best on an H100 at D = 3072
 
 

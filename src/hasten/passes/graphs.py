@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import CallError, HastenError
+from hasten.models.answer import answer
 from hasten.passes.applied import Applied
 
 __all__ = ["Graphs", "graph_body", "graph_forward", "no_graphs"]
@@ -171,7 +172,7 @@ def graph_forward(transformer: Any, family: Any, *, insist: bool) -> Applied:
         graphs.look_after(transformer)
         key = tuple(tensors), tuple(sorted(_flat(others).items(), key=lambda item: item[0]))
         velocity = graphs(step, list(tensors.values()), key)
-        return (velocity,) if kwargs.get("return_dict") is False else _output(velocity)
+        return answer(velocity, kwargs)
 
     def undo() -> None:
         if before is None:
@@ -231,12 +232,6 @@ def _decline(graphs: Graphs, what: str, *, insist: bool) -> None:
 def _out_of_memory(error: RuntimeError) -> bool:
     """While recording it comes from the allocator, or from the driver under another class."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
-def _output(value: Tensor) -> Any:
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=value)
 
 
 def _applied(graphs: Graphs, undo: Callable[[], None]) -> Applied:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hasten.driving import driving, scheduler_of, step_of
 from hasten.errors import CallError
+from hasten.models.answer import answer
 from hasten.passes.applied import Applied
 from hasten.passes.cache.planner import Planner
 from hasten.passes.cache.state import Branch, Run, RunCounts
@@ -65,7 +66,7 @@ class StepCache:
         value = run.answer(branch, args, kwargs)
         if index in run.computed:  # nothing is kept on other steps
             self.peak_bytes = max(self.peak_bytes, run.bytes_held())
-        return (value,) if kwargs.get("return_dict") is False else _output(value)
+        return answer(value, kwargs)
 
     @property
     def planner(self) -> Planner | None:
@@ -138,9 +139,3 @@ def _foreign_driver() -> CallError:
         "another pipeline with its own scheduler is driving it",
         "make that pipeline with `fast.from_pipe(PipelineClass)` and call what it returns",
     )
-
-
-def _output(value: Tensor) -> Any:
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=value)

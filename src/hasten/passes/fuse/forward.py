@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hasten.errors import CallError
+from hasten.models.answer import answer
 from hasten.models.family import Family
 from hasten.passes.fuse.constants import ConstantsOfRuns
 
@@ -60,7 +61,7 @@ class FusedForward:
             self.declined[reason] = self.declined.get(reason, 0) + 1
             return self.original(*args, **kwargs)
         velocity = self.family.scaled(self.transformer, self._step, inputs)
-        return (velocity,) if kwargs.get("return_dict") is False else _output(velocity)
+        return answer(velocity, kwargs)
 
     def _step(self, transformer: Any, **inputs: Any) -> Tensor:
         latents = inputs["hidden_states"]
@@ -82,9 +83,3 @@ def _beyond(inputs: dict[str, Any]) -> str | None:
             return name
     extra = sorted((inputs.get("joint_attention_kwargs") or {}).keys() - {"scale"})
     return f"joint_attention_kwargs {', '.join(extra)}" if extra else None
-
-
-def _output(value: Tensor) -> Any:
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=value)
