@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+
+from benchmarks.quantization import blocks_table, text_table
 
 from hasten.recipe import Recipe
 
@@ -27,3 +30,10 @@ def test_it_names_every_scheme() -> None:
 def test_its_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert (PAGE.parent / link).exists(), link
+
+
+def test_its_tables_come_from_the_results() -> None:
+    results = PAGE.parents[1] / "benchmarks" / "results" / "quantization" / "tiny.json"
+    rows = json.loads(results.read_text("utf-8"))["rows"]
+    assert blocks_table(rows) in TEXT
+    assert text_table(rows) in (PAGE.parent / "text-and-decoder.md").read_text("utf-8")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["Applied"]
+__all__ = ["Applied", "replace_attribute"]
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,18 @@ class Applied:
     cannot_undo: str = ""
     declined: bool = False
     live: Callable[[], str] = field(default=lambda: "")
+
+
+def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of this instance alone; calling the result puts back what was there."""
+    own = name in owner.__dict__
+    before = owner.__dict__.get(name)
+    setattr(owner, name, value)
+
+    def put_back() -> None:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+    return put_back

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.passes.applied import Applied
+from hasten.passes.applied import Applied, replace_attribute
 from hasten.recipe import Attention
 
 __all__ = ["Attend", "choose_attention"]
@@ -118,7 +118,7 @@ def choose_attention(transformer: Any, recipe: Attention) -> tuple[Applied, Atte
 
 def _before_each_call(transformer: Any, attend: Attend) -> Callable[[], None]:
     """Have the layers' backend chosen before each forward; returns what undoes it."""
-    forward, before = transformer.forward, transformer.__dict__.get("forward")
+    forward = transformer.forward
 
     def on_backend(*args: Any, **kwargs: Any) -> Any:
         latents = args[0] if args else kwargs["hidden_states"]
@@ -126,14 +126,7 @@ def _before_each_call(transformer: Any, attend: Attend) -> Callable[[], None]:
         attend.prepare(latents, text)
         return forward(*args, **kwargs)
 
-    def put_back() -> None:
-        if before is None:
-            del transformer.forward
-        else:
-            transformer.forward = before
-
-    transformer.forward = on_backend
-    return put_back
+    return replace_attribute(transformer, "forward", on_backend)
 
 
 def _random(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from hasten.passes.applied import Applied
+from hasten.passes.applied import Applied, replace_attribute
 from hasten.recipe import Compile
 
 __all__ = ["compile_blocks", "compile_forward"]
@@ -41,13 +41,6 @@ def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Appl
 
 def compile_forward(transformer: nn.Module, recipe: Compile) -> Applied:
     """Compile the transformer's forward as one graph."""
-    before = transformer.__dict__.get("forward")
-    transformer.forward = torch.compile(transformer.forward, fullgraph=True, dynamic=recipe.dynamic)
-
-    def undo() -> None:
-        if before is None:
-            del transformer.forward
-        else:
-            transformer.forward = before
-
+    compiled = torch.compile(transformer.forward, fullgraph=True, dynamic=recipe.dynamic)
+    undo = replace_attribute(transformer, "forward", compiled)
     return Applied(name="compile", what="the transformer's forward, as one graph", undo=undo)

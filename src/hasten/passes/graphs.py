@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hasten.errors import CallError, HastenError
 from hasten.models.answer import answer
-from hasten.passes.applied import Applied
+from hasten.passes.applied import Applied, replace_attribute
 
 __all__ = ["Graphs", "graph_body", "graph_forward", "no_graphs"]
 
@@ -153,7 +153,6 @@ def graph_forward(transformer: Any, family: Any, *, insist: bool) -> Applied:
     embeddings), or under LoRA layers, runs as it did before; where `insist`, it raises CallError.
     """
     graphs, original = Graphs(), transformer.forward
-    before = transformer.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         inputs = family.inputs(transformer, args, kwargs)
@@ -174,14 +173,12 @@ def graph_forward(transformer: Any, family: Any, *, insist: bool) -> Applied:
         velocity = graphs(step, list(tensors.values()), key)
         return answer(velocity, kwargs)
 
+    put_back = replace_attribute(transformer, "forward", forward)
+
     def undo() -> None:
-        if before is None:
-            del transformer.forward
-        else:
-            transformer.forward = before
+        put_back()
         graphs.drop()
 
-    transformer.forward = forward
     return _applied(graphs, undo)
 
 

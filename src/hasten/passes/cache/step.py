@@ -16,7 +16,7 @@ from torch import Tensor
 from hasten.driving import driving, scheduler_of, step_of
 from hasten.errors import CallError
 from hasten.models.answer import answer
-from hasten.passes.applied import Applied
+from hasten.passes.applied import Applied, replace_attribute
 from hasten.passes.cache.planner import Planner
 from hasten.passes.cache.state import Branch, Run, RunCounts
 
@@ -96,7 +96,6 @@ class StepCache:
 def cache_steps(pipe: Any, policy: Policy) -> tuple[Applied, StepCache]:
     """Put a step cache before the pipeline's transformer. Only this instance is changed."""
     transformer = pipe.transformer
-    replaced = {name: transformer.__dict__.get(name) for name in _HOOKS}
     cache = StepCache(policy, scheduler_of(pipe))
     original_context, original_reset = transformer.cache_context, transformer._reset_stateful_cache
 
@@ -113,24 +112,20 @@ def cache_steps(pipe: Any, policy: Policy) -> tuple[Applied, StepCache]:
         cache.drop()  # every Diffusers pipeline calls this at the end of its call
         original_reset(recurse)
 
-    transformer.forward = cache
-    transformer.cache_context = cache_context
-    transformer._reset_stateful_cache = reset
+    put_back = [
+        replace_attribute(transformer, "forward", cache),
+        replace_attribute(transformer, "cache_context", cache_context),
+        replace_attribute(transformer, "_reset_stateful_cache", reset),
+    ]
 
     def undo() -> None:
-        for name, value in replaced.items():
-            if value is None:
-                del transformer.__dict__[name]
-            else:
-                setattr(transformer, name, value)
+        for undo_one in put_back:
+            undo_one()
 
     def live() -> str:
         return f"held at most {cache.peak_bytes / 2**20:.2f} MiB of {policy.keeps}"
 
     return Applied(name="cache", what=policy.describe(), undo=undo, live=live), cache
-
-
-_HOOKS = ("forward", "cache_context", "_reset_stateful_cache")
 
 
 def _foreign_driver() -> CallError:

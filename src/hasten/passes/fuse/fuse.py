@@ -11,7 +11,7 @@ from hasten.driving import scheduler_of
 from hasten.errors import UnsupportedError
 from hasten.models.family import Family
 from hasten.models.modulations import Modulations, RowReader
-from hasten.passes.applied import Applied
+from hasten.passes.applied import Applied, replace_attribute
 from hasten.passes.fuse.constants import ConstantsOfRuns
 from hasten.passes.fuse.forward import Body, FusedForward
 from hasten.recipe import Fuse
@@ -50,7 +50,6 @@ def fuse_forward(
     table = (
         f"modulations of {'all steps in one table' if recipe.conditioning else 'a step at once'}"
     )
-    before = transformer.__dict__.get("forward")
     body: Body
     changed: Callable[[], str | None] = _never
     if reasons:
@@ -61,16 +60,13 @@ def fuse_forward(
         body, put_back, changed = fused, _nothing, fused.changed
         what = f"fused kernels, {'FP8' if fused.fp8 else 'unquantised'} products"
     forward = FusedForward(transformer, family, constants, body, transformer.forward, changed)
-    transformer.forward = forward
-    keep_reset = _drop_at_the_end(transformer, constants)
+    undo_reset = _drop_at_the_end(transformer, constants)
+    undo_forward = replace_attribute(transformer, "forward", forward)
 
     def undo() -> None:
         put_back()
-        keep_reset()
-        if before is None:
-            del transformer.forward
-        else:
-            transformer.forward = before
+        undo_reset()
+        undo_forward()
 
     def live() -> str:
         line = f"held at most {constants.peak_bytes / 2**20:.1f} MiB of constants"
@@ -110,21 +106,18 @@ def _nothing() -> None:
 def _drop_at_the_end(transformer: Any, constants: ConstantsOfRuns) -> Callable[[], None]:
     """Free the constants when a pipeline's call ends, which it tells the transformer; returns what
     undoes it."""
-    name = "_reset_stateful_cache"
-    before, original = transformer.__dict__.get(name), transformer._reset_stateful_cache
+    original = transformer._reset_stateful_cache
 
     def reset(recurse: bool = True) -> None:
         constants.drop()
         original(recurse)
 
+    undo_reset = replace_attribute(transformer, "_reset_stateful_cache", reset)
+
     def put_back() -> None:
         constants.drop()
-        if before is None:
-            del transformer.__dict__[name]
-        else:
-            setattr(transformer, name, before)
+        undo_reset()
 
-    setattr(transformer, name, reset)
     return put_back
 
 
