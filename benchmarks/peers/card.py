@@ -18,6 +18,7 @@ __all__ = ["card"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 SPEED = RESULTS / "peers" / "h100-presets.json"
+PEER = RESULTS / "peers" / "h100-fastest-peer.json"
 MEMORY = RESULTS / "peers" / "h100-memory.json"
 QUALITY = RESULTS / "tiny-h100" / "results.json"
 SIZES = ("512", "1024")
@@ -26,10 +27,10 @@ HEAD = """| {size}×{size} | computed | s / image | × | × quickest | ms / comp
 
 
 def card() -> str:
-    """Three tables: each size, memory, quality."""
+    """The tables: each size, the fastest peer, memory, quality."""
     speed = json.loads(SPEED.read_text("utf-8"))["rows"]
     tables = [_at_size(speed, size) for size in SIZES]
-    return "\n\n".join([*tables, _memory(), _quality()])
+    return "\n\n".join([*tables, _fastest_peer(), _memory(), _quality()])
 
 
 def _at_size(rows: list[dict[str, Any]], size: str) -> str:
@@ -49,6 +50,23 @@ def _at_size(rows: list[dict[str, Any]], size: str) -> str:
                 f"| {base['seconds']['median'] / seconds:.2f} | {quickest / seconds:.2f} "
                 f"| {step:.1f} | {here['ms_per_step'] / base['ms_per_step']:.2f} |"
             )
+    return "\n".join(lines)
+
+
+def _fastest_peer() -> str:
+    """Rows that compute as many steps, in one group; how many times the last one's seconds."""
+    rows = json.loads(PEER.read_text("utf-8"))["rows"]
+    lines = [
+        "| 17 of 50 computed | s / image, 512×512 | × | s / image, 1024×1024 | × |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        cells = [_name(row)]
+        for size in SIZES:
+            own, peer = (one["sizes"][size]["seconds"]["median"] for one in (row, rows[-1]))
+            cells += [f"{own:.2f}", f"{peer / own:.2f}"]
+        if row["row"] != BASE:
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -50,10 +50,11 @@ DIT = ("cache_dit",)
 KINDS = {
     BASE: Kind("plain:eager"),
     "diffusers-compile": Kind("plain:compiled"),
-    "diffusers-torchao-fp8": Kind("float8:compiled_fp8", FP8, ("all",), eight_bits=True),
+    "diffusers-torchao-fp8": Kind("float8:compiled_fp8", FP8, ("all", "untuned"), eight_bits=True),
     "flux-fast": Kind("flux_fast:flux_fast", FP8, ("all", "quick")),  # fusing copies weights
     "cache-dit-eager": Kind("cached:cached_eager", DIT, steps=True),
     "cache-dit-fp8-compile": Kind("cached:cached_fp8", FP8 + DIT, steps=True, eight_bits=True),
+    "cache-dit-fp8-untuned": Kind("cached:cached_untuned", FP8 + DIT, steps=True, eight_bits=True),
     "cache-dit-own-fp8": Kind("cached:cached_own", FP8 + DIT, steps=True, eight_bits=True),
     "hasten": Kind("own:optimized", recipe=True),
 }

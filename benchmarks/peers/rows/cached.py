@@ -13,7 +13,7 @@ from benchmarks.peers.rows.float8 import check_fp8, quantize_blocks
 from benchmarks.peers.rows.plain import COMPILE, compile_blocks, eager
 from benchmarks.peers.workload import Workload
 
-__all__ = ["Mask", "cached_eager", "cached_fp8", "cached_own", "even_mask"]
+__all__ = ["Mask", "cached_eager", "cached_fp8", "cached_own", "cached_untuned", "even_mask"]
 
 CONFIG = {
     "Fn_compute_blocks": 1,
@@ -31,9 +31,19 @@ def cached_eager(pipe: Any, variants: str, workload: Workload) -> Applied:
 
 
 def cached_fp8(pipe: Any, variants: str, workload: Workload) -> Applied:
-    """DBCache over torchao's FP8 and Diffusers' regional compilation, inductor's own settings."""
+    """DBCache over torchao's FP8, its inductor settings, and Diffusers' regional compilation."""
+    return _cached_fp8(pipe, variants, workload, tuned=True)
+
+
+def cached_untuned(pipe: Any, variants: str, workload: Workload) -> Applied:
+    """The same with inductor's own settings."""
+    return _cached_fp8(pipe, variants, workload, tuned=False)
+
+
+def _cached_fp8(pipe: Any, variants: str, workload: Workload, *, tuned: bool) -> Applied:
     check_fp8(workload)
-    recipe = {**eager(pipe, "", workload).recipe, **quantize_blocks(pipe.transformer)}
+    quantized = quantize_blocks(pipe.transformer, tuned=tuned)
+    recipe = {**eager(pipe, "", workload).recipe, **quantized}
     applied = _applied(pipe, variants, workload, recipe)
     recipe.update(compile_blocks(pipe.transformer))
     return applied

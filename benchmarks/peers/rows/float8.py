@@ -12,19 +12,25 @@ from benchmarks.peers.workload import Workload
 __all__ = ["check_fp8", "compiled_fp8", "is_quantized", "quantize_blocks"]
 
 EVERY = "all"
+UNTUNED = "untuned"
 OLDEST = (8, 9)
 
 
 def compiled_fp8(pipe: Any, which: str, workload: Workload) -> Applied:
-    """`which`: "" leaves the modulations (one row of input) in bfloat16, "all" quantises them."""
+    """`which`: "" leaves the modulations (one row of input) in bfloat16, "all" quantises them;
+    "untuned" is "" without the inductor settings that torchao brings, which take minutes."""
     check_fp8(workload)
     plain = eager(pipe, "", workload)
-    recipe = {**plain.recipe, **quantize_blocks(pipe.transformer, every=which == EVERY)}
+    quantized = quantize_blocks(pipe.transformer, every=which == EVERY, tuned=which != UNTUNED)
+    recipe = {**plain.recipe, **quantized}
     return Applied(pipe, plain.computed, {**recipe, **compile_blocks(pipe.transformer)})
 
 
-def quantize_blocks(transformer: Any, *, every: bool = False) -> dict[str, Any]:
-    """torchao's `quantize_` with its own defaults on the blocks' linears; what was asked for."""
+def quantize_blocks(transformer: Any, *, every: bool = False, tuned: bool = True) -> dict[str, Any]:
+    """torchao's `quantize_` with its own defaults on the blocks' linears; what was asked for.
+
+    tuned: with coordinate descent and the other inductor settings that torchao turns on by itself.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     names: list[str] = []
@@ -35,10 +41,13 @@ def quantize_blocks(transformer: Any, *, every: bool = False) -> dict[str, Any]:
         names.append(name)
         return True
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    asked = {} if tuned else {"set_inductor_config": False}
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **asked)
     quantize_(transformer, config, filter_fn=chosen)
     return {
-        "torchao.quantize_": "Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())",
+        "torchao.quantize_": {
+            "Float8DynamicActivationFloat8WeightConfig": {"granularity": "PerRow()", **asked}
+        },
         "linears": len(names),
         "kinds of linears": sorted({_within_block(name) for name in names}),
     }
