@@ -279,7 +279,7 @@ def test_a_benchmark_on_the_device_counts_its_memory(tmp_path: Path) -> None:
     command = ["bench", "--device", "cuda", "--recipes", "cache", "--limit", "2", "--steps", "12"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert "GPU" in results["environment"]["device"] or "NVIDIA" in results["environment"]["device"]
+    assert results["environment"]["gpu"] == torch.cuda.get_device_name()
     for row in results["rows"]:
         assert row["status"] == "ok"
         assert row["peak_memory_bytes"] > row["weights_bytes"] / 2
