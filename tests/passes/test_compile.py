@@ -57,6 +57,27 @@ def test_the_step_decision_stays_outside_the_compiled_code(pipe: Any, call: Call
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_dynamic_shapes_compile_once_for_one_image_and_once_for_several(
+    pipe: Any, call: Call
+) -> None:
+    """Other sizes, text lengths and steps are within what `dynamic = true` declares."""
+    fast = hasten.optimize(pipe, Recipe.from_dict({"compile": {"dynamic": True}}))
+
+    def graphs() -> int:
+        call(fast, num_inference_steps=3, width=64)
+        call(fast, num_inference_steps=2, height=48, width=80, max_sequence_length=12)
+        return int(counters["stats"]["unique_graphs"])
+
+    call(fast, num_inference_steps=2)
+    one = counters["stats"]["unique_graphs"]
+    assert graphs() == one
+    call(fast, num_inference_steps=2, num_images_per_prompt=2)
+    several = counters["stats"]["unique_graphs"]
+    assert several <= 2 * one
+    call(fast, num_inference_steps=2, num_images_per_prompt=3, height=48)
+    assert graphs() == several
+
+
 def test_cached_and_compiled_is_cached(make_pipe: Callable[[], Any], call: Call) -> None:
     cached = call(hasten.optimize(make_pipe(), "cache"))
     both = call(hasten.optimize(make_pipe(), "cache-compile"))
