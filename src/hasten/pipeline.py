@@ -14,6 +14,7 @@ from hasten.models.load import model_notes
 from hasten.passes.applied import Applied
 from hasten.passes.cache.state import RunCounts
 from hasten.passes.cache.step import StepCache
+from hasten.passes.compile import compiler_errors
 from hasten.recipe import Recipe, parse_size
 
 __all__ = ["OptimizedPipeline", "undo_all"]
@@ -45,7 +46,7 @@ class OptimizedPipeline:
         """Call the pipeline: same arguments, same result.
 
         What the caller leaves out comes from the recipe's [sampling], then from the model's
-        `hasten.json`, then from the pipeline itself.
+        `hasten.json`, then from the pipeline itself. UnsupportedError where the compiler fails.
         """
         signature = inspect.signature(self.pipe.__call__)
         given = signature.bind_partial(*args, **kwargs).arguments
@@ -58,7 +59,7 @@ class OptimizedPipeline:
             missing.pop("num_inference_steps", None)
         scheduler = self.pipe.scheduler
         try:
-            with driven_by(scheduler):
+            with driven_by(scheduler), compiler_errors():
                 result = self.pipe(*args, **missing, **kwargs)
         finally:
             if self._cache is not None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 import hasten
+from hasten.errors import UnsupportedError
 from hasten.machine import machine
 from hasten.recipe import Recipe
 
@@ -91,3 +93,34 @@ def test_the_whole_forward_compiles_under_a_cache(pipe: Any, call: Call) -> None
     torch.testing.assert_close(call(fast), plain, rtol=1e-4, atol=1e-4)
     fast.restore()
     assert "forward" not in pipe.transformer.__dict__
+
+
+def test_a_failing_compiler_is_one_line_and_the_fix_works(pipe: Any, call: Call) -> None:
+    expected = call(pipe)
+    fast = hasten.optimize(pipe, "compile")
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)})
+    with (
+        fresh_cache(),
+        no_compiler,
+        pytest.raises(UnsupportedError, match=r"torch\.compile failed: ") as caught,
+    ):
+        call(fast)
+    assert len(caught.value.faults) == 1
+    assert len(caught.value.faults[0]) < 300
+    assert "without [compile]" in caught.value.fix
+    assert torch.equal(call(fast.restore()), expected)
+
+
+def test_the_recompile_limit_says_what_to_declare(pipe: Any, call: Call) -> None:
+    fast = hasten.optimize(pipe, Recipe.from_dict({"compile": {"dynamic": False}}))
+
+    def resize() -> None:
+        for width in (32, 48, 64):
+            call(fast, num_inference_steps=1, width=width)
+
+    with (
+        torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True),
+        pytest.raises(UnsupportedError, match="recompile limit") as caught,
+    ):
+        resize()
+    assert "compile.dynamic = true" in caught.value.fix

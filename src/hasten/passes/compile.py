@@ -8,14 +8,25 @@ Dynamo giving up after too many recompilations, raises instead of silently runni
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch._dynamo.exc
 from torch import nn
 
+from hasten.errors import UnsupportedError
 from hasten.passes.applied import Applied, replace_attribute
 from hasten.recipe import Compile
 
-__all__ = ["compile_blocks", "compile_forward"]
+__all__ = ["compile_blocks", "compile_forward", "compiler_errors"]
+
+LIMIT = "torch.compile reached its recompile limit and would have gone on uncompiled"
+FIX = (
+    "use the recipe without [compile] and decoder.compile: the rest of it works; "
+    'compile.mode = "none" with [fuse] needs no compiler'
+)
+LIMIT_FIX = "set compile.dynamic = true, so that one compilation serves all sizes"
 
 
 def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Applied:
@@ -44,3 +55,17 @@ def compile_forward(transformer: nn.Module, recipe: Compile) -> Applied:
     compiled = torch.compile(transformer.forward, fullgraph=True, dynamic=recipe.dynamic)
     undo = replace_attribute(transformer, "forward", compiled)
     return Applied(name="compile", what="the transformer's forward, as one graph", undo=undo)
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Turn an error of Dynamo or inductor, pages long, into an UnsupportedError of one line."""
+    try:
+        yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise UnsupportedError(LIMIT, LIMIT_FIX) from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        inner = getattr(error, "inner_exception", error)
+        lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+        said = f"{type(inner).__name__}: {lines[0]}" if lines else type(inner).__name__
+        raise UnsupportedError(f"torch.compile failed: {said}", FIX) from error
