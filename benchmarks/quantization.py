@@ -3,8 +3,9 @@
     python -m benchmarks.quantization benchmarks/results/quantization/tiny.json
 
 Schemes of the blocks' linears are emulated, so any device gives their quality; those of the T5
-encoder only store weights in eight bits and are the real ones. Pictures are compared with those of
-the plain pipeline. Prints the tables of docs/quantization.md and docs/text-and-decoder.md.
+encoder only store weights in eight bits and are the real ones. Static scales are calibrated on
+prompts that no picture here is of. Pictures are compared with those of the plain pipeline. Prints
+the tables of docs/quantization.md and docs/text-and-decoder.md.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hasten.quantization.report import layer_errors
 from hasten.recipe import Quantize
 
 PROMPTS = 8
+CALIBRATED_ON = 16  # the prompts behind those
 GRANULARITIES = {"fp8": ("row", "tensor"), "int8": ("row", "tensor")}
 SCHEMES = [
     (scheme + weight, granularity)
@@ -42,7 +44,11 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts = read_prompts("tiny", limit=PROMPTS)
     plain = _pictures(pipe, {}, prompts)
-    rows = [_blocks(pipe, scheme, scale, prompts, plain) for scheme, scale in SCHEMES]
+    rows = [
+        _blocks(pipe, {"scheme": scheme, "granularity": scale}, prompts, plain)
+        for scheme, scale in SCHEMES
+    ]
+    rows += [_static(pipe, granularity, prompts, plain) for granularity in GRANULARITIES["fp8"]]
     rows += [
         {"text": scheme, **_distances(pipe, {"text": {"scheme": scheme}}, prompts, plain)}
         for scheme in ("fp8-weight", "int8-weight")
@@ -62,7 +68,7 @@ def main() -> None:
 def blocks_table(rows: list[dict[str, Any]]) -> str:
     """A line for each scheme and granularity."""
     return "\n".join(
-        f"| `{row['scheme']}` | {row['granularity']} "
+        f"| `{row['scheme']}`{', static' if row.get('activations') else ''} | {row['granularity']} "
         f"| {row['sqnr_db'][0]:.1f} / {median(row['sqnr_db']):.1f} / {row['sqnr_db'][-1]:.1f} "
         f"| {fmean(row['lpips']):.4f} / {max(row['lpips']):.4f} "
         f"| {fmean(row['psnr']):.1f} / {min(row['psnr']):.1f} |"
@@ -81,10 +87,17 @@ def text_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _blocks(
-    pipe: Any, scheme: str, granularity: str, prompts: list[str], plain: Tensor
-) -> dict[str, Any]:
-    quantize = {"scheme": scheme, "granularity": granularity, "emulate": True}
+def _static(pipe: Any, granularity: str, prompts: list[str], plain: Tensor) -> dict[str, Any]:
+    """FP8 with scales from the prompts that follow those of the pictures."""
+    others = read_prompts("tiny", limit=PROMPTS + CALIBRATED_ON)[PROMPTS:]
+    recipe = Recipe(quantize=Quantize(granularity=granularity))
+    found = hasten.calibrate_activations(pipe, others, recipe=recipe, batch=8).quantize
+    row = _blocks(pipe, found.model_dump(exclude_none=True), prompts, plain)
+    return {**row, "activations": "static", "calibrated_on": others, "amax": dict(found.amax)}
+
+
+def _blocks(pipe: Any, recipe: dict[str, Any], prompts: list[str], plain: Tensor) -> dict[str, Any]:
+    quantize = {**recipe, "emulate": True}
     linears = family_of(pipe).quantizable(pipe.transformer)
     fast = hasten.optimize(pipe, "baseline")
     errors = layer_errors(
@@ -94,8 +107,8 @@ def _blocks(
     decibels = sorted(error.sqnr_db for error in errors)
     assert all(math.isfinite(value) for value in decibels)
     return {
-        "scheme": scheme,
-        "granularity": granularity,
+        "scheme": recipe["scheme"],
+        "granularity": recipe["granularity"],
         "sqnr_db": decibels,
         **_distances(pipe, {"quantize": quantize}, prompts, plain),
     }

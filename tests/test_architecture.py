@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 MAY_IMPORT["calibration"] = {
-    "errors", "recipe", "quality", "models", "passes", "engine", "pipeline",
+    "errors", "recipe", "quality", "kernels", "models", "passes", "quantization", "engine",
+    "pipeline",
 }  # fmt: skip
 LOWER = set(MAY_IMPORT)
 MAY_IMPORT["benchmark"] = LOWER | {""}

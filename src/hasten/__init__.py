@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hasten import quality
     from hasten.benchmark import bench
+    from hasten.calibration.activations import calibrate_activations
     from hasten.calibration.learn import calibrate
     from hasten.engine import optimize
     from hasten.errors import (
@@ -40,6 +41,7 @@ _HOME = {
     "UnsupportedError": "hasten.errors",
     "bench": "hasten.benchmark",
     "calibrate": "hasten.calibration.learn",
+    "calibrate_activations": "hasten.calibration.activations",
     "load_pipeline": "hasten.models",
     "optimize": "hasten.engine",
     "quality": "hasten.quality",
@@ -57,6 +59,7 @@ __all__ = [
     "UnsupportedError",
     "bench",
     "calibrate",
+    "calibrate_activations",
     "load_pipeline",
     "optimize",
     "quality",

@@ -35,12 +35,13 @@ def check(
 ) -> None:
     """Raise UnsupportedError with every conflict at once; return if there is none.
 
-    `fingerprint` is the model's; None accepts a schedule of any model.
+    `fingerprint` is the model's; None accepts a schedule and static scales of any model.
     """
     found = [
         *problems(recipe, machine, pipe.device.type),
         *_model_problems(recipe, pipe, family),
         *_linear_problems(recipe, pipe.transformer, family),
+        *_scale_problems(recipe, fingerprint),
         *_kernel_problems(recipe, pipe.transformer, family),
         *_forward_problems(recipe, pipe.transformer),
         *_offload_problems(recipe, pipe.transformer, family),
@@ -118,6 +119,21 @@ def _linear_problems(recipe: Recipe, transformer: Any, family: Family) -> list[P
     from hasten.quantization.plan import plan_problems
 
     return plan_problems(transformer, family.quantizable(transformer), recipe.quantize)
+
+
+def _scale_problems(recipe: Recipe, fingerprint: str | None) -> list[Problem]:
+    """Static scales that were calibrated on another model."""
+    calibrated_on = recipe.quantize.fingerprint if recipe.quantize else None
+    if fingerprint is None or calibrated_on in (None, fingerprint):
+        return []
+    return [
+        Problem(
+            f"the static scales were calibrated on another model ({calibrated_on}; this one is "
+            f"{fingerprint})",
+            "calibrate this one with `hasten calibrate --activations`, or insist with --force "
+            "(force=True)",
+        )
+    ]
 
 
 def _kernel_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:

@@ -30,6 +30,8 @@ def kernels_declined(recipe: Recipe) -> str | None:
         return f'the kernels feed real "fp8" products, no {emulated}"{recipe.quantize.scheme}" ones'
     if recipe.quantize and recipe.quantize.granularity != "row":
         return 'the kernels quantise row by row: granularity = "row"'
+    if recipe.quantize and recipe.quantize.activations != "dynamic":
+        return 'the kernels find the scale of each row: activations = "dynamic"'
     return None
 
 

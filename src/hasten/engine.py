@@ -38,7 +38,7 @@ def optimize(
 
     recipe: a preset's name, the path of a .toml file or a Recipe. The pipeline is taken over in
     place; `copy=True` leaves it untouched and works on a structural copy that shares the weights.
-    `force=True` accepts a schedule that was learned on another model.
+    `force=True` accepts a schedule or static scales that were learned on another model.
 
     Raises RecipeError or InputError (the recipe), UnsupportedError (this model or machine cannot
     do it), AlreadyOptimizedError. Whatever is raised, the pipeline is as it was, or the
@@ -49,7 +49,8 @@ def optimize(
         pipe = pipe.pipe
     family = family_of(pipe)
     refuse_optimized(pipe)
-    name = fingerprint(pipe.transformer) if recipe.cache else None
+    learned = recipe.cache or (recipe.quantize and recipe.quantize.fingerprint)
+    name = fingerprint(pipe.transformer) if learned else None
     check(recipe, pipe, family, machine(), None if force else name)
     if copy:
         pipe = structural_copy(pipe)
@@ -70,7 +71,7 @@ def _apply(
     """The passes in order; each adds to `applied` as soon as it has changed something."""
     transformer = pipe.transformer
     if recipe.quantize:
-        applied.append(quantize_linears(transformer, family, recipe.quantize))
+        applied.append(quantize_linears(transformer, family, recipe.quantize, name))
     _speed_up_a_step(pipe, recipe, family, applied)
     cache: StepCache | None = None
     if recipe.cache:  # around all that, so that the decision stays outside compiled code and graphs

@@ -130,7 +130,8 @@ class OptimizedPipeline:
     def _model_notes(self) -> tuple[str, ...]:
         planner = getattr(self._cache, "planner", None)
         forced = learned_elsewhere(self.recipe, getattr(planner, "fingerprint", None))
-        return (*model_notes(self.pipe), *([FORCED] if forced else []))
+        of_passes = [note for applied in self._applied for note in applied.notes]
+        return (*model_notes(self.pipe), *([FORCED] if forced else []), *of_passes)
 
     def _counts(self) -> RunCounts:
         if self._cache is not None:

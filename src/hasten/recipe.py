@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +54,7 @@ Steps = Annotated[int, Field(ge=1, le=1000)]
 Predictor = Literal["reuse", "linear", "damped"]
 StepIndex = Annotated[int, Field(strict=True, ge=0)]
 Sigma = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Largest = Annotated[float, Field(gt=0, le=3e38)]  # what float32 holds
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 Weights = Annotated[tuple[Weight, ...], Field(strict=False, min_length=1, max_length=4)]
 
@@ -210,9 +212,14 @@ class Fuse(Section):
 class Quantize(Section):
     """Linears of the repeated blocks in eight bits; embedders, modulations and outputs stay.
 
-    `fp8`, `int8`: weights and activations, activations scaled as they come; `fp8-weight`,
-    `int8-weight`: weights only. `emulate` rounds as the scheme does and multiplies in the
-    pipeline's dtype: the scheme's quality on any device, without its speed.
+    `fp8`, `int8`: weights and activations; `fp8-weight`, `int8-weight`: weights only. `emulate`
+    rounds as the scheme does and multiplies in the pipeline's dtype: the scheme's quality on any
+    device, without its speed.
+
+    `activations`: scaled as they come ("dynamic"), or with one scale a linear from `amax`
+    ("static", `fp8` only), the largest absolute input that each linear saw when
+    `hasten calibrate --activations` watched the model that `fingerprint` names. Larger inputs
+    become the largest code. `granularity` is then that of the weights alone.
     """
 
     scheme: Literal["fp8", "int8", "fp8-weight", "int8-weight"] = "fp8"
@@ -223,6 +230,33 @@ class Quantize(Section):
         default=(), description="linears to leave alone, as patterns: transformer_blocks.0.*"
     )
     emulate: bool = False
+    activations: Literal["dynamic", "static"] = Field(
+        default="dynamic", description="scales found in each call, or calibrated ones"
+    )
+    amax: Mapping[str, Largest] | None = Field(
+        default=None, description="largest absolute input of each linear, by its name"
+    )
+    fingerprint: str | None = None
+
+    @model_validator(mode="after")
+    def _amax_is_for_static_scales(self) -> Self:
+        if self.activations == "dynamic":
+            if self.amax is not None or self.fingerprint is not None:
+                raise ValueError(
+                    'amax and fingerprint belong to activations = "static": set it, or remove them'
+                )
+            return self
+        if self.scheme != "fp8":
+            raise ValueError(
+                f'activations = "static" is for scheme = "fp8", not "{self.scheme}": '
+                'set scheme = "fp8", or activations = "dynamic"'
+            )
+        if not self.amax:
+            raise ValueError(
+                'activations = "static" needs [quantize.amax]: `hasten calibrate --activations` '
+                "measures it and writes the recipe"
+            )
+        return self
 
 
 class Attention(Section):

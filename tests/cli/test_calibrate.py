@@ -49,3 +49,63 @@ def test_a_schedule_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(cache.compute) == 3
     assert cache.expected_error == pytest.approx(told["error"], abs=1e-5)
     assert list(tmp_path.iterdir()) == [out]
+
+
+def errors_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ([], "--budget is missing"),
+        (["--budget", "3", "--recipe", "max"], "--recipe says what --activations"),
+        (["--activations", "--budget", "3"], "--activations learns none"),
+        (["--activations", "--climb", "3"], "--activations learns none"),
+        (["--activations", "--resume"], "--activations learns none"),
+        (["--activations", "--recipe", "cache"], "quantises nothing"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    arguments: list[str],
+    fault: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["calibrate", *arguments, "--out", str(tmp_path / "made.toml")]) == 2
+    (error,) = errors_of(capsys)
+    assert fault in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_fault_of_static_scales_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--activations", "--recipe", "nope", "--limit", "0", "--seed", "-1"]
+    arguments += ["--out", str(tmp_path / "static.json"), "--prompts", str(tmp_path / "none.txt")]
+    assert main(["calibrate", *arguments]) == 2
+    errors = errors_of(capsys)
+    for part in ("'nope'", "limit = 0", "seed = -1", "not a .toml", "none.txt"):
+        assert any(part in line for line in errors)
+    assert len(errors) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_static_scales_are_written(
+    saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, prompts = tmp_path / "mine.toml", tmp_path / "prompts.txt"
+    prompts.write_text("a red kite\na kite\n")
+    arguments = ["--activations", "--model", str(saved_model), "--prompts", str(prompts)]
+    arguments += ["--steps", "2", "--device", "cpu", "--dtype", "float32", "--out", str(out)]
+    assert main(["calibrate", *arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    recipe = read_recipe(out)
+    assert (told["path"], told["recipe"], told["prompts"]) == (str(out), "fp8-static", 2)
+    assert recipe.name == "fp8-static"
+    assert recipe.quantize is not None
+    assert recipe.quantize.amax == told["amax"]
+    assert recipe.fuse is not None, "the rest of the recipe is kept"
+    assert sorted(tmp_path.iterdir()) == [out, prompts]
+    assert main(["calibrate", *arguments]) == 0
+    assert "static scales of 34 linears, from 2 steps of 2 prompts" in capsys.readouterr().out

@@ -16,7 +16,7 @@ TEXT = PAGE.read_text("utf-8")
 
 def test_its_recipes_are_valid() -> None:
     blocks = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         assert Recipe.from_toml(block).quantize is not None
 

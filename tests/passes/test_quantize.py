@@ -108,7 +108,7 @@ def test_originals_are_freed_as_they_are_replaced(
     alive = [weakref.ref(linear.weight) for _, linear in family.quantizable(pipe.transformer)]
     seen: list[int] = []
 
-    def quantized(linear: nn.Linear, recipe: Quantize) -> Any:
+    def quantized(linear: nn.Linear, recipe: Quantize, name: str) -> Any:
         seen.append(sum(reference() is not None for reference in alive))
         return Fp8Linear.from_linear(linear)
 
@@ -122,7 +122,7 @@ def test_the_largest_goes_first(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> N
     """So that memory runs out before anything is replaced, or not at all."""
     family, sizes = FluxFamily(), []
 
-    def quantized(linear: nn.Linear, recipe: Quantize) -> Any:
+    def quantized(linear: nn.Linear, recipe: Quantize, name: str) -> Any:
         sizes.append(linear.weight.numel())
         if len(sizes) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -143,7 +143,7 @@ def test_an_interruption_in_the_middle_says_how_far_it_was(
 ) -> None:
     done = 0
 
-    def quantized(linear: nn.Linear, recipe: Quantize) -> Any:
+    def quantized(linear: nn.Linear, recipe: Quantize, name: str) -> Any:
         nonlocal done
         done += 1
         if done == 4:

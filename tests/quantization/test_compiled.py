@@ -54,8 +54,8 @@ class Block(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.norm = nn.LayerNorm(64)
-        self.up = quantized(nn.Linear(64, 256).requires_grad_(False), recipe)
-        self.down = quantized(nn.Linear(256, 64).requires_grad_(False), recipe)
+        self.up = quantized(nn.Linear(64, 256).requires_grad_(False), recipe, "up")
+        self.down = quantized(nn.Linear(256, 64).requires_grad_(False), recipe, "down")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(nn.functional.gelu(self.up(self.norm(x)), approximate="tanh"))
@@ -66,10 +66,11 @@ class Block(nn.Module):
     [
         Quantize(),
         Quantize(emulate=True),
+        Quantize(activations="static", amax={"up": 2.5, "down": 1.5}),
         Quantize(scheme="int8"),
         Quantize(scheme="fp8-weight"),
     ],
-    ids=lambda recipe: f"{recipe.scheme}{'-emulated' * recipe.emulate}",
+    ids=lambda recipe: f"{recipe.scheme}-{recipe.activations}{'-emulated' * recipe.emulate}",
 )
 @torch.no_grad()
 def test_a_block_is_one_graph_with_the_same_numbers(recipe: Quantize) -> None:

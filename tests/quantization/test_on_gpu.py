@@ -50,6 +50,22 @@ def test_the_gpu_gives_what_the_cpu_gives(
     assert (there.float().cpu() - here).norm() < 0.006 * here.norm()
 
 
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+@torch.no_grad()
+def test_static_scales_give_what_the_cpu_gives(granularity: Any, rows: int) -> None:
+    """Some inputs lie beyond the calibrated range: they saturate there too, infinity with them."""
+    needs("fp8")
+    torch.manual_seed(0)
+    linear, x = nn.Linear(256, 128).to(torch.bfloat16), torch.randn(rows, 256).to(torch.bfloat16)
+    x[0, 0] = torch.inf
+    recipe = Quantize(granularity=granularity, activations="static", amax={"one": 2.5})
+    here = quantized(linear, recipe.model_copy(update={"emulate": True}), "one")(x).float()
+    there = quantized(linear.to("cuda"), recipe, "one")(x.to("cuda"))
+    assert there.isfinite().all()
+    assert (there.float().cpu() - here).norm() < 0.006 * here.norm()
+
+
 @pytest.mark.parametrize("quantize", [quantize_rows, quantize_tensor])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_codes_are_the_cpus(quantize: Any, dtype: torch.dtype) -> None:

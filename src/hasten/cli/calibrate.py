@@ -1,4 +1,4 @@
-"""`hasten calibrate`: learn a schedule for a model and write it as a recipe."""
+"""`hasten calibrate`: learn a schedule, or static scales, for a model and write it as a recipe."""
 
 from __future__ import annotations
 
@@ -16,20 +16,37 @@ from hasten.errors import Faults, InputError
 
 if TYPE_CHECKING:
     from hasten.calibration.learn import Calibration
+    from hasten.recipe import Recipe
     from hasten.settings import CallOptions, Settings
 
 HELD_BACK = 8
 OBJECTIVES = ("latent", "lpips")
+OF_SCHEDULES = (None, "latent", 120, False)  # defaults of --budget, --objective, --climb, --resume
+QUANTISING = "fp8"  # default of --recipe
 
 
 def calibrate(
     *,
     budget: Annotated[
-        int, typer.Option(metavar="K", help="How many steps to compute.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(metavar="FILE.toml", help="The recipe that is written.")] = (
-        Path("schedule.toml")
-    ),
+        int | None, typer.Option(metavar="K", help="How many steps to compute.")
+    ] = OF_SCHEDULES[0],
+    activations: Annotated[
+        bool,
+        typer.Option(
+            "--activations",
+            help="Instead: the scales of what the linears that --recipe quantises are fed.",
+        ),
+    ] = False,
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="With --activations: a recipe that quantises.")
+    ] = QUANTISING,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="The recipe that is written.  [default: schedule.toml or static.toml]",
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="One prompt a line.  [default: the model's set]"),
@@ -37,13 +54,13 @@ def calibrate(
     limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = 16,
     objective: Annotated[
         str, typer.Option(metavar="latent|lpips", help="What to keep near the full run.")
-    ] = "latent",
+    ] = OF_SCHEDULES[1],
     climb: Annotated[
         int, typer.Option(metavar="N", help="Evaluations a batch spent on improving the plan.")
-    ] = 120,
+    ] = OF_SCHEDULES[2],
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what an interrupted run left.")
-    ] = False,
+    ] = OF_SCHEDULES[3],
     model: options.Model = "tiny",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -55,23 +72,40 @@ def calibrate(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Learn which steps of a model to compute; eight more prompts check the result."""
+    """Learn which steps of a model to compute, checked on eight more prompts; or static scales."""
     from hasten.settings import CallOptions
 
     asked = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
-    wanted = Wanted(budget, limit, objective, climb, out)
+    if activations:
+        from hasten.cli.activations import calibrate_activations
+
+        if (budget, objective, climb, resume) != OF_SCHEDULES:
+            raise InputError(
+                "--budget, --objective, --climb and --resume are of schedules, and --activations "
+                "learns none",
+                "leave them out, or --activations",
+            )
+        calibrate_activations(
+            asked, recipe, prompts, limit, out or Path("static.toml"), as_json=as_json
+        )
+        return
+    if recipe != QUANTISING:
+        raise InputError(
+            "--recipe says what --activations is to look at", "add --activations, or leave it out"
+        )
+    wanted = Wanted(budget, limit, objective, climb, out or Path("schedule.toml"))
     texts, settings = _request(asked, prompts, wanted)
     found = _learn(asked, texts, settings, wanted, resume=resume)
-    _write(found, out)
+    write_recipe(found.recipe, wanted.out)
     _forget(wanted.state)
-    _print_result(found, out, as_json=as_json)
+    _print_result(found, wanted.out, as_json=as_json)
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What to learn, and where it goes."""
 
-    budget: int
+    budget: int | None
     limit: int
     objective: str
     climb: int
@@ -87,19 +121,17 @@ def _request(
     asked: CallOptions, prompts: Path | None, wanted: Wanted
 ) -> tuple[list[str], Settings]:
     """Look at all of the input, and raise everything that is wrong with it at once."""
-    from hasten.machine import machine
     from hasten.prompts import read_prompts
-    from hasten.settings import MAX_SEED, Settings, chosen_settings, model_defaults, whole_number
+    from hasten.settings import Settings, chosen_settings, model_defaults, whole_number
 
     faults = Faults()
     defaults = model_defaults(asked.model, faults)
     settings = chosen_settings(asked, Settings.of_model(defaults), faults)
+    if wanted.budget is None:
+        faults.add("--budget is missing: how many steps to compute", "a third of them is usual")
     whole_number("budget", wanted.budget, 1, (1, settings.steps), faults)
     whole_number("climb", wanted.climb, 0, (0, 1_000_000), faults)
-    whole_number("seed", asked.seed, 0, (0, MAX_SEED), faults)
-    if asked.device not in ("auto", "cpu"):  # these two are always there: no need to look
-        with faults.gather():
-            machine().usable_device(asked.device)
+    check_run(asked, wanted.out, faults)
     count = whole_number("limit", wanted.limit, 16, (1, 1000), faults)
     texts: list[str] = []
     with faults.gather():
@@ -115,14 +147,23 @@ def _request(
                 f"objective = {wanted.objective!r} is not one of {', '.join(OBJECTIVES)}",
                 "latent is the quicker, lpips decodes every trial",
             )
-    with faults.gather():
-        if wanted.out.suffix != ".toml" or wanted.out.is_dir():
-            raise InputError(
-                f"{wanted.out}: not a .toml file name", "for example --out schedule.toml"
-            )
-        options.check_writable(wanted.out.parent)
     faults.raise_any()
     return texts, settings
+
+
+def check_run(asked: CallOptions, out: Path, faults: Faults) -> None:
+    """Seed and device of a calibration, and the place of the recipe that it writes."""
+    from hasten.machine import machine
+    from hasten.settings import MAX_SEED, whole_number
+
+    whole_number("seed", asked.seed, 0, (0, MAX_SEED), faults)
+    if asked.device not in ("auto", "cpu"):  # these two are always there: no need to look
+        with faults.gather():
+            machine().usable_device(asked.device)
+    with faults.gather():
+        if out.suffix != ".toml" or out.is_dir():
+            raise InputError(f"{out}: not a .toml file name", "for example --out schedule.toml")
+        options.check_writable(out.parent)
 
 
 def _learn(
@@ -130,6 +171,7 @@ def _learn(
 ) -> Calibration:
     from hasten.cli.progress import ProgressBar, silence_library_bars
 
+    assert wanted.budget is not None
     with ProgressBar() as progress:
         progress.stage("loading")
         silence_library_bars()
@@ -165,10 +207,11 @@ def _forget(state: Path) -> None:
     remove_store(state)
 
 
-def _write(found: Calibration, out: Path) -> None:
+def write_recipe(recipe: Recipe, out: Path) -> None:
+    """Write it whole or not at all."""
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(found.recipe.to_toml(), "utf-8")
+        draft.write_text(recipe.to_toml(), "utf-8")
         os.replace(draft, out)
     except OSError as error:
         raise InputError(

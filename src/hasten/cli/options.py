@@ -36,7 +36,9 @@ MaxSequenceLength = Annotated[
     int | None,
     typer.Option(metavar="N", help="Text tokens for T5, 1 to 512.  [default: the model's]"),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Use a schedule learned on another model.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Use a schedule or scales learned on another model.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

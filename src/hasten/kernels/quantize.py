@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FP8", "TINY", "dequantize", "quantize_rows", "quantize_tensor"]
+__all__ = ["FP8", "LIMITS", "TINY", "dequantize", "quantize_rows", "quantize_tensor"]
 
 FP8 = torch.float8_e4m3fn
 TINY = 1e-12  # smallest maximum: zeros get codes of zero, not of NaN

@@ -94,7 +94,7 @@ def same_kind(
 ) -> list[str]:
     """Why these linears cannot be merged, or fed by one kernel; empty where they can.
 
-    to_be_fp8: those that will be an Fp8Linear of one scale a row by then.
+    to_be_fp8: those that will be an Fp8Linear of one scale a row, found each time, by then.
     """
     kinds = {Fp8Linear if linear in to_be_fp8 else type(linear) for linear in linears}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -104,6 +104,8 @@ def same_kind(
         made = [linear for linear in linears if linear not in to_be_fp8]
         if any(_scale(linear).numel() != len(_weight(linear)) for linear in made):
             return ["its FP8 linears have one scale a tensor, the kernels want one a row"]
+        if any(_calibrated(linear) for linear in made):
+            return ["its FP8 linears have calibrated scales, the kernels find one for each row"]
         return [] if dtype == torch.bfloat16 else [f"FP8 products give bfloat16, not {dtype}"]
     if kinds == {nn.Linear}:
         return []
@@ -141,6 +143,10 @@ def _weight(linear: Any) -> Tensor:
 def _scale(linear: Any) -> Tensor:
     scale: Tensor = linear.weight_scale
     return scale
+
+
+def _calibrated(linear: Any) -> bool:
+    return linear.input_scale is not None
 
 
 def _bias(linears: Sequence[Any]) -> Tensor | None:

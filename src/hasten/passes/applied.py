@@ -15,7 +15,8 @@ class Applied:
 
     name: the recipe's section; what: one line of what was changed; left_alone: (what, why) pairs;
     undo: puts everything back, or None with `cannot_undo` saying why not; declined: whether what
-    was left alone is what the recipe asked for with "auto", which results have to say.
+    was left alone is what the recipe asked for with "auto", which results have to say; notes: what
+    else they have to say.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Applied:
     cannot_undo: str = ""
     declined: bool = False
     live: Callable[[], str] = field(default=lambda: "")
+    notes: tuple[str, ...] = ()
 
 
 def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:

@@ -27,9 +27,12 @@ class Family(Protocol):
         """(name, linear) of each."""
 
 
-def quantize_linears(transformer: nn.Module, family: Family, recipe: Quantize) -> Applied:
+def quantize_linears(
+    transformer: nn.Module, family: Family, recipe: Quantize, fingerprint: str | None = None
+) -> Applied:
     """Replace linears in their parents. Takes one layer's memory more than there was, then less.
 
+    fingerprint: the transformer's, where it is known: static scales of another one get a note.
     Raises UnsupportedError (the recipe does not fit this transformer) or ModelError (a weight is
     not finite) before anything is replaced. An error in the middle carries a note of how much was.
     """
@@ -41,7 +44,7 @@ def quantize_linears(transformer: nn.Module, family: Family, recipe: Quantize) -
     try:
         for name in sorted(plan.names, key=lambda name: -_linear(transformer, name).weight.numel()):
             old = _linear(transformer, name)
-            new = quantized(old, recipe).train(old.training)
+            new = quantized(old, recipe, name).train(old.training)
             before, after = before + _bytes(old), after + _bytes(new)
             _replace(transformer, name, new)
             done += 1
@@ -54,6 +57,7 @@ def quantize_linears(transformer: nn.Module, family: Family, recipe: Quantize) -
         what=_describe(recipe, done, before, after),
         undo=None,
         left_alone=plan.left_alone,
+        notes=_notes(recipe, fingerprint),
         cannot_undo="the original weights were freed as they were replaced (copy=True keeps them)",
     )
 
@@ -89,8 +93,15 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def _notes(recipe: Quantize, fingerprint: str | None) -> tuple[str, ...]:
+    forced = fingerprint is not None and recipe.fingerprint not in (None, fingerprint)
+    return ("static scales calibrated on another model, used by force",) if forced else ()
+
+
 def _describe(recipe: Quantize, count: int, before: int, after: int) -> str:
     how = f"{count} linears in {recipe.scheme}, one scale a {recipe.granularity}"
+    if recipe.activations == "static":
+        how += " of the weights, a calibrated one for the activations"
     if recipe.emulate:
         return f"{how}, emulated: rounded alike, multiplied in the pipeline's dtype"
     return f"{how}: {before / 2**20:.1f} → {after / 2**20:.1f} MiB"

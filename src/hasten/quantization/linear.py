@@ -12,17 +12,28 @@
 Shapes: M rows (every token of every item), K inputs, N outputs. `weight` is N × K; `weight_scale`
 N × 1 (granularity "row": one scale an output channel, and one a token) or 0-dim ("tensor"), in
 float32. Both are buffers: a model's `dtype` is that of its parameters.
+
+FP8 activations may have a calibrated scale instead, `input_scale` (0-dim, float32, a buffer): one
+for every token of every call, so nothing is searched for. What lies beyond 448 · input_scale,
+infinity too, becomes ±448; what is not a number stays so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from hasten.kernels.quantize import FP8, dequantize, quantize_rows, quantize_tensor
+from hasten.kernels.quantize import (
+    FP8,
+    LIMITS,
+    TINY,
+    dequantize,
+    quantize_rows,
+    quantize_tensor,
+)
 from hasten.recipe import Quantize
 
 __all__ = [
@@ -43,14 +54,22 @@ class QuantizedLinear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
+    input_scale: Tensor | None
     bias: nn.Parameter | None
-    keeps_dtype: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    keeps_dtype: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale")
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: nn.Parameter | None,
+        input_scale: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_scale", input_scale)
         self.register_parameter("bias", bias)
 
     @property
@@ -58,9 +77,11 @@ class QuantizedLinear(nn.Module):
         return "row" if self.weight_scale.ndim else "tensor"
 
     def extra_repr(self) -> str:
+        static = "" if self.input_scale is None else ", calibrated input scale"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, weight={self.weight.dtype}, scale a {self.granularity}"
+            f"bias={self.bias is not None}, weight={self.weight.dtype}, "
+            f"scale a {self.granularity}{static}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -80,12 +101,21 @@ class Fp8Linear(QuantizedLinear):
     """Weight and activations in float8_e4m3fn. Needs `Machine.quantize_problem` to find none."""
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, granularity: Granularity = "row") -> Self:
-        return cls(*_codes(linear.weight.detach(), granularity, FP8), linear.bias)
+    def from_linear(
+        cls, linear: nn.Linear, granularity: Granularity = "row", amax: float | None = None
+    ) -> Self:
+        """`amax`: the largest absolute input, for a calibrated scale; None finds it each time."""
+        codes, scale = _codes(linear.weight.detach(), granularity, FP8)
+        return cls(codes, scale, linear.bias, _input_scale(amax, scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
-        codes, scale = _codes(x, self.granularity, FP8)
+        if self.input_scale is None:
+            codes, scale = _codes(x, self.granularity, FP8)
+        else:
+            codes, scale = _codes_by(x, self.input_scale), self.input_scale
+            if self.granularity == "row":  # the product takes scales a row on both sides or none
+                scale = scale.repeat(len(codes), 1)
         # On CUDA, products with a scale a row come out in bfloat16 and in nothing else.
         dtype = torch.bfloat16 if x.is_cuda else x.dtype
         y = self.product(codes, scale, dtype=dtype)
@@ -159,7 +189,7 @@ class EmulatedLinear(QuantizedLinear):
     `activations` says whether it rounds activations too.
     """
 
-    keeps_dtype = ("weight_scale",)
+    keeps_dtype = ("weight_scale", "input_scale")
 
     def __init__(
         self,
@@ -168,8 +198,9 @@ class EmulatedLinear(QuantizedLinear):
         bias: nn.Parameter | None,
         codes: torch.dtype = FP8,
         activations: bool = True,
+        input_scale: Tensor | None = None,
     ) -> None:
-        super().__init__(weight, weight_scale, bias)
+        super().__init__(weight, weight_scale, bias, input_scale)
         self.codes = codes
         self.activations = activations
 
@@ -180,14 +211,19 @@ class EmulatedLinear(QuantizedLinear):
         granularity: Granularity = "row",
         codes: torch.dtype = FP8,
         activations: bool = True,
+        amax: float | None = None,
     ) -> Self:
+        """`amax`: as in `Fp8Linear.from_linear`."""
         rounded, scale = _codes(linear.weight.detach(), granularity, codes)
         weight = dequantize(rounded, scale, linear.weight.dtype)
-        return cls(weight, scale, linear.bias, codes, activations)
+        return cls(weight, scale, linear.bias, codes, activations, _input_scale(amax, scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
-        if self.activations:
+        if self.input_scale is not None:
+            codes = _codes_by(x, self.input_scale)
+            x = dequantize(codes, self.input_scale, x.dtype).reshape(x.shape)
+        elif self.activations:
             codes, scale = _codes(x, self.granularity, self.codes)
             x = dequantize(codes, scale, x.dtype).reshape(x.shape)
         return nn.functional.linear(x, self.weight, self.bias)
@@ -197,16 +233,20 @@ class EmulatedLinear(QuantizedLinear):
         return f"{super().extra_repr()}, {what} rounded as {self.codes}"
 
 
-def quantized(linear: nn.Linear, recipe: Quantize) -> QuantizedLinear:
-    """What stands in for this linear under a recipe's `[quantize]`; the linear is not changed."""
+def quantized(linear: nn.Linear, recipe: Quantize, name: str = "") -> QuantizedLinear:
+    """What stands in for this linear under a recipe's `[quantize]`; the linear is not changed.
+
+    name: the linear's, under which a recipe with static scales has its largest input.
+    """
     codes, weight_only = _scheme(recipe.scheme)
+    amax = None if recipe.amax is None else recipe.amax[name]
     if recipe.emulate:
-        return EmulatedLinear.from_linear(linear, recipe.granularity, codes, not weight_only)
+        return EmulatedLinear.from_linear(linear, recipe.granularity, codes, not weight_only, amax)
     if weight_only:
         return WeightOnlyLinear.from_linear(linear, recipe.granularity, codes)
-    kind: Any = Fp8Linear if codes == FP8 else Int8Linear
-    made: QuantizedLinear = kind.from_linear(linear, recipe.granularity)
-    return made
+    if codes == FP8:
+        return Fp8Linear.from_linear(linear, recipe.granularity, amax)
+    return Int8Linear.from_linear(linear, recipe.granularity)
 
 
 def _scheme(scheme: str) -> tuple[torch.dtype, bool]:
@@ -217,3 +257,18 @@ def _scheme(scheme: str) -> tuple[torch.dtype, bool]:
 
 def _codes(x: Tensor, granularity: Granularity, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return quantize_rows(x, dtype) if granularity == "row" else quantize_tensor(x, dtype)
+
+
+def _input_scale(amax: float | None, beside: Tensor) -> Tensor | None:
+    """The scale, on the device of `beside`, with which inputs up to `amax` just fit."""
+    if amax is None:
+        return None
+    largest = torch.tensor(amax, dtype=torch.float32, device=beside.device)
+    return largest.clamp(min=TINY) / LIMITS[FP8]
+
+
+def _codes_by(x: Tensor, scale: Tensor) -> Tensor:
+    """FP8 codes, M × K, of … × K by a given scale."""
+    limit = LIMITS[FP8]
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows.to(torch.promote_types(x.dtype, scale.dtype)) / scale).clamp(-limit, limit).to(FP8)

@@ -85,7 +85,31 @@ def plan_problems(transformer: nn.Module, linears: Linears, recipe: Quantize) ->
                 'shorten quantize.skip, use scheme = "int8-weight", or leave [quantize] out',
             )
         )
-    return found
+    return [*found, *_amax_problems(recipe, linears, chosen)]
+
+
+def _amax_problems(recipe: Quantize, linears: Linears, chosen: Sequence[str]) -> list[Problem]:
+    """Linears without a calibrated scale, and scales of linears that there are not.
+
+    A scale of a linear that is skipped is left over from the calibration, and no fault.
+    """
+    if recipe.amax is None:
+        return []
+    known = {name for name, _ in linears}
+    found = (
+        ("no value for", [name for name in chosen if name not in recipe.amax]),
+        ("no quantisable linear is called", [name for name in recipe.amax if name not in known]),
+    )
+    faults = [f"{what} {names[0]} ({len(names)} in all)" for what, names in found if names]
+    if not faults:
+        return []
+    return [
+        Problem(
+            f"quantize.amax: {'; '.join(faults)}",
+            "`hasten calibrate --activations --recipe FILE.toml` measures it anew for this model, "
+            'or set activations = "dynamic" and remove it',
+        )
+    ]
 
 
 def _sorted_out(linears: Linears, recipe: Quantize) -> tuple[list[str], dict[str, str], list[str]]:

@@ -54,7 +54,7 @@ def layer_errors(
     changed.
     """
     sums = {name: Sums() for name, _ in linears}
-    with _watched(linears, lambda name: partial(_measure, sums[name], recipe, calls)):
+    with _watched(linears, lambda name: partial(_measure, sums[name], recipe, name, calls)):
         run()
     found = [
         LayerError(name, linear.in_features, linear.out_features, sums[name].sqnr(), count)
@@ -91,13 +91,19 @@ class Sums:
 
 @torch.no_grad()
 def _measure(
-    sums: Sums, recipe: Quantize, calls: int, linear: nn.Linear, args: tuple[Any, ...], y: Tensor
+    sums: Sums,
+    recipe: Quantize,
+    name: str,
+    calls: int,
+    linear: nn.Linear,
+    args: tuple[Any, ...],
+    y: Tensor,
 ) -> None:
     """A forward hook: what would have come out of the quantised linear?"""
     if sums.calls >= calls:
         return
     exact = y.to(torch.float32)
-    error = quantized(linear, recipe)(*args).to(torch.float32) - exact
+    error = quantized(linear, recipe, name)(*args).to(torch.float32) - exact
     sums.signal = exact.square().sum() + sums.signal.to(y.device)
     sums.noise = error.square().sum() + sums.noise.to(y.device)
     sums.calls += 1

@@ -1,0 +1,111 @@
+"""`hasten.calibrate_activations`: static scales for a recipe, from a pipeline and some prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.calibration.learn import request_of
+from hasten.calibration.static import dynamic, with_static_scales
+from hasten.errors import InputError, ModelError
+from hasten.kernels.quantize import TINY
+from hasten.models.family import family_of
+from hasten.models.fingerprint import fingerprint
+from hasten.quantization.plan import Linears, make_plan
+from hasten.recipe import Recipe, resolve
+
+__all__ = ["calibrate_activations", "largest_inputs"]
+
+
+@torch.no_grad()
+def calibrate_activations(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    recipe: str | Recipe = "fp8",
+    steps: int = 50,
+    batch: int = 1,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+    **arguments: Any,
+) -> Recipe:
+    """The recipe with one calibrated scale for the activations of each linear that it quantises.
+
+    Draws the prompts with the plain pipeline, which stays as it was, and keeps the largest absolute
+    input of each linear over all steps. recipe: one with `[quantize] scheme = "fp8"`; other scales
+    that it has are replaced. arguments: of the pipeline's call. Deterministic for a seed.
+
+    Raises InputError (no prompts; a recipe that cannot have static scales; a linear that never
+    ran), UnsupportedError (what cannot be quantised) before anything runs, ModelError (an input
+    that is not finite).
+    """
+    show = progress or (lambda *_: None)
+    if not prompts:
+        raise InputError("there are no prompts to calibrate on", "16 are enough")
+    recipe = resolve(recipe)
+    quantize = dynamic(recipe)
+    request = request_of(pipe, prompts, steps, seed, batch, arguments)
+    transformer = request.pipe.transformer
+    linears = family_of(request.pipe).quantizable(transformer)
+    names = set(make_plan(transformer, linears, quantize).names)
+
+    def run() -> None:
+        for first in range(0, len(prompts), batch):
+            show("record activations", first, len(prompts))
+            request.run(request.pipe, range(len(prompts))[first : first + batch])
+        show("record activations", len(prompts), len(prompts))
+
+    amax = largest_inputs([item for item in linears if item[0] in names], run)
+    return with_static_scales(recipe, amax, fingerprint(transformer))
+
+
+def largest_inputs(linears: Linears, run: Callable[[], object]) -> dict[str, float]:
+    """Largest absolute input of each of these linears while `run` runs, 1e-12 or more.
+
+    Raises InputError where one was never called, ModelError where an input was not finite. Nothing
+    stays on the linears. Waits for the device once.
+    """
+    seen: dict[str, Tensor] = {}
+    with _watched(linears, seen):
+        run()
+    idle = [name for name, _ in linears if name not in seen]
+    if idle:
+        raise InputError(
+            f"{len(idle)} linears never ran, the first is {idle[0]}",
+            "name them in quantize.skip, or calibrate with calls that use them",
+        )
+    amax = dict(
+        zip(seen, torch.stack([value.cpu() for value in seen.values()]).tolist(), strict=True)
+    )
+    broken = [name for name, value in amax.items() if not value < float("inf")]
+    if broken:
+        raise ModelError(
+            f"inputs of {len(broken)} linears are not all finite, the first is {broken[0]}",
+            "load the model in bfloat16 or float32",
+        )
+    return {name: max(amax[name], TINY) for name, _ in linears}
+
+
+def _keep_largest(
+    seen: dict[str, Tensor], name: str, _linear: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    """A forward pre-hook; `torch.maximum` keeps what is not a number."""
+    largest = args[0].detach().abs().amax().float()
+    seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
+
+
+@contextmanager
+def _watched(linears: Linears, seen: dict[str, Tensor]) -> Iterator[None]:
+    hooks = []
+    try:
+        for name, linear in linears:
+            hooks.append(linear.register_forward_pre_hook(partial(_keep_largest, seen, name)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
