@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from statistics import fmean, stdev
 
 from benchmarks.quantization import blocks_table, text_table
 
@@ -37,3 +39,21 @@ def test_its_tables_come_from_the_results() -> None:
     rows = json.loads(results.read_text("utf-8"))["rows"]
     assert blocks_table(rows) in TEXT
     assert text_table(rows) in (PAGE.parent / "text-and-decoder.md").read_text("utf-8")
+
+
+def test_emulation_beside_the_gpu_comes_from_the_results() -> None:
+    results = PAGE.parents[1] / "benchmarks" / "results" / "quantization"
+
+    def scores(file: str, recipe: str) -> list[float]:
+        rows = json.loads((results / file).read_text("utf-8"))["rows"]
+        (row,) = [row for row in rows if row["recipe"] == recipe]
+        return [one["lpips"] for one in row["quality"][0]["per_prompt"]]
+
+    emulated = scores("cpu-fp8-emulated.json", "fp8-emulated")
+    real = scores("h100-fp8.json", "fp8")
+    differences = [one - other for one, other in zip(emulated, real, strict=True)]
+    error = stdev(differences) / math.sqrt(len(differences))
+    assert f"{len(real)} prompts, LPIPS {fmean(emulated):.4f} emulated" in TEXT
+    assert f"{fmean(real):.4f} with preset `fp8`" in TEXT
+    assert f"{fmean(differences):.4f} ± {error:.4f}" in TEXT
+    assert abs(fmean(differences)) < 2 * error
