@@ -5,6 +5,7 @@ HastenError                 base: one message, one fix
 ├── InputError              a file, directory, prompt set or option is not usable
 ├── UnsupportedError        valid, but this machine, model or library version cannot do it
 ├── ModelError              a model cannot be found, read or recognised
+├── EngineError             an engine could not be exported, verified, built or run
 ├── AlreadyOptimizedError   the pipeline (or the transformer it shares) is optimised already
 └── CallError               an optimised pipeline was driven in a way that cannot be followed
 
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 __all__ = [
     "AlreadyOptimizedError",
     "CallError",
+    "EngineError",
     "Faults",
     "HastenError",
     "InputError",
@@ -63,6 +65,11 @@ class UnsupportedError(HastenError):
 
 class ModelError(HastenError):
     """The model cannot be found, is incomplete, is gated, or is of no known family."""
+
+
+class EngineError(HastenError):
+    """A stage on the way to an engine failed, or a call does not fit the engine. No half-written
+    file is left; the next run goes on from the last finished stage."""
 
 
 class AlreadyOptimizedError(HastenError):

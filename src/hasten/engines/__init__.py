@@ -1,0 +1,1 @@
+"""What can stand in for a transformer's blocks at run time."""

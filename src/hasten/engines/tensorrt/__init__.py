@@ -1,0 +1,1 @@
+"""From a transformer to a TensorRT engine: calibrate → export → verify → build → run."""
