@@ -19,6 +19,7 @@ FULL = {"compile": {"mode": "full"}}
 MODEL = {"offload": {"kind": "model"}}
 MODULATION = {"offload": {"kind": "modulation"}}
 KERNELS = {"fuse": {"kernels": "on"}}
+GRAPH = {"kind": "onnxruntime"}
 AUTO = {"attention": {"backend": "auto"}}
 
 # sections, device, words of the fault, words of the fix, the sections as the fix says (None: out)
@@ -31,6 +32,16 @@ REFUSED: list[tuple[dict[str, Any], str, str, str, dict[str, Any]]] = [
     ({**RESIDUAL, **AUTO}, "cuda", 'attention.backend = "auto"', 'attention.backend = "native"',
      {"attention": {"backend": "native"}}),
     ({**RESIDUAL, "fuse": {}}, "cpu", "[fuse]", 'kind = "interval"', {"cache": {}}),
+    *(
+        ({"engine": GRAPH, name: section}, "cpu", f"[{name}] changes them", f"leave [{name}] out",
+         {name: None})
+        for name, section in (
+            ("quantize", {"emulate": True}), ("fuse", {}), ("compile", {}),
+            ("attention", {"backend": "native"}),
+        )
+    ),
+    ({**RESIDUAL, "engine": GRAPH}, "cpu", "[engine] runs them", '"interval"', {"cache": {}}),
+    ({**MODEL, "engine": GRAPH}, "cuda", "runs in its place", '"modulation"', MODULATION),
     ({**FULL, "fuse": {}}, "cpu", "[fuse] splits", '"blocks"', {"compile": {"mode": "blocks"}}),
     ({**FULL, **AUTO}, "cuda", "tries backends out", '"blocks"', {"compile": {"mode": "blocks"}}),
     ({"attention": {"backend": "cudnn"}}, "cpu", "NVIDIA", '"native"',

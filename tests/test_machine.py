@@ -229,3 +229,48 @@ def test_no_compiler_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_importing_the_module_imports_no_torch() -> None:
     code = "import sys, hasten.machine; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ENGINES = dict.fromkeys(("tensorrt", "modelopt", "onnx", "onnxscript", "onnxruntime"), "1.0")
+RTX_3090 = Gpu(0, "NVIDIA GeForce RTX 3090", (8, 6), 24 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "kind", "precision", "fault", "fix"),
+    [
+        (None, "tensorrt", "fp8", "runs on an RTX GPU, and this is cpu", '"onnxruntime" runs its'),
+        (H100, "tensorrt", "bf16", "no engines for NVIDIA H100", "preset fp8"),
+        (RTX_3090, "tensorrt", "fp8", "needs compute capability 8.9", '"bf16"'),
+        (T4, "tensorrt", "bf16", "needs compute capability 8.0", '"fp16"'),
+        (L4, "onnxruntime", "fp8", "runs on the CPU, and this is cuda", "--device cpu"),
+    ],
+)
+def test_engines_that_cannot_run_say_why_and_what_does(
+    gpu: Gpu | None, kind: str, precision: str, fault: str, fix: str
+) -> None:
+    here = dataclasses.replace(with_gpu(gpu) if gpu else CPU_ONLY, **ENGINES)
+    device = f"cuda:{gpu.index}" if gpu else "cpu"
+    (problem,) = here.engine_problems(device, kind, precision)
+    assert fault in problem.fault
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("gpu", "kind", "precision"),
+    [(L4, "tensorrt", "fp8"), (RTX_3090, "tensorrt", "bf16"), (T4, "tensorrt", "fp16"),
+     (None, "onnxruntime", "fp8")],
+)  # fmt: skip
+def test_engines_run_where_they_can(gpu: Gpu | None, kind: str, precision: str) -> None:
+    here = dataclasses.replace(with_gpu(gpu) if gpu else CPU_ONLY, **ENGINES)
+    device = f"cuda:{gpu.index}" if gpu else "cpu"
+    assert here.engine_problems(device, kind, precision) == []
+
+
+def test_packages_of_the_engines_that_are_missing_are_named() -> None:
+    here = dataclasses.replace(CPU_ONLY, **{**ENGINES, "onnx": None, "tensorrt": None})
+    (problem,) = here.engine_problems("cpu", "onnxruntime", "fp8")
+    assert problem.fault == 'engine.kind = "onnxruntime" needs onnx, not installed here'
+    assert "hasten[tensorrt]" in problem.fix
+    faults = [problem.fault for problem in here.engine_problems("cpu", "tensorrt", "fp8")]
+    assert "needs tensorrt, onnx, not installed" in faults[0]
+    assert len(faults) == 2

@@ -25,6 +25,8 @@ def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem
         fault, fix = trouble
         rest = "the preset 'cache'" if recipe.cache else "the preset 'baseline'"
         found.append(Problem(fault, f"{fix}; or use {rest}, which needs no compiler"))
+    if recipe.engine is not None:
+        found += machine.engine_problems(device_type, recipe.engine.kind, recipe.engine.precision)
     found += _text_and_decoder_problems(recipe, machine, device_type)
     found += conflicts(recipe, device_type)
     return found
@@ -253,14 +255,15 @@ def _is_replaced(transformer: Any) -> bool:
 
 def _forward_problems(recipe: Recipe, transformer: Any) -> list[Problem]:
     """Why another forward cannot take the place of this transformer's."""
-    if recipe.fuse is None or not _is_replaced(transformer):
+    section = "[fuse]" if recipe.fuse is not None else "[engine]" if recipe.engine else None
+    if section is None or not _is_replaced(transformer):
         return []
     return [
         Problem(
             "the transformer's forward was replaced or compiled (by offloading, hooks or "
-            "torch.compile), and [fuse] puts its own in its place",
+            f"torch.compile), and {section} puts its own in its place",
             "optimise the plain pipeline and put such things into the recipe, or around it "
-            "afterwards; or take [fuse] out of the recipe",
+            f"afterwards; or take {section} out of the recipe",
         )
     ]
 

@@ -11,6 +11,7 @@ __all__ = ["conflicts", "graphs_declined", "kernels_declined"]
 def conflicts(recipe: Recipe, device_type: str) -> list[Problem]:
     """Every conflict within the recipe on a device of this type. Needs no model."""
     return [
+        *_engine(recipe),
         *_residual(recipe),
         *_attention(recipe, device_type),
         *_fuse(recipe),
@@ -44,6 +45,35 @@ def graphs_declined(recipe: Recipe, device_type: str) -> str | None:
     if recipe.offload and recipe.offload.kind == "model":
         return 'offload.kind = "model" moves the weights whose addresses a graph holds'
     return None
+
+
+def _engine(recipe: Recipe) -> list[Problem]:
+    """An engine takes the blocks as one: nothing else may change or enter them."""
+    if recipe.engine is None:
+        return []
+    found = [
+        Problem(
+            f"[engine] runs the blocks in torch's place, and [{name}] changes them",
+            f"leave [{name}] out" + (": engine.precision quantises" if name == "quantize" else ""),
+        )
+        for name in ("quantize", "fuse", "attention", "compile")
+        if getattr(recipe, name) is not None
+    ]
+    if isinstance(recipe.cache, ResidualCache):
+        found.append(
+            Problem(
+                'cache.kind = "residual" decides between the blocks, and [engine] runs them as one',
+                'use a planned cache, such as kind = "interval"',
+            )
+        )
+    if recipe.offload and recipe.offload.kind == "model":
+        found.append(
+            Problem(
+                'offload.kind = "model" moves the transformer, and [engine] runs in its place',
+                'set offload.kind = "modulation", and engine.release = true to free the blocks',
+            )
+        )
+    return found
 
 
 def _residual(recipe: Recipe) -> list[Problem]:
@@ -150,7 +180,7 @@ def _offload(recipe: Recipe, device_type: str) -> list[Problem]:
                 "leave [offload] out: on a CPU the weights are in host memory already",
             )
         )
-    tabled = recipe.fuse is not None and recipe.fuse.conditioning
+    tabled = recipe.engine or (recipe.fuse is not None and recipe.fuse.conditioning)
     if recipe.offload.kind == "modulation" and not tabled:
         found.append(
             Problem(

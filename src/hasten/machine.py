@@ -31,6 +31,10 @@ OLDEST_TRITON_CAPABILITY = (7, 0)
 # Oldest GPUs whose tensor cores multiply FP8 (Ada) and int8 as cuBLASLt does it (Turing).
 OLDEST_FP8_CAPABILITY = (8, 9)
 OLDEST_INT8_CAPABILITY = (7, 5)
+OLDEST_BF16_CAPABILITY = (8, 0)
+# GPUs that TensorRT for RTX 1.7 builds for: Turing, Ampere, Ada, Blackwell; no Hopper, no B200.
+RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+ENGINE_PACKAGES = ("tensorrt", "modelopt", "onnx", "onnxscript", "onnxruntime")
 INSTALL_COMPILER = "apt-get install g++ python3-dev (Debian/Ubuntu)"
 
 
@@ -76,6 +80,11 @@ class Machine:
     transformers: str | None = None
     accelerate: str | None = None
     triton: str | None = None
+    tensorrt: str | None = None
+    modelopt: str | None = None
+    onnx: str | None = None
+    onnxscript: str | None = None
+    onnxruntime: str | None = None
     cxx_compiler: str | None = None
     c_compiler: str | None = None
     python_headers: bool = False
@@ -102,7 +111,7 @@ class Machine:
         gpu = self.gpu(device)
         if gpu is None:
             return "float32"
-        return "bfloat16" if gpu.capability >= (8, 0) else "float16"
+        return "bfloat16" if gpu.capability >= OLDEST_BF16_CAPABILITY else "float16"
 
     def gpu(self, device: str) -> Gpu | None:
         """The GPU that `cuda` or `cuda:N` means, None where there is none."""
@@ -193,6 +202,55 @@ class Machine:
             uncompilable = compiled and scheme.startswith("fp8")
             return _old_triton_problem(gpu, scheme) if uncompilable else None
         return _old_gpu_problem(gpu, scheme)
+
+    def engine_problems(self, device: str, kind: str, precision: str) -> list[Problem]:
+        """Why `[engine]` of this kind and precision cannot run on `device`; empty where it can."""
+        wanted = ENGINE_PACKAGES if kind == "tensorrt" else ENGINE_PACKAGES[1:]
+        missing = [name for name in wanted if getattr(self, name) is None]
+        found = []
+        if missing:
+            found.append(
+                Problem(
+                    f'engine.kind = "{kind}" needs {", ".join(missing)}, not installed here',
+                    "pip install 'hasten[tensorrt]'",
+                )
+            )
+        if kind == "tensorrt" and (trouble := self._rtx_problem(device, precision)):
+            found.append(trouble)
+        if kind == "onnxruntime" and device != "cpu":
+            found.append(
+                Problem(
+                    f'engine.kind = "onnxruntime" runs on the CPU, and this is {device}',
+                    "use --device cpu",
+                )
+            )
+        return found
+
+    def _rtx_problem(self, device: str, precision: str) -> Problem | None:
+        """Why TensorRT for RTX has no engine for `device`."""
+        gpu = self.gpu(device)
+        if gpu is None:
+            return Problem(
+                f"a TensorRT engine runs on an RTX GPU, and this is {device}",
+                'engine.kind = "onnxruntime" runs its graph on a CPU, for the pictures and not for '
+                "speed; `hasten export tensorrt` builds the engine here",
+            )
+        if gpu.capability not in RTX_CAPABILITIES:
+            return Problem(
+                f"TensorRT for RTX has no engines for {gpu.name} (compute capability "
+                f"{_dotted(gpu.capability)})",
+                "use the preset fp8 or lossless: they need no engine",
+            )
+        needed = {"fp8": OLDEST_FP8_CAPABILITY, "bf16": OLDEST_BF16_CAPABILITY}.get(precision)
+        if needed is None or gpu.capability >= needed:
+            return None
+        return Problem(
+            f'engine.precision = "{precision}" needs compute capability {_dotted(needed)} or '
+            f"later; {gpu.name} has {_dotted(gpu.capability)}",
+            'set engine.precision = "bf16"'
+            if gpu.capability >= OLDEST_BF16_CAPABILITY
+            else 'set it to "fp16"',
+        )
 
     def _no_cpu_fp8_problem(self) -> Problem:
         return Problem(
@@ -295,6 +353,11 @@ def machine() -> Machine:
         transformers=version_of("transformers"),
         accelerate=version_of("accelerate"),
         triton=version_of("triton") or version_of("pytorch-triton"),
+        tensorrt=version_of("tensorrt_rtx_cu13"),
+        modelopt=version_of("nvidia-modelopt"),
+        onnx=version_of("onnx"),
+        onnxscript=version_of("onnxscript"),
+        onnxruntime=version_of("onnxruntime"),
         cxx_compiler=_working(inductor_compiler()),
         c_compiler=_c_compiler(),
         python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -35,6 +36,7 @@ __all__ = [
     "Cache",
     "Compile",
     "Decoder",
+    "Engine",
     "Fuse",
     "IntervalCache",
     "Offload",
@@ -65,6 +67,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _is_a_size(text: str) -> str:
+    try:
+        parse_size(text)
+    except InputError as error:
+        raise ValueError(error.faults[0]) from None
+    return text
+
+
+Size = Annotated[str, AfterValidator(_is_a_size)]
+
+
 class Sampling(Section):
     """Defaults for the pipeline call; what the calling code passes wins."""
 
@@ -72,19 +85,10 @@ class Sampling(Section):
     guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
         default=None, description="guidance scale (the distilled one: not true CFG)"
     )
-    size: str | None = Field(default=None, description='"WIDTHxHEIGHT" in pixels, multiples of 16')
+    size: Size | None = Field(default=None, description='"WIDTHxHEIGHT" in pixels, multiples of 16')
     max_sequence_length: Annotated[int, Field(ge=1, le=512)] | None = Field(
         default=None, description="T5 tokens"
     )
-
-    @model_validator(mode="after")
-    def _size_is_usable(self) -> Self:
-        if self.size is not None:
-            try:
-                parse_size(self.size)
-            except InputError as error:
-                raise ValueError(error.faults[0]) from None
-        return self
 
 
 class IntervalCache(Section):
@@ -317,6 +321,27 @@ class Offload(Section):
     kind: Literal["none", "model", "modulation"] = "none"
 
 
+class Engine(Section):
+    """The transformer's blocks as an exported graph that an engine runs, in torch's place.
+
+    `onnxruntime` runs the graph of the TensorRT engine on a CPU: for its pictures, not for speed.
+    """
+
+    kind: Literal["tensorrt", "onnxruntime"] = "tensorrt"
+    precision: Literal["bf16", "fp16", "fp8"] = "fp8"
+    calibration: Literal["max", "smoothquant"] = Field(
+        default="max", description="how fp8 finds the scales of what its linears are fed"
+    )
+    max_size: Size | None = Field(
+        default=None, description="WIDTHxHEIGHT of the largest picture; absent: 2048x2048"
+    )
+    path: str | None = Field(
+        default=None,
+        description="what `hasten export tensorrt` wrote; absent: exported once, then kept",
+    )
+    release: bool = Field(default=False, description="free the torch weights of the blocks")
+
+
 class Recipe(Section):
     """All passes of one optimisation. Order: quantize, fuse, compile, cache, text to offload."""
 
@@ -328,6 +353,7 @@ class Recipe(Section):
     attention: Attention | None = None
     cache: Cache | None = None
     compile: Compile | None = None
+    engine: Engine | None = None
     text: Text | None = None
     decoder: Decoder | None = None
     offload: Offload | None = None
@@ -458,6 +484,7 @@ SECTIONS: dict[str, type[Section]] = {
     "quantize": Quantize,
     "attention": Attention,
     "compile": Compile,
+    "engine": Engine,
     "text": Text,
     "decoder": Decoder,
     "offload": Offload,

@@ -38,6 +38,16 @@ def test_the_default_table() -> None:
     ]
 
 
+def test_an_engine_is_joined_by_its_graph_on_a_cpu_once() -> None:
+    assert names("tensorrt-fp8") == [
+        "baseline", "tensorrt-fp8", "tensorrt-fp8-onnxruntime", "baseline-again",
+    ]  # fmt: skip
+    _, asked, graph, _ = (row.recipe for row in planned("tensorrt-fp8"))
+    assert graph.engine == asked.engine.model_copy(update={"kind": "onnxruntime"})
+    assert names(graph) == ["baseline", "tensorrt-fp8-onnxruntime", "baseline-again"]
+    assert names("tensorrt-fp8", graph) == names("tensorrt-fp8")
+
+
 def test_the_baselines_come_unasked_and_once() -> None:
     assert names() == ["baseline", "baseline-again"]
     assert names("compile", "baseline", "compile") == ["baseline", "compile", "baseline-again"]

@@ -32,7 +32,8 @@ def plan_rows(
 
     `baseline` first and `baseline-again` last, always. Other references come right after the
     baseline, because everything behind them is scored against them. The rest keeps its order;
-    each row that caches is followed by its rival (see `rival_of`), or is joined by it later, where
+    each row with a TensorRT engine is followed by its graph on a CPU (see `graph_of`), and
+    each row that caches by its rival (see `rival_of`), or is joined by it later, where
     only the row itself can say how many steps it computes (see `joined_by_rivals`). The same recipe
     twice is one row.
     """
@@ -40,9 +41,9 @@ def plan_rows(
     rows = {BASELINE: PlannedRow(BASELINE, plain)}
     for recipe in sorted(recipes, key=lambda recipe: recipe.name not in references):
         _add(PlannedRow(recipe.name, recipe), rows, faults)
-        rival = rival_of(recipe, steps)
-        if rival is not None:
-            _add(rival, rows, faults)
+        for companion in (graph_of(recipe), rival_of(recipe, steps)):
+            if companion is not None:
+                _add(companion, rows, faults)
     if BASELINE_AGAIN in rows:
         faults.add(*_name_taken(BASELINE_AGAIN))
     for reference in references:
@@ -97,6 +98,17 @@ def rival_of(recipe: Recipe, steps: int, measured: float | None = None) -> Plann
     if not _same(rival, only_steps):
         name = f"{recipe.name[: LONGEST_NAME - len(name) - 1]}-{name}"
     return PlannedRow(name, rival.but(name=name))
+
+
+def graph_of(recipe: Recipe) -> PlannedRow | None:
+    """The row beside an engine of TensorRT: its very graph on a CPU, for the pictures."""
+    if recipe.engine is None or recipe.engine.kind != "tensorrt":
+        return None
+    suffix = "-onnxruntime"
+    name = f"{recipe.name[: LONGEST_NAME - len(suffix)]}{suffix}"
+    engine = recipe.engine.model_copy(update={"kind": "onnxruntime"})
+    described = f"the graph of {recipe.name} on a CPU, for its pictures and not for speed"
+    return PlannedRow(name, recipe.but(name=name, engine=engine, description=described))
 
 
 def rotated(rows: Sequence[PlannedRow], turn: int) -> tuple[PlannedRow, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hasten.errors import CallError
 from hasten.models.answer import answer
 from hasten.models.family import Family
+from hasten.passes.applied import replace_attribute
 from hasten.passes.fuse.constants import ConstantsOfRuns
 
 __all__ = ["Body", "FusedForward"]
@@ -62,6 +63,25 @@ class FusedForward:
             return self.original(*args, **kwargs)
         velocity = self.family.scaled(self.transformer, self._step, inputs)
         return answer(velocity, kwargs)
+
+    def put_in_place(self) -> Callable[[], None]:
+        """Become the transformer's forward, and free the constants when a pipeline's call ends,
+        which it tells the transformer. Returns what undoes it."""
+        original = self.transformer._reset_stateful_cache
+
+        def reset(recurse: bool = True) -> None:
+            self.constants.drop()
+            original(recurse)
+
+        undo_reset = replace_attribute(self.transformer, "_reset_stateful_cache", reset)
+        undo_forward = replace_attribute(self.transformer, "forward", self)
+
+        def undo() -> None:
+            self.constants.drop()
+            undo_reset()
+            undo_forward()
+
+        return undo
 
     def _step(self, transformer: Any, **inputs: Any) -> Tensor:
         latents = inputs["hidden_states"]

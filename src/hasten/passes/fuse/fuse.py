@@ -11,7 +11,7 @@ from hasten.driving import scheduler_of
 from hasten.errors import UnsupportedError
 from hasten.models.family import Family
 from hasten.models.modulations import Modulations, RowReader
-from hasten.passes.applied import Applied, replace_attribute
+from hasten.passes.applied import Applied
 from hasten.passes.fuse.constants import ConstantsOfRuns
 from hasten.passes.fuse.forward import Body, FusedForward
 from hasten.recipe import Fuse
@@ -60,12 +60,10 @@ def fuse_forward(
         body, put_back, changed = fused, _nothing, fused.changed
         what = f"fused kernels, {'FP8' if fused.fp8 else 'unquantised'} products"
     forward = FusedForward(transformer, family, constants, body, transformer.forward, changed)
-    undo_reset = _drop_at_the_end(transformer, constants)
-    undo_forward = replace_attribute(transformer, "forward", forward)
+    undo_forward = forward.put_in_place()
 
     def undo() -> None:
         put_back()
-        undo_reset()
         undo_forward()
 
     def live() -> str:
@@ -101,24 +99,6 @@ def _never() -> None:
 
 def _nothing() -> None:
     """Merged weights stay merged: the layers' own are views of them."""
-
-
-def _drop_at_the_end(transformer: Any, constants: ConstantsOfRuns) -> Callable[[], None]:
-    """Free the constants when a pipeline's call ends, which it tells the transformer; returns what
-    undoes it."""
-    original = transformer._reset_stateful_cache
-
-    def reset(recurse: bool = True) -> None:
-        constants.drop()
-        original(recurse)
-
-    undo_reset = replace_attribute(transformer, "_reset_stateful_cache", reset)
-
-    def put_back() -> None:
-        constants.drop()
-        undo_reset()
-
-    return put_back
 
 
 def _on_the_blocks(

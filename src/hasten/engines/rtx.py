@@ -1,0 +1,129 @@
+"""The engine on an RTX GPU, by TensorRT for RTX, on torch's own memory.
+
+An engine is compiled for the very GPU when its first context is made; what comes of it is kept in a
+runtime cache beside the engine, so that the next process starts in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.engines.tensorrt.step import OUTPUT
+from hasten.errors import EngineError
+
+__all__ = ["RtxEngine"]
+
+NO_DRIVER = "cudaError 35"
+CACHE = "runtime.cache"
+
+
+class RtxEngine:
+    """One engine with one context. It runs on a stream of its own, ordered with torch's.
+
+    plan: the engine's file; device: the GPU. EngineError where this machine cannot load it.
+    """
+
+    def __init__(self, plan: Path, device: torch.device) -> None:
+        import tensorrt_rtx as trt
+
+        self.cache_file = plan.with_name(CACHE)
+        self.device = device
+        self.said = _messages(trt)
+        self.runtime = trt.Runtime(self.said)
+        self.engine: Any = self.runtime.deserialize_cuda_engine(plan.read_bytes())
+        if self.engine is None:
+            raise _refused(plan, self.said.errors)
+        with torch.cuda.device(device):
+            config = self.engine.create_runtime_config()
+            self.cache: Any = config.create_runtime_cache()
+            with suppress(FileNotFoundError):
+                self.cache.deserialize(self.cache_file.read_bytes())  # False: made elsewhere
+            config.set_runtime_cache(self.cache)
+            self.context: Any = self.engine.create_execution_context(config)
+            if self.context is None:
+                raise _refused(plan, self.said.errors)
+            self.stream: Any = torch.cuda.Stream(device)
+        self.dtypes = {
+            name: _dtype(trt, self.engine.get_tensor_dtype(name))
+            for name in (
+                self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)
+            )
+        }
+        self.what = f"TensorRT for RTX {trt.__version__} on {torch.cuda.get_device_name(device)}"
+
+    def run(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Velocity 1×S×C in the engine's dtype; returns before the GPU is done, as torch does."""
+        if self.context is None:
+            raise EngineError("the engine was closed", "optimise the pipeline again")
+        current = torch.cuda.current_stream(self.device)
+        given = {
+            name: tensor.to(self.device, self.dtypes[name]).contiguous()
+            for name, tensor in inputs.items()
+        }
+        for name, tensor in given.items():
+            if not self.context.set_input_shape(name, tuple(tensor.shape)):
+                raise self._failed(f"refuses {name} of shape {tuple(tensor.shape)}")
+            self.context.set_tensor_address(name, tensor.data_ptr())
+        shape = tuple(self.context.get_tensor_shape(OUTPUT))
+        velocity = torch.empty(shape, dtype=self.dtypes[OUTPUT], device=self.device)
+        self.context.set_tensor_address(OUTPUT, velocity.data_ptr())
+        self.stream.wait_stream(current)
+        done = self.context.execute_async_v3(self.stream.cuda_stream)
+        current.wait_stream(self.stream)
+        if not done:
+            raise self._failed("failed")
+        return velocity
+
+    def close(self) -> None:
+        """Keep what was compiled for this GPU, then free the engine."""
+        if self.context is None:
+            return
+        torch.cuda.synchronize(self.device)
+        part = self.cache_file.with_suffix(f".{os.getpid()}")
+        with suppress(OSError):  # a folder that is read only keeps no cache
+            part.write_bytes(bytes(self.cache.serialize()))
+            os.replace(part, self.cache_file)
+        self.context = self.engine = self.cache = None
+
+    def _failed(self, how: str) -> EngineError:
+        reason = f": {self.said.errors[-1]}" if self.said.errors else ""
+        return EngineError(f"the engine {how}{reason}", "see `hasten doctor`; export it anew")
+
+
+def _messages(trt: Any) -> Any:
+    """A logger that keeps errors: TensorRT gives its reasons nowhere else."""
+
+    class Messages(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(" ".join(text.split())[:300])
+
+    return Messages()
+
+
+def _refused(plan: Path, errors: list[str]) -> EngineError:
+    said = errors[0] if errors else "no reason given"
+    if any(NO_DRIVER in error for error in errors):
+        return EngineError(
+            "TensorRT found no NVIDIA driver, or one that is older than CUDA 13",
+            "install a driver of version 580 or newer",
+        )
+    return EngineError(
+        f"TensorRT cannot load {plan}: {said}",
+        "export it for this GPU with this version: hasten export tensorrt --target ...",
+    )
+
+
+def _dtype(trt: Any, dtype: Any) -> torch.dtype:
+    names = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
+    return {getattr(trt.DataType, name): known for name, known in names.items()}[dtype]

@@ -1,0 +1,97 @@
+"""Run the blocks on an engine: an exported graph in their place, fed by the conditioning table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import nn
+
+from hasten.driving import scheduler_of
+from hasten.errors import CallError
+from hasten.models.family import Family
+from hasten.models.modulations import Modulations
+from hasten.passes.applied import Applied
+from hasten.passes.fuse.constants import ConstantsOfRuns
+from hasten.passes.fuse.forward import Body, FusedForward
+
+__all__ = ["run_on_engine"]
+
+
+def run_on_engine(
+    pipe: Any,
+    family: Family,
+    body: Body,
+    what: str,
+    *,
+    close: Callable[[], None],
+    release: bool = False,
+) -> Applied:
+    """Replace the transformer's forward by the engine's body; only this instance is changed.
+
+    what: a line about the engine; close: frees it. With `release` the torch weights of the blocks
+    are freed for good, all but the modulations, which the table is made of.
+    """
+    transformer = pipe.transformer
+    modulations = Modulations(family.modulated_norms(transformer))
+    constants = ConstantsOfRuns(transformer, family, modulations, scheduler_of(pipe))
+    freed = _release(transformer, family) if release else 0
+    changed = _watch(transformer)
+    forward = FusedForward(transformer, family, constants, body, _beyond_the_engine, changed)
+    undo_forward = forward.put_in_place()
+
+    def undo() -> None:
+        undo_forward()
+        close()
+
+    released = f"; {freed / 2**20:.1f} MiB of the blocks' torch weights freed" if release else ""
+    return Applied(
+        name="engine",
+        what=f"{what}; modulations of all steps in one table{released}",
+        undo=None if release else undo,
+        cannot_undo="the blocks' torch weights were freed (engine.release = true)",
+    )
+
+
+def _beyond_the_engine(*_: Any, **__: Any) -> NoReturn:
+    raise CallError(
+        "the engine cannot take ControlNet residuals or IP-Adapter embeddings",
+        "leave [engine] out of the recipe for such calls",
+    )
+
+
+def _watch(transformer: nn.Module) -> Callable[[], str | None]:
+    """Names a parameter that was changed or replaced since: the engine holds the values of then."""
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {
+            name: (id(parameter), parameter._version)
+            for name, parameter in transformer.named_parameters()
+        }
+
+    before = state()
+
+    def changed() -> str | None:
+        now = state()
+        names = [name for name in (*before, *now) if before.get(name) != now.get(name)]
+        return names[0] if names else None
+
+    return changed
+
+
+def _release(transformer: Any, family: Family) -> int:
+    """Leave the blocks empty, all but their modulation linears; returns the bytes that were there.
+
+    Empty parameters, unlike torch's meta ones, still follow `pipe.to(device)`.
+    """
+    kept = {id(norm.linear) for _, norm in family.modulated_norms(transformer)}
+    freed = 0
+    for _, block in family.repeated_blocks(transformer):
+        for module in block.modules():
+            if id(module) in kept:
+                continue
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                freed += parameter.nbytes
+                empty = parameter.new_empty(0)
+                setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
+    return freed

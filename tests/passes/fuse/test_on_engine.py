@@ -1,0 +1,123 @@
+"""Blocks on an engine: a body in their place draws what they draw, and the rest is said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.engines.tensorrt.step import Step
+from hasten.errors import CallError
+from hasten.models.family import family_of
+from hasten.passes.applied import Applied
+from hasten.passes.cache.planned import Planned
+from hasten.passes.cache.planner import Planner
+from hasten.passes.cache.step import cache_steps
+from hasten.passes.fuse.on_engine import run_on_engine
+from hasten.recipe import IntervalCache
+
+Call = Callable[..., torch.Tensor]
+
+
+class Run:
+    """A body that runs the blocks of a copy in torch, as an exported graph would."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.step = Step(copy.deepcopy(pipe.transformer), family_of(pipe))
+        self.calls = 0
+        self.closed = 0
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        velocity: torch.Tensor = self.step(*inputs)
+        return velocity
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def on_engine(pipe: Any, *, release: bool = False) -> tuple[Run, Applied]:
+    body = Run(pipe)
+    done = run_on_engine(
+        pipe, family_of(pipe), body, "a copy in torch", close=body.close, release=release
+    )
+    return body, done
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_images_per_prompt": 2},
+        {"true_cfg_scale": 2.0, "negative_prompt": "blurry"},
+        {"width": 64, "max_sequence_length": 12},
+    ],
+    ids=["plain", "two images", "true guidance", "another size"],
+)
+def test_the_latents_are_the_plain_pipelines(
+    pipe: Any, call: Call, arguments: dict[str, Any]
+) -> None:
+    expected = call(pipe, **arguments)
+    body, done = on_engine(pipe)
+    torch.testing.assert_close(call(pipe, **arguments), expected, rtol=1e-4, atol=1e-4)
+    assert body.calls == (12 if "true_cfg_scale" in arguments else 6)
+    assert "a copy in torch" in done.what
+    assert done.undo is not None
+    done.undo()
+    assert body.closed == 1
+    assert torch.equal(call(pipe, **arguments), expected)
+    assert "forward" not in pipe.transformer.__dict__
+
+
+def test_skipped_steps_never_enter_the_engine(pipe: Any, call: Call) -> None:
+    body, _ = on_engine(pipe)
+    cache_steps(pipe, Planned(pipe.transformer.forward, Planner(IntervalCache(interval=3), None)))
+    call(pipe, num_inference_steps=9)
+    assert 0 < body.calls < 9
+
+
+def test_released_blocks_hold_nothing_and_the_pictures_stay(pipe: Any, call: Call) -> None:
+    expected = call(pipe)
+    before = sum(parameter.nbytes for parameter in pipe.transformer.parameters())
+    _, done = on_engine(pipe, release=True)
+    after = sum(parameter.nbytes for parameter in pipe.transformer.parameters())
+    assert after < before / 2
+    assert "freed" in done.what
+    assert done.undo is None
+    assert "engine.release" in done.cannot_undo
+    pipe.to(torch.device("cpu"))
+    torch.testing.assert_close(call(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_weights_that_change_afterwards_are_noticed(pipe: Any, call: Call, how: str) -> None:
+    on_engine(pipe)
+    call(pipe)
+    linear = pipe.transformer.transformer_blocks[1].attn.to_q
+    if how == "in place":
+        with torch.no_grad():
+            linear.weight.mul_(1.5)
+    else:
+        linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
+    with pytest.raises(CallError, match=r"transformer_blocks\.1\.attn\.to_q\.weight was replaced"):
+        call(pipe)
+
+
+def test_what_the_engine_cannot_take_is_refused(pipe: Any) -> None:
+    on_engine(pipe)
+    inputs = {
+        "hidden_states": torch.zeros(1, 4, 64),
+        "encoder_hidden_states": torch.zeros(1, 3, 24),
+        "pooled_projections": torch.zeros(1, 16),
+        "timestep": torch.ones(1),
+        "guidance": torch.ones(1),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(3, 3),
+        "controlnet_block_samples": [torch.zeros(1, 4, 32)],
+    }
+    with pytest.raises(CallError, match="ControlNet") as caught:
+        pipe.transformer(**inputs)
+    assert "[engine]" in caught.value.fix
