@@ -205,8 +205,8 @@ class Machine:
 
     def engine_problems(self, device: str, kind: str, precision: str) -> list[Problem]:
         """Why `[engine]` of this kind and precision cannot run on `device`; empty where it can."""
-        wanted = ENGINE_PACKAGES if kind == "tensorrt" else ENGINE_PACKAGES[1:]
-        missing = [name for name in wanted if getattr(self, name) is None]
+        unneeded = ("tensorrt",) if kind == "onnxruntime" else ()
+        missing = [name for name in self.missing_for_engines() if name not in unneeded]
         found = []
         if missing:
             found.append(
@@ -225,6 +225,10 @@ class Machine:
                 )
             )
         return found
+
+    def missing_for_engines(self) -> list[str]:
+        """Packages of `hasten[tensorrt]` that are not installed."""
+        return [name for name in ENGINE_PACKAGES if getattr(self, name) is None]
 
     def _rtx_problem(self, device: str, precision: str) -> Problem | None:
         """Why TensorRT for RTX has no engine for `device`."""

@@ -115,6 +115,7 @@ def _checks(here: Machine, *, thorough: bool, hub: bool) -> Iterator[tuple[str, 
     yield "diffusers", _diffusers
     yield "gpu", lambda: _gpu(here)
     yield "torch.compile", lambda: _compile(here, device, thorough=thorough)
+    yield "tensorrt", lambda: _tensorrt(here, device)
     yield "bundled model", lambda: _bundled_model(thorough=thorough)
     for name in _preset_names():
         yield f"recipe {name}", partial(_preset, name, here, device)
@@ -175,6 +176,17 @@ def _compile(here: Machine, device: str, *, thorough: bool) -> Finding:
         return Finding(what, "no", reason, "use recipes without [compile]")
     detail = "compiled a function" if value == 1024 else f"wrong result: {value}, not 1024"
     return Finding(what, "ok" if value == 1024 else "no", detail)
+
+
+def _tensorrt(here: Machine, device: str) -> Finding:
+    missing = here.missing_for_engines()
+    if missing:
+        what = f"{', '.join(missing)} not installed: no engines, no graphs"
+        return Finding("tensorrt", "no", what, "pip install 'hasten[tensorrt]'")
+    built = f"TensorRT for RTX {here.tensorrt} builds engines here"
+    running = here.engine_problems(device, "tensorrt", "fp16")
+    runs = running[0].fault if running else "they run here"
+    return Finding("tensorrt", "ok", f"{built}; {runs}")
 
 
 def _sum_of_cosines(x: Any) -> Any:
