@@ -1,0 +1,169 @@
+"""The largest inputs and weights of a model's linears, by NVIDIA's Model Optimizer.
+
+It watches the whole pipeline draw pictures and keeps the largest absolute value that each tensor
+ever had ("max"), or first moves outliers of the inputs into the weights ("smoothquant", Xiao et
+al., arXiv:2211.10438, with α = 0.5).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hasten.calibration.learn import request_of
+from hasten.copying import structural_copy
+from hasten.engines.tensorrt.export import refuse_adapters
+from hasten.engines.tensorrt.packages import needed
+from hasten.engines.tensorrt.qdq import Amax
+from hasten.engines.tensorrt.quiet import quiet
+from hasten.errors import EngineError, InputError, ModelError
+from hasten.models.family import Family
+
+__all__ = ["METHODS", "calibrate", "load", "save"]
+
+Method = Literal["max", "smoothquant"]
+METHODS: tuple[Method, ...] = ("max", "smoothquant")
+ALPHA = 0.5  # of SmoothQuant: how much of the outliers the weights take
+
+
+@torch.no_grad()
+def calibrate(
+    pipe: Any,
+    family: Family,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    method: Method = "max",
+    tell: Callable[[str], None] = lambda _: None,
+    seed: int = 0,
+    **arguments: Any,
+) -> dict[str, Amax]:
+    """What `family.quantizable` names, with its largest input over all steps of these prompts.
+
+    Calibrate at the number of steps that will be run: the noise levels matter. arguments: of the
+    pipeline's call. `tell` hears a line a prompt. Deterministic for a seed. Draws with a structural
+    copy, so the pipeline stays as it was, whatever happens.
+
+    Raises InputError (no prompts, a linear that never ran), EngineError (adapters, an unknown
+    method, what Model Optimizer refuses), ModelError (values that are not finite), UnsupportedError
+    (Model Optimizer is missing; a model that is offloaded or compiled) and AlreadyOptimizedError.
+    """
+    if not prompts:
+        raise InputError("there are no prompts to calibrate on", "16 are enough")
+    if method not in METHODS:
+        raise EngineError(f"no calibration is called {method!r}", f"one of {', '.join(METHODS)}")
+    refuse_adapters(pipe.transformer)
+    request = request_of(pipe, prompts, steps, seed, 1, arguments)
+    plain = structural_copy(request.pipe)
+    names = [name for name, _ in family.quantizable(plain.transformer)]
+    if method == "smoothquant":
+        _own_weights(plain.transformer, names)
+
+    def draw(model: nn.Module) -> None:
+        plain.transformer = model
+        for index in range(len(prompts)):
+            tell(f"calibrating: prompt {index + 1} of {len(prompts)}")
+            request.run(plain, range(index, index + 1))
+
+    watched = _watch(plain.transformer, names, method, draw)
+    return {name: _found(name, watched.get_submodule(name), method) for name in names}
+
+
+def save(amax: Mapping[str, Amax], path: Path) -> None:
+    """Write a calibration as safetensors: NAME.input and NAME.weight, 0-dim, and NAME.smooth."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, largest in amax.items():
+        tensors[f"{name}.input"] = torch.tensor(largest.input, dtype=torch.float64)
+        tensors[f"{name}.weight"] = torch.tensor(largest.weight, dtype=torch.float64)
+        if largest.smooth is not None:
+            tensors[f"{name}.smooth"] = largest.smooth.contiguous()
+    save_file(tensors, path)
+
+
+def load(path: Path) -> dict[str, Amax]:
+    """What `save` wrote, by name in alphabetical order. InputError where it is anything else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for key, tensor in sorted(load_file(path).items()):
+            name, _, what = key.rpartition(".")
+            found.setdefault(name, {})[what] = tensor if what == "smooth" else float(tensor)
+        return {name: Amax(**values) for name, values in found.items()}
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is no calibration: {error}", "calibrate again") from error
+
+
+def _watch(
+    transformer: nn.Module, names: Sequence[str], method: Method, draw: Callable[[nn.Module], None]
+) -> nn.Module:
+    """The transformer with Model Optimizer's quantisers, which have seen what `draw` draws.
+
+    Everything is turned off before the linears are turned on by name, so nothing else slips in. As
+    8-bit integers, because SmoothQuant skips all other formats; the largest values are the same.
+    """
+    tensorwise = {"num_bits": 8, "axis": None}
+    config = {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            *(
+                {"quantizer_name": f"{name}.{side}_quantizer", "cfg": tensorwise, "enable": True}
+                for name in names
+                for side in ("weight", "input")
+            ),
+        ],
+        "algorithm": "max" if method == "max" else {"method": "smoothquant", "alpha": ALPHA},
+    }
+    outside = sys.stdout
+
+    def loop(model: nn.Module) -> None:
+        with redirect_stdout(outside):
+            draw(model)
+
+    try:
+        with quiet():  # it warns of versions newer than itself, and prints what it inserted
+            optimizer = needed("modelopt.torch.quantization")
+            watched: nn.Module = optimizer.quantize(transformer, config, loop)
+    except AssertionError as error:  # its way to say that a value is not finite
+        raise ModelError(
+            f"Model Optimizer cannot calibrate this model: {error}",
+            "load the model in bfloat16 or float32",
+        ) from error
+    return watched
+
+
+def _own_weights(transformer: nn.Module, names: Sequence[str]) -> None:
+    """Copies of the linears' weights, because SmoothQuant writes into them."""
+    for name in names:
+        linear: Any = transformer.get_submodule(name)
+        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+
+
+def _found(name: str, linear: Any, method: Method) -> Amax:
+    """What the quantisers of a linear have seen."""
+    seen: Tensor | None = linear.input_quantizer.amax
+    if seen is None:
+        raise InputError(f"the linear {name} never ran", "calibrate with calls that use it")
+    amax = Amax(
+        input=float(seen),
+        weight=float(linear.weight_quantizer.amax),
+        smooth=linear.input_quantizer.pre_quant_scale.detach().float().cpu().clone()
+        if method == "smoothquant"
+        else None,
+    )
+    if not (math.isfinite(amax.input) and math.isfinite(amax.weight)):
+        raise ModelError(
+            f"inputs or weights of {name} are not all finite",
+            "load the model in bfloat16 or float32",
+        )
+    return amax

@@ -1,0 +1,143 @@
+"""What an engine computes: one transformer step as a function of five named tensors.
+
+| name     | shape             | dtype     | what |
+| -------- | ----------------- | --------- | ---- |
+| latents  | 1×S×C             | precision | packed latents |
+| text     | 1×T×D             | precision | embedded text: after `context_embedder` |
+| row      | 1×width           | precision | every adaLN modulation of the step (`Modulations`) |
+| cos, sin | (T+S)×head_dim    | float32   | rotary embedding, text first |
+| velocity | 1×S×C             | precision | the output |
+
+This is the signature of `hasten.passes.fuse.forward.Body`: timestep, guidance and pooled text come
+in as the row, so the modulation weights (two fifths of an FP8 FLUX.1) are in no engine. T is fixed;
+S, the number of image tokens, is free within the engine's profile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import InputError
+from hasten.models.family import Family
+from hasten.models.modulations import Modulations, RowReader
+
+__all__ = ["INPUTS", "OUTPUT", "Shapes", "Step", "sample"]
+
+INPUTS = ("latents", "text", "row", "cos", "sin")
+OUTPUT = "velocity"
+MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond what a profile asks for
+
+Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """text: tokens of every call; least, best, most: image tokens that a profile allows, and the
+    number it is tuned for. Raises InputError unless 1 <= least <= best <= most."""
+
+    text: int
+    least: int
+    best: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if self.text < 1 or not 1 <= self.least <= self.best <= self.most <= MOST_TOKENS:
+            raise InputError(
+                f"no profile: {self.text} text tokens and {self.least} to {self.most} image "
+                f"tokens, best {self.best}",
+                f"at least one text token, and 1 <= least <= best <= most <= {MOST_TOKENS}",
+            )
+
+    def dynamic(self) -> dict[str, dict[int, Any] | None]:
+        """For torch.export: which sizes are free. The same whatever the profile, and so the graph.
+
+        From 2 on, because torch.export makes a constant of a 1; the graph it gives takes 1 too.
+        """
+        image = torch.export.Dim("image_tokens", min=2, max=MOST_TOKENS)
+        tokens = {0: self.text + image}
+        return {"latents": {1: image}, "text": None, "row": None, "cos": tokens, "sin": tokens}
+
+    def profile(self, channels: int, width: int, dim: int, head_dim: int) -> Profile:
+        """(least, best, most) shape of each input, of a model with these sizes: C, width, D."""
+        shapes = [
+            {
+                "latents": (1, image, channels),
+                "text": (1, self.text, dim),
+                "row": (1, width),
+                "cos": (self.text + image, head_dim),
+                "sin": (self.text + image, head_dim),
+            }
+            for image in (self.least, self.best, self.most)
+        ]
+        return {name: (shapes[0][name], shapes[1][name], shapes[2][name]) for name in INPUTS}
+
+
+class Step(nn.Module):
+    """The blocks of a transformer between latents and velocity, with a row for its modulations.
+
+    Replaces the modulation linears of the transformer that it is given by readers of the row: give
+    it a copy. The readers keep the linears, so `sample` can make rows of it.
+    """
+
+    def __init__(self, transformer: Any, family: Family) -> None:
+        super().__init__()
+        modulations = Modulations(family.modulated_norms(transformer))
+        self.readers: list[RowReader] = []  # a list: they are the transformer's children, not ours
+        for name, norm in modulations.norms:
+            reader = RowReader(norm.linear, modulations.start[name])
+            norm.linear = reader
+            self.readers.append(reader)
+        self.transformer = transformer
+        self.family = family
+
+    def forward(
+        self, latents: Tensor, text: Tensor, row: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """The velocity, 1×S×C; shapes as in the module's table."""
+        state = self.family.state(self.transformer, latents, text, row, (cos, sin))
+        with RowReader.reading(self.readers, row):
+            for _, after in self.family.blocks(self.transformer, state):
+                state = after
+            return self.family.epilogue(self.transformer, state)
+
+
+@torch.no_grad()
+def sample(
+    transformer: Any,
+    family: Family,
+    shapes: Shapes,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Random inputs of a step, of height × width image tokens, on the transformer's device.
+
+    Latents, text and pooled text are drawn from N(0, 1) on the CPU; the text goes through the
+    model's embedding and the row through its modulations, at half noise, in its own dtype, and all
+    but cos and sin are rounded to `dtype` then. The caller's generators stay as they are.
+    """
+    config, here = transformer.config, transformer.x_embedder.weight
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(here.device, here.dtype)
+
+    latents = normal(1, height * width, config.in_channels)
+    text = transformer.context_embedder(normal(1, shapes.text, config.joint_attention_dim))
+    half = torch.full((1,), 0.5, device=here.device, dtype=here.dtype)
+    guidance = torch.full_like(half, 3.5) if config.guidance_embeds else None
+    pooled = normal(1, config.pooled_projection_dim)
+    conditioning = family.conditioning(transformer, half, guidance, pooled, here.dtype)
+    row = Modulations(family.modulated_norms(transformer)).rows(conditioning)
+    ids = torch.zeros(shapes.text + height * width, 3, device=here.device)
+    places = torch.arange(height * width, device=here.device)
+    ids[shapes.text :, 1] = (places // width).float()
+    ids[shapes.text :, 2] = (places % width).float()
+    cos, sin = family.rotary(transformer, ids[: shapes.text], ids[shapes.text :])
+    rounded = {"latents": latents, "text": text, "row": row}
+    return {**{name: x.to(dtype) for name, x in rounded.items()}, "cos": cos, "sin": sin}

@@ -1,0 +1,99 @@
+"""The GPUs an engine can be built for, and what each of them computes. No torch, no TensorRT."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from hasten.errors import Faults, HastenError, InputError, UnsupportedError
+
+__all__ = [
+    "PRECISIONS",
+    "TARGETS",
+    "Precision",
+    "capability_of",
+    "check_targets",
+    "parse_targets",
+]
+
+Precision = Literal["bf16", "fp16", "fp8"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+# What TensorRT for RTX 1.7 builds for: the members of its ComputeCapability.
+TARGETS = {
+    "sm75": "Turing: RTX 20, T4",
+    "sm80": "Ampere: A100",
+    "sm86": "Ampere: RTX 30, A10, A40",
+    "sm89": "Ada: RTX 40, L4, L40S",
+    "sm120": "Blackwell: RTX 50, RTX PRO",
+    "sm121": "Blackwell: GB10",
+}
+DATACENTER = {"sm90": "Hopper: H100, H200", "sm100": "Blackwell: B200", "sm103": "Blackwell: B300"}
+
+# The first generation whose tensor cores have the type; the builder refuses any before it.
+FIRST = {"fp16": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """`"sm89,sm86"` -> `("sm86", "sm89")`: sorted by generation, each once. `"none"` -> `()`.
+
+    Raises InputError that names every word that is no target; whether an engine can be built for
+    them is for `check_targets`.
+    """
+    words = [word.strip().lower() for word in text.split(",")]
+    if words == ["none"]:
+        return ()
+    strange = [word for word in words if re.fullmatch(r"sm\d{2,3}", word) is None]
+    if strange:
+        raise InputError([f"{word!r} is not a target" for word in strange], _nearest(strange[0]))
+    return tuple(sorted(set(words), key=capability_of))
+
+
+def check_targets(targets: Sequence[str], precision: str) -> None:
+    """Raise every reason why no engine of this precision can be built for these targets."""
+    faults = Faults()
+    if precision not in PRECISIONS:
+        faults.add(
+            f"precision {precision!r} is not one of {', '.join(PRECISIONS)}",
+            "fp8 for sm89 and later, bf16 for sm80 and later, fp16 for all",
+        )
+    for target in targets:
+        with faults.gather():
+            _check(target, precision)
+    faults.raise_any()
+
+
+def capability_of(target: str) -> tuple[int, int]:
+    """`"sm89"` -> (8, 9), `"sm120"` -> (12, 0)."""
+    return divmod(int(target.removeprefix("sm")), 10)
+
+
+def _check(target: str, precision: str) -> None:
+    if target in DATACENTER:
+        raise UnsupportedError(
+            f"target {target} ({DATACENTER[target]}): TensorRT for RTX does not build for "
+            "datacenter GPUs of this generation",
+            'leave it out; there, run the recipe "fp8" in torch instead of an engine',
+        )
+    if target not in TARGETS:
+        raise InputError(f"there is no target {target}", _nearest(target))
+    first = FIRST.get(precision)
+    if first is not None and capability_of(target) < first:
+        raise _too_old(target, precision)
+
+
+def _too_old(target: str, precision: str) -> HastenError:
+    works = [name for name in TARGETS if capability_of(name) >= FIRST[precision]]
+    other = "bf16" if capability_of(target) >= FIRST["bf16"] else "fp16"
+    return UnsupportedError(
+        f"target {target} ({TARGETS[target]}) has no {precision}",
+        f"leave it out ({precision} works on {', '.join(works)}), or export it apart in {other}",
+    )
+
+
+def _nearest(word: str) -> str:
+    close = difflib.get_close_matches(word, TARGETS, n=1)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"{guess}targets: {', '.join(TARGETS)}; none for the graph alone"

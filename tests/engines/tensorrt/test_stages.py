@@ -1,0 +1,383 @@
+"""The whole way on a small model: what is made, what is not made twice, and what each fault leaves.
+
+One export of each precision is made for the module; tests copy its cache and go on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hasten.engines.tensorrt import stages
+from hasten.engines.tensorrt.files import DATA, GRAPH
+from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
+from hasten.engines.tensorrt.stages import (
+    AMAX,
+    ENGINE,
+    export_tensorrt,
+    finished,
+    remember,
+    request_key,
+    weights_digest,
+)
+from hasten.engines.tensorrt.store import Store, default_root, facts_of_file
+from hasten.errors import EngineError, HastenError, InputError
+from hasten.models.shape import build_shape
+from tests.conftest import SMALL
+from tests.engines.tensorrt.test_store import files_up_to, flip_a_bit, names_below
+
+LINE = re.compile(r"(preflight|calibrate|export|verify|build|write) +\d+\.\d s(  \(made before\))?")
+
+
+def small_pipe() -> Any:
+    pipe = build_shape(SMALL, torch.device("cpu"), torch.float32)
+    pipe.default_sample_size = 4  # 32×32 px
+    return pipe
+
+
+def exported(out: Path | None, **changes: Any) -> tuple[Manifest, list[str]]:
+    said: list[str] = []
+    asked: dict[str, Any] = {
+        "pipe": small_pipe(),
+        "precision": "bf16",
+        "targets": ("sm89",),
+        "max_size": (64, 64),
+        "max_sequence_length": 8,
+        "prompts": ["a red kite"],
+        "steps": 2,
+        "tell": said.append,
+        **changes,
+    }
+    return export_tensorrt(out=out, **asked), said
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a cache and an export in bf16."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HASTEN_CACHE", str(folder / "cache"))
+        _, said = exported(folder / "engine")
+    (folder / "said").write_text("\n".join(said))
+    yield folder
+
+
+@pytest.fixture
+def place(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it for one test, whose cache is the one that counts."""
+    shutil.copytree(first, tmp_path / "place")
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "place" / "cache"))
+    return tmp_path / "place"
+
+
+def made_before(said: list[str]) -> list[str]:
+    return [line.split()[0] for line in said if line.endswith("(made before)")]
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """All but the manifest, in which the seconds differ."""
+    paths = [path for path in folder.iterdir() if path.name != MANIFEST]
+    return {path.name: facts_of_file(path) for path in paths}
+
+
+def test_what_is_written(first: Path) -> None:
+    manifest = Manifest.read(first / "engine")
+    assert set(files_of(first / "engine")) == {GRAPH, DATA, ENGINE} == set(manifest.files)
+    assert manifest.damaged(first / "engine") == []
+    assert (manifest.precision, manifest.targets) == ("bf16", ("sm89",))
+    assert manifest.shapes.model_dump() == {"text": 8, "least": 4, "best": 4, "most": 16}
+    sizes = (manifest.channels, manifest.text_dim, manifest.row_width, manifest.head_dim)
+    assert sizes == (64, 32, 1024, 16)
+    assert manifest.calibration is None
+    assert [stage.name for stage in manifest.stages] == ["export", "verify", "build"]
+    assert all(stage.peak_bytes and not stage.cached for stage in manifest.stages)
+    assert manifest.verification is not None
+    assert manifest.verification["sizes"]
+    assert manifest.weights == weights_digest(small_pipe().transformer)
+    lines = (first / "said").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "preflight",
+        "export",
+        "verify",
+        "build",
+        "write",
+    ]
+    assert all(LINE.fullmatch(line) for line in lines)
+    assert str(first) not in (first / "engine" / MANIFEST).read_text()
+
+
+def test_the_graph_has_the_sizes_that_the_manifest_says(first: Path) -> None:
+    import onnx
+
+    manifest = Manifest.read(first / "engine")
+    graph = onnx.load(first / "engine" / GRAPH, load_external_data=False).graph
+    dims = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
+    assert dims["latents"][2] == manifest.channels
+    assert dims["text"] == [1, manifest.shapes.text, manifest.text_dim]
+    assert dims["row"] == [1, manifest.row_width]
+    assert dims["cos"][1] == manifest.head_dim
+
+
+def test_a_repeat_makes_nothing(place: Path) -> None:
+    before = (place / "engine" / ENGINE).stat()
+    manifest, said = exported(place / "engine")
+    assert made_before(said) == ["export", "verify", "build"]
+    assert all(stage.cached and stage.seconds > 0 for stage in manifest.stages[:1])
+    after = (place / "engine" / ENGINE).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert (place / "engine").stat().st_ino
+
+
+def test_without_the_cache_the_same_bytes_again(place: Path) -> None:
+    before = files_of(place / "engine")
+    shutil.rmtree(place / "cache")
+    shutil.rmtree(place / "engine")
+    _, said = exported(place / "engine", verify=False)
+    assert made_before(said) == []
+    assert files_of(place / "engine") == before
+
+
+def test_only_what_depends_on_a_change_is_made_again(place: Path) -> None:
+    _, said = exported(place / "other", targets=("sm86", "sm89"))
+    assert made_before(said) == ["export", "verify"]
+    manifest, said = exported(place / "larger", max_size=(128, 64))
+    assert made_before(said) == ["export"]
+    assert manifest.shapes.most == 32
+    assert manifest.files[GRAPH] == Manifest.read(place / "engine").files[GRAPH]
+
+
+def test_other_weights_are_another_model(place: Path) -> None:
+    pipe = small_pipe()
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight[0, 0] += 1
+    manifest, said = exported(place / "other", pipe=pipe, targets=(), verify=False)
+    assert made_before(said) == []
+    assert manifest.weights != Manifest.read(place / "engine").weights
+
+
+def test_the_graph_alone(place: Path) -> None:
+    manifest, said = exported(place / "graph", targets=(), verify=False)
+    assert set(files_of(place / "graph")) == {GRAPH, DATA}
+    assert [line.split()[0] for line in said] == ["preflight", "export", "write"]
+    assert manifest.verification is None
+    assert manifest.targets == ()
+
+
+def test_kept_in_the_cache(place: Path) -> None:
+    manifest, _ = exported(None)
+    assert manifest.folder is not None
+    assert manifest.folder.is_relative_to(default_root())
+    assert files_of(manifest.folder) == files_of(place / "engine")
+    (manifest.folder / "runtime.cache").write_text("of the engine's driver")
+    again, _ = exported(None)
+    assert again.folder == manifest.folder
+    assert (manifest.folder / "runtime.cache").exists()
+    assert exported(None, max_size=(128, 64))[0].folder != manifest.folder
+
+
+@pytest.mark.slow
+def test_fp8_is_calibrated_and_leaves_the_pipeline_alone(place: Path) -> None:
+    pipe, inner = small_pipe(), []
+    before = weights_digest(pipe.transformer)
+    _, said = exported(place / "fp8", pipe=pipe, precision="fp8", show=inner.append)
+    manifest = Manifest.read(place / "fp8")
+    assert set(files_of(place / "fp8")) == {AMAX, GRAPH, DATA, ENGINE}
+    assert manifest.calibration is not None
+    assert manifest.calibration.model_dump(exclude={"sha256"}) == {
+        "method": "max",
+        "prompts": 1,
+        "steps": 2,
+    }
+    assert made_before(said) == []
+    assert "calibrating: prompt 1 of 1" in inner
+    assert weights_digest(pipe.transformer) == before
+    assert all(type(module) is not nn.Identity for module in pipe.transformer.modules())
+    _, said = exported(place / "fp8", precision="fp8")
+    assert made_before(said) == ["calibrate", "export", "verify", "build"]
+    _, said = exported(place / "more", precision="fp8", steps=3, verify=False, targets=())
+    assert made_before(said) == []
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "one bit": flip_a_bit,
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_in_what_was_written(place: Path, damage: Callable[[Path], Any]) -> None:
+    before = files_of(place / "engine")
+    damage(place / "engine" / GRAPH)
+    _, said = exported(place / "engine")
+    assert f"write: {GRAPH} in {place / 'engine'} damaged, so it is written again" in said
+    assert made_before(said) == ["export", "verify", "build"]
+    assert files_of(place / "engine") == before
+
+
+@pytest.mark.parametrize(("name", "how"), [(GRAPH, "empty"), (DATA, "one bit")])
+def test_damage_in_the_cache(place: Path, name: str, how: str) -> None:
+    before = files_of(place / "engine")
+    (path,) = (place / "cache" / "tensorrt" / "export").glob(f"*/{name}")
+    DAMAGES[how](path)
+    shutil.rmtree(place / "engine")
+    _, said = exported(place / "engine")
+    assert f"export: {name} is damaged, so it is made again" in said
+    assert made_before(said) == ["verify", "build"]
+    assert files_of(place / "engine") == before
+
+
+def failed(out: Path, **changes: Any) -> HastenError:
+    with pytest.raises(HastenError) as caught:
+        exported(out, **changes)
+    assert caught.value.fix
+    return caught.value
+
+
+def test_faults_are_found_before_anything_is_made(place: Path) -> None:
+    shutil.rmtree(place / "cache")
+    pipe = small_pipe()
+    pipe.transformer.proj_out.base_layer = nn.Linear(2, 2)
+    error = failed(place / "new", pipe=pipe, precision="fp8", targets=("sm86", "sm90"))
+    assert [fault for fault in error.faults if "sm86" in fault]
+    assert [fault for fault in error.faults if "sm90" in fault]
+    assert [fault for fault in error.faults if "LoRA" in fault]
+    assert len(error.faults) == 3
+    assert {path.name for path in place.iterdir()} == {"engine", "said"}
+
+
+def test_what_is_no_pipeline_of_ours(place: Path) -> None:
+    class Other:
+        name_or_path = None
+
+    assert "no supported family" in failed(place / "new", pipe=Other()).faults[0]
+
+
+def test_no_space_for_the_graph(place: Path) -> None:
+    shutil.rmtree(place / "cache")
+    with files_up_to(100_000):  # the weights are larger
+        error = failed(place / "new")
+    assert isinstance(error, EngineError)
+    assert re.search("File too large|no space left", error.faults[0])
+    assert names_below(default_root()) == set()
+    assert not (place / "new").exists()
+    _, said = exported(place / "new", targets=(), verify=False)
+    assert made_before(said) == []
+
+
+def test_no_space_for_what_is_written(place: Path) -> None:
+    with files_up_to(100_000):
+        error = failed(place / "new")
+    assert error.faults == (f"{place / 'new'}: no space left for the export",)
+    assert {path.name for path in place.iterdir()} == {"cache", "engine", "said"}
+    _, said = exported(place / "new")
+    assert made_before(said) == ["export", "verify", "build"]
+    assert files_of(place / "new") == files_of(place / "engine")
+
+
+def test_no_space_leaves_the_export_that_was_there(place: Path) -> None:
+    before = files_of(place / "engine")
+    exported(None, targets=("sm86",))  # made, so that only writing is left
+    with files_up_to(100_000):
+        failed(place / "engine", targets=("sm86",))
+    assert files_of(place / "engine") == before
+    assert Manifest.read(place / "engine").targets == ("sm89",)
+    exported(place / "engine", targets=("sm86",))
+    assert Manifest.read(place / "engine").targets == ("sm86",)
+
+
+def test_killed_between_the_two_renames(place: Path) -> None:
+    """The one before has gone aside, and the new one is not in its place."""
+    before = files_of(place / "engine")
+    (place / "engine").rename(place / ".engine.old")
+    (place / ".engine.tmp").mkdir()
+    (place / ".engine.tmp" / GRAPH).write_text("half")
+    exported(place / "engine")
+    assert files_of(place / "engine") == before
+    assert {path.name for path in place.iterdir()} == {"cache", "engine", "said"}
+
+
+def test_a_rename_that_fails_puts_the_one_before_back(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, true = files_of(place / "engine"), stages.os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if str(source).endswith(".engine.tmp"):
+            raise PermissionError(13, "Permission denied")
+        true(source, target)
+
+    monkeypatch.setattr(stages.os, "replace", replace)
+    error = failed(place / "engine", targets=(), verify=False)
+    assert isinstance(error, InputError)
+    assert "cannot be written: Permission denied" in error.faults[0]
+    assert files_of(place / "engine") == before
+    assert {path.name for path in place.iterdir()} == {"cache", "engine", "said"}
+
+
+def test_a_stage_that_fails_keeps_those_before_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("verify", "build"):
+        shutil.rmtree(place / "cache" / "tensorrt" / name)
+
+    def broken(*_: Any) -> None:
+        raise EngineError("the graph lies too far off", "report it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hasten.engines.tensorrt.verify.verify", broken)
+        assert failed(place / "new").faults == ("the graph lies too far off",)
+    assert not (place / "new").exists()
+    _, said = exported(place / "new")
+    assert made_before(said) == ["export"]
+
+
+def test_digests_are_the_same_in_every_dtype(pipe: Any) -> None:
+    transformer = pipe.transformer.to(torch.bfloat16)
+    digest = weights_digest(transformer)
+    assert weights_digest(transformer.to(torch.float32)) == digest
+    with torch.no_grad():
+        next(transformer.parameters()).view(-1)[0] += 1
+    assert weights_digest(transformer) != digest
+    assert weights_digest(transformer, torch.float16) != weights_digest(transformer)
+    with pytest.raises(EngineError, match="no values"):
+        weights_digest(nn.Linear(2, 2, device="meta"))
+
+
+def test_what_a_request_led_to(place: Path, tmp_path: Path) -> None:
+    store, out = Store(), place / "engine"
+    assert finished(store, "key", out) is None
+    remember(store, "key", out)
+    assert finished(store, "key", out) == Manifest.read(out)
+    assert finished(store, "other", out) is None
+    assert finished(store, "key", place / "elsewhere") is None
+    flip_a_bit(out / DATA)
+    assert finished(store, "key", out) is None
+    flip_a_bit(out / DATA)
+    assert finished(store, "key", out) is not None
+    text = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps({**text, "model": "another"}))
+    assert finished(store, "key", out) is None
+    (out / MANIFEST).unlink()
+    assert finished(store, "key", out) is None
+
+
+def test_a_request_s_key(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    weights = tmp_path / "inner" / "weights"
+    weights.write_text("1")
+    key = request_key(tmp_path, {"out": Path("engine")})
+    assert request_key(tmp_path, {"out": Path("engine")}) == key
+    assert request_key(tmp_path, {"out": Path("other")}) != key
+    assert request_key("shape:flux.1-dev", {"out": Path("engine")}) != key
+    weights.write_text("12")
+    assert request_key(tmp_path, {"out": Path("engine")}) != key

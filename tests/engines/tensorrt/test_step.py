@@ -1,0 +1,114 @@
+"""The function that engines compute: the transformer's own, in other arguments."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hasten.engines.tensorrt.step import INPUTS, Shapes, Step, sample
+from hasten.errors import InputError
+from hasten.models.modulations import Modulations, RowReader
+from tests.engines.tensorrt.conftest import FAMILY, SHAPES, unchanged_globals
+
+
+@torch.no_grad()
+def test_it_is_the_transformers_forward(transformer: Any) -> None:
+    latents, text, pooled = torch.randn(1, 6, 16), torch.randn(1, 8, 24), torch.randn(1, 16)
+    moment, guidance = torch.tensor([0.3]), torch.tensor([3.5])
+    ids = torch.zeros(8, 3), torch.randint(0, 9, (6, 3)).float()
+    expected = transformer(
+        hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled,
+        timestep=moment, guidance=guidance, txt_ids=ids[0], img_ids=ids[1], return_dict=False,
+    )[0]  # fmt: skip
+    conditioning = FAMILY.conditioning(transformer, moment, guidance, pooled, torch.float32)
+    row = Modulations(FAMILY.modulated_norms(transformer)).rows(conditioning)
+    embedded = transformer.context_embedder(text)
+    step = Step(transformer, FAMILY)
+    found = step(latents, embedded, row, *FAMILY.rotary(transformer, *ids))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (step(latents, embedded, row * 0.9, *FAMILY.rotary(transformer, *ids)) != found).any()
+
+
+def test_its_arguments_are_the_inputs_in_order() -> None:
+    _, *names = inspect.signature(Step.forward).parameters
+    assert tuple(names) == INPUTS
+    assert tuple(SHAPES.dynamic()) == INPUTS
+
+
+@torch.no_grad()
+def test_it_reads_rows_in_the_copy_that_it_was_given(transformer: Any) -> None:
+    step = Step(copy.deepcopy(transformer), FAMILY)
+    assert not any(isinstance(module, RowReader) for module in transformer.modules())
+    readers = [module for module in step.modules() if isinstance(module, RowReader)]
+    assert readers == step.readers
+    assert len(readers) == len(FAMILY.modulated_norms(transformer)) == 4
+    inputs = sample(transformer, FAMILY, SHAPES, 2, 3, torch.float32, seed=0)
+    with pytest.raises(RuntimeError):
+        step(**{**inputs, "latents": inputs["latents"][..., :-1]})
+    assert [reader.row for reader in readers] == [None] * 4, "a failed call leaves no row bound"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_sample_fits_the_profile(transformer: Any, dtype: torch.dtype) -> None:
+    with unchanged_globals():
+        inputs = sample(transformer, FAMILY, SHAPES, 2, 3, dtype, seed=5)
+    width = Modulations(FAMILY.modulated_norms(transformer)).width
+    shapes = Shapes(8, 4, 6, 64).profile(channels=16, width=width, dim=48, head_dim=24)
+    assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == {
+        name: best for name, (_, best, _) in shapes.items()
+    }
+    kinds = {name: tensor.dtype for name, tensor in inputs.items()}
+    rounded = dict.fromkeys(("latents", "text", "row"), dtype)
+    assert kinds == {**rounded, "cos": torch.float32, "sin": torch.float32}
+    again = sample(transformer, FAMILY, SHAPES, 2, 3, dtype, seed=5)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in inputs.items())
+    other = sample(transformer, FAMILY, SHAPES, 2, 3, dtype, seed=6)
+    assert not any(torch.equal(inputs[name], other[name]) for name in rounded)
+
+
+def test_a_samples_tokens_are_in_rows(transformer: Any) -> None:
+    inputs = sample(transformer, FAMILY, SHAPES, 2, 3, torch.float32, seed=0)
+    places = [[0.0, y, x] for y in (0, 1) for x in (0, 1, 2)]
+    cos, sin = FAMILY.rotary(transformer, torch.zeros(8, 3), torch.tensor(places))
+    assert torch.equal(inputs["cos"], cos)
+    assert torch.equal(inputs["sin"], sin)
+
+
+def test_rows_can_be_made_once_the_linears_are_behind_readers(transformer: Any) -> None:
+    before = sample(transformer, FAMILY, SHAPES, 2, 2, torch.float32, seed=0)
+    step = Step(transformer, FAMILY)
+    after = sample(step.transformer, FAMILY, SHAPES, 2, 2, torch.float32, seed=0)
+    assert torch.equal(before["row"], after["row"])
+
+
+def test_a_model_without_guidance_has_samples(transformer: Any) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    plain = FluxTransformer2DModel(**{**transformer.config, "guidance_embeds": False})
+    assert isinstance(plain, nn.Module)
+    inputs = sample(plain, FAMILY, SHAPES, 2, 2, torch.float32, seed=0)
+    assert inputs["row"].isfinite().all()
+
+
+def test_a_profile_has_three_shapes_an_input() -> None:
+    profile = Shapes(512, 256, 4096, 16384).profile(channels=64, width=99, dim=3072, head_dim=128)
+    assert profile == {
+        "latents": ((1, 256, 64), (1, 4096, 64), (1, 16384, 64)),
+        "text": ((1, 512, 3072),) * 3,
+        "row": ((1, 99),) * 3,
+        "cos": ((768, 128), (4608, 128), (16896, 128)),
+        "sin": ((768, 128), (4608, 128), (16896, 128)),
+    }
+
+
+@pytest.mark.parametrize(
+    "shapes", [(0, 1, 1, 1), (8, 0, 1, 1), (8, 2, 1, 4), (8, 2, 4, 3), (8, 1, 1, 1 << 21)]
+)
+def test_impossible_profiles_are_refused(shapes: tuple[int, int, int, int]) -> None:
+    with pytest.raises(InputError, match="no profile"):
+        Shapes(*shapes)

@@ -1,0 +1,266 @@
+"""Stages are made once, whole or not at all, and made again where their files changed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.engines.tensorrt.store import (
+    RECORD,
+    Store,
+    content_key,
+    default_root,
+    facts_of_file,
+    out_of_space,
+    write_text,
+)
+from hasten.errors import EngineError, InputError
+
+KEY = content_key({"weights": "abc"})
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def store(tmp_path: Path, said: list[str]) -> Store:
+    return Store(tmp_path / "cache", said.append)
+
+
+class Maker:
+    """Writes two files and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        assert not list(folder.iterdir())
+        self.times += 1
+        (folder / "a").write_bytes(b"weights" * 1000)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "b").write_text("graph")
+        return {"peak_bytes": 7}
+
+
+def names_below(root: Path) -> set[str]:
+    """Every file but the locks, which stay."""
+    files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    return {name for name in files if not name.endswith(".lock")}
+
+
+def test_made_once(store: Store, said: list[str]) -> None:
+    make = Maker()
+    first = store.stage("export", KEY, make)
+    again = store.stage("export", KEY, make)
+    assert make.times == 1
+    assert (first.cached, again.cached) == (False, True)
+    assert again._replace(cached=False) == first
+    assert again.facts == {"peak_bytes": 7}
+    assert again.files["a"] == facts_of_file(again.folder / "a")
+    assert set(again.files) == {"a", "inner/b"}
+    assert store.stage("export", content_key({"weights": "other"}), make).folder != first.folder
+    assert store.stage("build", KEY, make).folder != first.folder
+    assert make.times == 3
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda folder: os.truncate(folder / "a", 10), "a is damaged"),
+        (lambda folder: os.truncate(folder / "a", 0), "a is damaged"),
+        (lambda folder: flip_a_bit(folder / "a"), "a is damaged"),
+        (lambda folder: (folder / "inner" / "b").unlink(), "inner/b is missing"),
+        (lambda folder: (folder / RECORD).unlink(), "stage.json cannot be read"),
+        (lambda folder: (folder / RECORD).write_text("{"), "stage.json cannot be read"),
+        (lambda folder: (folder / RECORD).write_text("{}"), "stage.json cannot be read"),
+    ],
+    ids=["cut short", "empty", "one bit", "missing", "no record", "no JSON", "nothing in it"],
+)
+def test_what_is_damaged_is_made_again(
+    store: Store, said: list[str], damage: Callable[[Path], Any], fault: str
+) -> None:
+    make = Maker()
+    before = store.stage("export", KEY, make)
+    damage(before.folder)
+    after = store.stage("export", KEY, make)
+    assert (make.times, after.cached) == (2, False)
+    assert after.files == before.files
+    assert said == [f"export: {fault}, so it is made again"]
+    assert store.stage("export", KEY, make).cached
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=repr)
+def test_a_failure_leaves_nothing(store: Store, error: BaseException) -> None:
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        store.stage("export", KEY, make)
+    assert names_below(store.root) == set()
+    assert not store.stage("export", KEY, Maker()).cached
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes: a full disk, near enough."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_space(store: Store) -> None:
+    with files_up_to(1000), pytest.raises(EngineError) as caught:
+        store.stage("export", KEY, Maker())
+    assert caught.value.faults == (f"export: no space left for its files in {store.root}",)
+    assert "HASTEN_CACHE" in caught.value.fix
+    assert names_below(store.root) == set()
+    assert not store.stage("export", KEY, Maker()).cached
+
+
+def test_no_space_as_other_libraries_say_it(store: Store) -> None:
+    from safetensors import SafetensorError
+
+    def make(folder: Path) -> dict[str, Any]:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(EngineError, match="no space left"):
+        store.stage("calibrate", KEY, make)
+    assert out_of_space(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert not out_of_space(OSError(errno.EACCES, "Permission denied"))
+    assert not out_of_space(ValueError("28"))
+
+
+def test_a_root_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, act in {
+        "stage": lambda store: store.stage("export", KEY, Maker()),
+        "remember": lambda store: store.remember(KEY, {}),
+    }.items():
+        with pytest.raises(InputError) as caught:
+            act(Store(tmp_path / "file"))
+        assert "cannot be used" in caught.value.faults[0], name
+        assert "HASTEN_CACHE" in caught.value.fix
+    assert Store(tmp_path / "file").recall(KEY) is None
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from hasten.engines.tensorrt.store import Store
+
+root, key, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def make(folder):
+    (folder / "half").write_text("half")
+    print("making", flush=True)
+    if name != "quick":
+        time.sleep(60 if name == "slow" else 1)
+    (folder / "whole").write_text(name)
+    return {}
+done = Store(root, lambda line: print(line, flush=True)).stage("export", key, make)
+print("cached" if done.cached else "made", flush=True)
+"""
+
+
+def worker(store: Store, name: str, key: str = KEY) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", WORKER, str(store.root), key, name]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_process_leaves_what_the_next_one_removes(store: Store) -> None:
+    other = content_key({"another": 1})
+    for key in (KEY, other):
+        with worker(store, "slow", key) as killed:
+            assert killed.stdout is not None
+            assert killed.stdout.readline() == "making\n"
+            killed.send_signal(signal.SIGKILL)
+    assert names_below(store.root) == {f"export/.{other}.tmp/half"}
+    done = store.stage("export", KEY, Maker())
+    assert not done.cached
+    own = {f"export/{KEY}/{name}" for name in ("a", "inner/b", RECORD)}
+    assert names_below(store.root) == own
+
+
+def test_two_processes_do_not_do_the_same_work(store: Store, said: list[str]) -> None:
+    with worker(store, "first") as first, worker(store, "quick", content_key({})) as other:
+        assert first.stdout is not None
+        assert other.stdout is not None
+        assert first.stdout.readline() == "making\n"
+        make = Maker()
+        done = store.stage("export", KEY, make)  # what is at work is not a leftover
+        assert (make.times, done.cached) == (0, True)
+        assert said == ["export: another process is at it, waiting for that to end"]
+        assert first.stdout.read() == "made\n"
+        assert other.stdout.read().splitlines()[-1] == "made"
+
+
+def test_small_values(store: Store) -> None:
+    assert store.recall(KEY) is None
+    store.remember(KEY, {"out": "engine"})
+    assert store.recall(KEY) == {"out": "engine"}
+    (store.root / "finished" / f"{KEY}.json").write_text('{"out": "eng')
+    assert store.recall(KEY) is None
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    assert default_root() == tmp_path / "tensorrt"
+    assert Store().root == default_root()
+    monkeypatch.delenv("HASTEN_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_root() == tmp_path / ".cache" / "hasten" / "tensorrt"
+
+
+def test_keys() -> None:
+    assert content_key({"a": 1, "b": (2, 3)}) == content_key({"b": [2, 3], "a": 1})
+    assert content_key({"a": 1}) != content_key({"a": 2})
+    assert len(KEY) == 32
+
+
+def test_a_text_is_written_whole_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    write_text(path, "before")
+    with files_up_to(10), pytest.raises(OSError, match="File too large"):
+        write_text(path, "after " * 1000)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, hasten.engines.tensorrt.stages\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt_rtx', 'modelopt', 'numpy'}\n"
+        "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_record_is_json(store: Store) -> None:
+    done = store.stage("export", KEY, Maker())
+    record = json.loads((done.folder / RECORD).read_text())
+    assert record["facts"] == {"peak_bytes": 7}
+    assert 0 <= record["seconds"] < time.perf_counter()
