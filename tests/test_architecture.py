@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "prompts",
         "chatter",
         "copying",
+        "check",
     },
     "copying": {"errors"},
     "conflicts": {"recipe", "machine"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ from hasten.passes.compile import compile_blocks, compile_forward
 from hasten.passes.decoder import improve_decoder
 from hasten.passes.fuse.forward import FusedForward
 from hasten.passes.fuse.fuse import fuse_forward
+from hasten.passes.fuse.on_engine import run_on_engine
 from hasten.passes.graphs import graph_body, graph_forward, no_graphs
 from hasten.passes.offload import offload_models, offload_modulations
 from hasten.passes.quantize import quantize_linears
 from hasten.passes.text.prepare import prepare_text
 from hasten.pipeline import OptimizedPipeline, undo_all
-from hasten.recipe import Cache, Decoder, Recipe, ResidualCache, Text, resolve
+from hasten.recipe import Cache, Decoder, Engine, Recipe, ResidualCache, Sampling, Text, resolve
 
 __all__ = ["optimize"]
+
+logger = logging.getLogger("hasten")
 
 
 def optimize(
@@ -72,7 +76,10 @@ def _apply(
     transformer = pipe.transformer
     if recipe.quantize:
         applied.append(quantize_linears(transformer, family, recipe.quantize, name))
-    _speed_up_a_step(pipe, recipe, family, applied)
+    if recipe.engine:
+        applied.append(_run_on_engine(pipe, family, recipe.engine, recipe.sampling))
+    else:
+        _speed_up_a_step(pipe, recipe, family, applied)
     cache: StepCache | None = None
     if recipe.cache:  # around all that, so that the decision stays outside compiled code and graphs
         done, cache = cache_steps(pipe, _policy(recipe.cache, transformer, family, name))
@@ -84,6 +91,16 @@ def _apply(
     if recipe.offload and recipe.offload.kind == "model":  # last: its hooks wrap the forward
         applied.append(offload_models(pipe))
     return cache
+
+
+def _run_on_engine(pipe: Any, family: Family, recipe: Engine, sampling: Sampling | None) -> Applied:
+    """The blocks as an engine, exported first where it is not yet there; the log says how far."""
+    from hasten.engines.load import load_body
+
+    body = load_body(pipe, recipe, sampling, logger.info)
+    what = f"the blocks in {recipe.precision} by {body.driver.what}"
+    close = body.driver.close
+    return run_on_engine(pipe, family, body, what, close=close, release=recipe.release)
 
 
 def _speed_up_a_step(pipe: Any, recipe: Recipe, family: Family, applied: list[Applied]) -> None:

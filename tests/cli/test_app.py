@@ -14,7 +14,7 @@ import pytest
 import hasten
 from tests.cli.conftest import Run
 
-COMMANDS = ("generate", "bench", "recipes", "doctor")
+COMMANDS = ("generate", "bench", "recipes", "doctor", "export")
 PROGRAM = [sys.executable, "-c", "import sys; from hasten.cli import main; sys.exit(main())"]
 
 

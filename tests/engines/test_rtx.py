@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import hasten.engines.rtx as rtx
+from hasten.engines import rtx
 from hasten.errors import EngineError
 
 trt = pytest.importorskip("tensorrt_rtx")

@@ -15,6 +15,7 @@ from hasten.chatter import quiet_libraries
 from hasten.cli.bench import bench
 from hasten.cli.calibrate import calibrate
 from hasten.cli.doctor import doctor
+from hasten.cli.export import export
 from hasten.cli.failure import explain
 from hasten.cli.generate import generate
 from hasten.cli.recipes import recipes
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(bench)
 app.command()(calibrate)
+app.add_typer(export, name="export")
 app.add_typer(recipes, name="recipes")
 app.command()(doctor)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.step import OUTPUT
 from hasten.errors import EngineError
 
@@ -24,11 +25,10 @@ class OnnxRuntime:
     """Runs a graph file in which nothing is bfloat16."""
 
     def __init__(self, graph: Path) -> None:
-        import onnxruntime as ort
-
+        ort = needed("onnxruntime")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors alone
+        options.log_severity_level = 4  # what is wrong comes as an exception
         try:
             self.session: Any = ort.InferenceSession(
                 str(graph), options, providers=["CPUExecutionProvider"]

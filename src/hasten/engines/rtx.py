@@ -48,7 +48,7 @@ class RtxEngine:
             self.context: Any = self.engine.create_execution_context(config)
             if self.context is None:
                 raise _refused(plan, self.said.errors)
-            self.stream: Any = torch.cuda.Stream(device)
+            self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.dtypes = {
             name: _dtype(trt, self.engine.get_tensor_dtype(name))
             for name in (
@@ -99,7 +99,7 @@ class RtxEngine:
 def _messages(trt: Any) -> Any:
     """A logger that keeps errors: TensorRT gives its reasons nowhere else."""
 
-    class Messages(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Messages(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

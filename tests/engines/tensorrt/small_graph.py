@@ -16,7 +16,7 @@ CHANNELS, HEAD = 64, 16
 
 
 def write_small_graph(folder: Path, *, text: int = SHAPES.text) -> Path:
-    """velocity = latents · W + means of the other inputs, in float16, the weight in its own file."""
+    """velocity = latents · W + means of the other inputs, in float16, W in its own file."""
     folder.mkdir(parents=True, exist_ok=True)
     half, single = TensorProto.FLOAT16, TensorProto.FLOAT
     given = [

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hasten.calibration.learn import request_of
+from hasten.check import refuse_optimized
 from hasten.copying import structural_copy
 from hasten.engines.tensorrt.export import refuse_adapters
 from hasten.engines.tensorrt.packages import needed
@@ -56,21 +56,24 @@ def calibrate(
     (Model Optimizer is missing; a model that is offloaded or compiled) and AlreadyOptimizedError.
     """
     if not prompts:
-        raise InputError("there are no prompts to calibrate on", "16 are enough")
+        raise InputError("there are no prompts to calibrate on", "a few are enough")
     if method not in METHODS:
         raise EngineError(f"no calibration is called {method!r}", f"one of {', '.join(METHODS)}")
+    refuse_optimized(pipe)
     refuse_adapters(pipe.transformer)
-    request = request_of(pipe, prompts, steps, seed, 1, arguments)
-    plain = structural_copy(request.pipe)
+    plain = structural_copy(pipe)
+    plain.set_progress_bar_config(disable=True)
     names = [name for name, _ in family.quantizable(plain.transformer)]
     if method == "smoothquant":
         _own_weights(plain.transformer, names)
 
     def draw(model: nn.Module) -> None:
         plain.transformer = model
-        for index in range(len(prompts)):
+        for index, prompt in enumerate(prompts):
             tell(f"calibrating: prompt {index + 1} of {len(prompts)}")
-            request.run(plain, range(index, index + 1))
+            noise = torch.Generator().manual_seed(seed + index)
+            latents = {"output_type": "latent", "generator": noise}
+            plain(prompt, num_inference_steps=steps, **latents, **arguments)
 
     watched = _watch(plain.transformer, names, method, draw)
     return {name: _found(name, watched.get_submodule(name), method) for name in names}

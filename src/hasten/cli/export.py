@@ -1,0 +1,222 @@
+"""`hasten export`: what a model becomes for other runtimes; TensorRT engines so far."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli import options
+from hasten.errors import Faults, InputError
+
+if TYPE_CHECKING:
+    from hasten.engines.tensorrt.manifest import Manifest
+    from hasten.engines.tensorrt.preflight import Asked
+    from hasten.settings import CallOptions, Settings
+
+export = typer.Typer(help="Engines for runtimes other than torch.", rich_markup_mode=None)
+
+PROMPTS = 4
+
+
+@export.callback(invoke_without_command=True)
+def _help_by_default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@export.command()
+def tensorrt(
+    *,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SM,SM",
+            help="GPUs to build one engine for, such as sm86,sm89,sm120; none: the graph alone.",
+        ),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(metavar="bf16|fp16|fp8", help="fp8 needs sm89 or later, bf16 sm80.")
+    ] = "fp8",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where it goes.")] = Path("engine"),
+    max_size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="The largest picture.  [default: 2048x2048]"),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(metavar="max|smoothquant", help="How fp8 finds its scales.")
+    ] = "max",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One prompt a line.  [default: the model's set]"),
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = PROMPTS,
+    no_verify: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Do not hold the graph to torch, with onnxruntime."),
+    ] = False,
+    model: options.Model = "tiny",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    steps: options.Steps = None,
+    max_sequence_length: options.MaxSequenceLength = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Build a TensorRT for RTX engine, on a machine that needs no GPU."""
+    from hasten.settings import CallOptions
+
+    called = CallOptions(model, device, dtype, steps=steps, max_sequence_length=max_sequence_length)
+    graph = Graph(precision, target, max_size, calibration, verify=not no_verify)
+    request = _request(called, graph, out, prompts, limit)
+    manifest = _before(request) or _exported(request)
+    _print_result(manifest, out, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is to be exported, as it was asked for."""
+
+    precision: str
+    target: str | None
+    max_size: str | None
+    calibration: str
+    verify: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that was asked for, looked at."""
+
+    called: CallOptions
+    settings: Settings
+    asked: Asked
+    prompts: tuple[str, ...]
+    out: Path
+
+
+def _request(
+    called: CallOptions, graph: Graph, out: Path, prompts: Path | None, limit: int
+) -> Request:
+    """Look at all of the input, and raise everything that is wrong with it at once."""
+    from hasten.engines.tensorrt.preflight import LARGEST, Asked, check_request
+    from hasten.engines.tensorrt.targets import parse_targets
+    from hasten.machine import machine
+    from hasten.prompts import read_prompts
+    from hasten.recipe import parse_size
+    from hasten.settings import Settings, chosen_settings, model_defaults, whole_number
+
+    faults = Faults()
+    defaults = model_defaults(called.model, faults)
+    settings = chosen_settings(called, Settings.of_model(defaults), faults)
+    targets: tuple[str, ...] = ()
+    size, texts = LARGEST, []
+    with faults.gather():
+        if graph.target is None:
+            raise InputError(
+                "--target is missing: the GPUs to build for",
+                "for example --target sm89 (RTX 40), or --target none for the graph alone",
+            )
+        targets = parse_targets(graph.target)
+    with faults.gather():
+        size = LARGEST if graph.max_size is None else parse_size(graph.max_size)
+    count = whole_number("limit", limit, PROMPTS, (1, 1000), faults)
+    with faults.gather():
+        texts = read_prompts(prompts or defaults.prompts, limit=count)
+    if called.device not in ("auto", "cpu"):  # these two are always there: no need to look
+        with faults.gather():
+            machine().usable_device(called.device)
+    asked = Asked(graph.precision, targets, size, graph.calibration, graph.verify)
+    check_request(asked, out, faults)
+    faults.raise_any()
+    return Request(called, settings, asked, tuple(texts), out)
+
+
+def _before(request: Request) -> Manifest | None:
+    """What this very request wrote earlier, if it is still there and whole. Loads no torch."""
+    from hasten.engines.tensorrt.stages import finished
+    from hasten.engines.tensorrt.store import Store
+
+    key = _key(request)
+    return None if key is None else finished(Store(tell=_tell), key, request.out)
+
+
+def _exported(request: Request) -> Manifest:
+    from hasten.cli.progress import ProgressBar, silence_library_bars
+
+    with ProgressBar() as progress:
+        progress.stage("loading")
+        silence_library_bars()
+        from hasten.engines.tensorrt.stages import export_tensorrt, remember
+        from hasten.engines.tensorrt.store import Store
+        from hasten.models import load_pipeline
+
+        called, asked = request.called, request.asked
+        pipe = load_pipeline(called.model, device=called.device, dtype=called.dtype)
+        manifest = export_tensorrt(
+            pipe,
+            request.out,
+            precision=asked.precision,
+            targets=asked.targets,
+            max_size=asked.max_size,
+            method=asked.method,
+            prompts=request.prompts,
+            steps=request.settings.steps,
+            max_sequence_length=request.settings.max_sequence_length,
+            verify=asked.verify,
+            model=_shown(called.model),
+            tell=_tell,
+            show=progress.stage,
+        )
+    if key := _key(request):  # now: loading may have fetched the model
+        remember(Store(), key, request.out)
+    return manifest
+
+
+def _key(request: Request) -> str | None:
+    """Of the request and the model's files by size and time; None where there are none to see."""
+    from hasten.engines.tensorrt.stages import request_key
+    from hasten.models.defaults import model_directory
+
+    called = request.called
+    directory = model_directory(called.model)
+    if directory is None and not called.model.startswith("shape:"):
+        return None  # on the hub, which has to be asked
+    return request_key(directory or called.model, asdict(request))
+
+
+def _shown(model: str) -> str:
+    """A model's name without the folders it lies in."""
+    from hasten.models.defaults import model_directory
+
+    directory = model_directory(model)
+    return model if directory is None or model == "tiny" else directory.resolve().name
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_result(manifest: Manifest, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(manifest.model_dump_json(by_alias=True, indent=2))
+        return
+    what = f"engine for {', '.join(manifest.targets)}" if manifest.targets else "graph"
+    size = sum(entry.bytes for entry in manifest.files.values())
+    seen = _seen(manifest)
+    print(f"{out}: {manifest.precision} {what} of {manifest.model}, {size / 1e6:.1f} MB; {seen}")
+
+
+def _seen(manifest: Manifest) -> str:
+    """How far the graph was from torch, in a few words."""
+    found: Any = manifest.verification
+    if found is None:
+        return "the graph was not verified"
+    worst = max(size["whole"] for size in found["sizes"])
+    blocks = max(max(size["blocks"].values()) for size in found["sizes"])
+    if manifest.precision == "fp8":
+        return f"error of a block against torch at most {blocks:.1e}"
+    return f"error against torch at most {worst:.1e}"

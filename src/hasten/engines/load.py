@@ -1,0 +1,104 @@
+"""From a recipe's `[engine]` to the body that runs: find or make the export, load its driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hasten.engines.body import Driver, EngineBody
+from hasten.engines.onnxruntime import OnnxRuntime
+from hasten.engines.tensorrt.files import GRAPH
+from hasten.engines.tensorrt.manifest import Manifest
+from hasten.engines.tensorrt.stages import ENGINE, export_tensorrt, weights_digest
+from hasten.engines.tensorrt.step import Shapes
+from hasten.engines.tensorrt.store import Store, content_key
+from hasten.engines.tensorrt.twin import float32_twin
+from hasten.errors import EngineError, InputError
+from hasten.recipe import Engine, Sampling, parse_size
+
+__all__ = ["load_body"]
+
+
+def load_body(
+    pipe: Any, recipe: Engine, sampling: Sampling | None, tell: Callable[[str], None]
+) -> EngineBody:
+    """The engine that `[engine]` asks for, on the pipeline's device.
+
+    sampling: steps to calibrate at and the text length of every call, the model's own by default.
+
+    Without a path, what is missing of the export is made, which takes minutes for a large model,
+    and kept for the next time; `tell` hears each stage. Raises EngineError or InputError where the
+    export is of another model or precision, damaged, or has no engine for this GPU.
+    """
+    target = _target(pipe.device) if recipe.kind == "tensorrt" else None
+    if recipe.path is None:
+        manifest = export_tensorrt(
+            pipe,
+            None,
+            precision=recipe.precision,
+            targets=() if target is None else (target,),
+            max_size=None if recipe.max_size is None else parse_size(recipe.max_size),
+            method=recipe.calibration,
+            steps=None if sampling is None else sampling.steps,
+            max_sequence_length=None if sampling is None else sampling.max_sequence_length,
+            tell=tell,
+        )
+    else:
+        manifest = _written(Path(recipe.path), pipe, recipe, target)
+    assert manifest.folder is not None  # it was read from there
+    driver = _driver(recipe.kind, manifest, manifest.folder, pipe.device, tell)
+    tokens = manifest.shapes
+    return EngineBody(driver, Shapes(tokens.text, tokens.least, tokens.best, tokens.most))
+
+
+def _driver(
+    kind: str, manifest: Manifest, folder: Path, device: Any, tell: Callable[[str], None]
+) -> Driver:
+    if kind == "tensorrt":
+        from hasten.engines.rtx import RtxEngine
+
+        return RtxEngine(folder / ENGINE, device)
+    if manifest.precision == "fp16":
+        return OnnxRuntime(folder / GRAPH)
+    files = {name: entry.sha256 for name, entry in manifest.files.items() if GRAPH in name}
+
+    def make(draft: Path) -> dict[str, Any]:
+        float32_twin(folder / GRAPH, draft)
+        return {}
+
+    return OnnxRuntime(Store(tell=tell).stage("twin", content_key(files), make).folder / GRAPH)
+
+
+def _written(folder: Path, pipe: Any, recipe: Engine, target: str | None) -> Manifest:
+    """What `hasten export tensorrt` wrote, held to the recipe, the model and its own files."""
+    manifest = Manifest.read(folder)
+    if manifest.precision != recipe.precision:
+        raise InputError(
+            f"{folder} holds {manifest.precision}, and engine.precision is {recipe.precision!r}",
+            f'set engine.precision = "{manifest.precision}", or export anew',
+        )
+    if target is not None and target not in manifest.targets:
+        built = ", ".join(manifest.targets) or "no GPU"
+        raise EngineError(
+            f"{folder} has an engine for {built}, and this GPU is {target}",
+            f"export anew with --target {target}",
+        )
+    if damaged := manifest.damaged(folder):
+        raise EngineError(
+            [f"{folder / name}: missing or damaged" for name in damaged], "export anew"
+        )
+    if manifest.weights != weights_digest(pipe.transformer):
+        raise EngineError(
+            f"{folder} was exported from other weights than this pipeline's",
+            "export anew from this model, with its LoRA adapters fused",
+        )
+    return manifest
+
+
+def _target(device: Any) -> str:
+    """The GPU's own, such as sm89; `check` has seen to it that there is one."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"

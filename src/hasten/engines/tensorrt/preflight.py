@@ -1,0 +1,203 @@
+"""What would stop an export, all of it at once, before anything is made."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from hasten.engines.tensorrt.manifest import MANIFEST
+from hasten.engines.tensorrt.memory import status_bytes
+from hasten.engines.tensorrt.targets import check_targets
+from hasten.errors import Faults, InputError, UnsupportedError
+from hasten.machine import Machine
+from hasten.recipe import Engine, parse_size
+
+__all__ = ["METHODS", "Asked", "check_model", "check_request", "graph_bytes"]
+
+METHODS: tuple[str, ...] = get_args(Engine.model_fields["calibration"].annotation)
+LARGEST = (2048, 2048)  # pixels, where nobody says
+PIXELS_A_TOKEN = 16  # along each side
+FEWEST_TOKENS = 4  # of the largest picture: a profile needs room
+
+GIB = 1 << 30
+BUILD_FACTOR = 2.5  # peak of the builder by the bytes of the graph's weights, measured
+BUILD_BASE = GIB // 2
+SINGLE = 4  # bytes: the check runs in float32, once in onnxruntime and once in torch
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be exported. targets: () for the graph alone; max_size: width and height of the
+    largest picture in pixels; method: how FP8 is calibrated."""
+
+    precision: str
+    targets: tuple[str, ...]
+    max_size: tuple[int, int] = LARGEST
+    method: str = METHODS[0]
+    verify: bool = True
+
+    @property
+    def most_tokens(self) -> int:
+        """Image tokens of the largest picture."""
+        width, height = self.max_size
+        return (width // PIXELS_A_TOKEN) * (height // PIXELS_A_TOKEN)
+
+
+def check_request(asked: Asked, out: Path | None, faults: Faults) -> None:
+    """Note what is wrong with the request, whatever the model. Loads neither torch nor packages."""
+    for check in (_check_system, _check_packages, _check_size, _check_method):
+        with faults.gather():
+            check(asked)
+    with faults.gather():
+        check_targets(asked.targets, asked.precision)
+    if out is not None:
+        with faults.gather():
+            _check_out(out)
+
+
+def check_model(
+    asked: Asked,
+    transformer: Any,
+    family: Any,
+    places: Mapping[Path, float],
+    machine: Machine,
+    faults: Faults,
+) -> None:
+    """Note what is wrong with exporting this transformer here: adapters, memory, disk.
+
+    places: folders with how many times the graph's bytes each has to take.
+    """
+    from hasten.engines.tensorrt.export import refuse_adapters
+
+    with faults.gather():
+        refuse_adapters(transformer)
+    if asked.precision not in get_args(Engine.model_fields["precision"].annotation):
+        return  # noted already, and there is no size without it
+    weights = graph_bytes(transformer, family, asked.precision)
+    with faults.gather():
+        _check_memory(asked, weights, _parameters(transformer, family), machine)
+    with faults.gather():
+        _check_disk(weights, places)
+
+
+def graph_bytes(transformer: Any, family: Any, precision: str) -> int:
+    """Bytes of the weights in the graph, a little too many: what makes the text's embedding is
+    counted too. Modulations are not in it; FP8 holds a byte for each weight that it quantises."""
+    halves = 2 * _parameters(transformer, family)
+    if precision != "fp8":
+        return halves
+    return halves - sum(int(linear.weight.numel()) for _, linear in family.quantizable(transformer))
+
+
+def _parameters(transformer: Any, family: Any) -> int:
+    norms = [norm for _, norm in family.modulated_norms(transformer)]
+    modulations = sum(p.numel() for norm in norms for p in norm.linear.parameters())
+    return int(sum(p.numel() for p in transformer.parameters()) - modulations)
+
+
+def _check_system(_: Asked) -> None:
+    if sys.platform != "linux":
+        raise UnsupportedError(
+            f"engines are exported on Linux, and this is {sys.platform}",
+            "run it on Linux, or on Windows in WSL 2; the engine can be run elsewhere",
+        )
+
+
+def _check_packages(asked: Asked) -> None:
+    wanted = {
+        "onnx": True,
+        "onnx_ir": True,
+        "onnxscript": True,
+        "onnxruntime": asked.verify,
+        "tensorrt_rtx": bool(asked.targets),
+        "modelopt": asked.precision == "fp8",
+    }
+    missing = [name for name, needed in wanted.items() if needed and not _installed(name)]
+    if missing:
+        raise UnsupportedError(
+            f"not installed: {', '.join(missing)}", "pip install 'hasten[tensorrt]'"
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # ValueError: it is there without a specification
+        return False
+
+
+def _check_size(asked: Asked) -> None:
+    width, height = asked.max_size
+    parse_size(f"{width}x{height}")
+    if asked.most_tokens < FEWEST_TOKENS:
+        raise InputError(
+            f"the largest size {width}x{height} is too small for an engine",
+            "32x32 is the smallest, 2048x2048 what nobody has to ask for",
+        )
+
+
+def _check_method(asked: Asked) -> None:
+    if asked.method not in METHODS:
+        raise InputError(
+            f"no calibration is called {asked.method!r}", f"one of {', '.join(METHODS)}"
+        )
+
+
+def _check_out(out: Path) -> None:
+    """It can be made, or replaced without losing what no export wrote."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: a file, not a folder", "choose another --out")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    around = existing.absolute().parent if existing == out else existing
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise InputError(f"{around}: cannot be written", "choose another --out")
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise InputError(
+            f"{out}: there are files in it that no export wrote",
+            "choose another --out, or move them away",
+        )
+
+
+def _check_memory(asked: Asked, weights: int, parameters: int, machine: Machine) -> None:
+    if machine.ram_bytes is None:
+        return
+    ours = status_bytes("RssAnon") or 0
+    needs = {"exporting": ours + BUILD_BASE}
+    if asked.targets:
+        needs["building"] = ours + int(BUILD_FACTOR * weights) + BUILD_BASE
+    if asked.verify:
+        needs["checking the graph"] = ours + 2 * SINGLE * parameters
+    what = max(needs, key=lambda name: needs[name])
+    if needs[what] <= machine.ram_bytes:
+        return
+    fewer = " or --no-verify" if what == "checking the graph" else ""
+    raise UnsupportedError(
+        f"{what} takes about {needs[what] / GIB:.1f} GiB of memory, "
+        f"this machine has {machine.ram_bytes / GIB:.1f}",
+        f"use a machine with more memory, --dtype bfloat16 for the model that is loaded{fewer}",
+    )
+
+
+def _check_disk(weights: int, places: Mapping[Path, float]) -> None:
+    """Folders on one disk share what it has."""
+    needed: dict[int, float] = {}
+    sample: dict[int, Path] = {}
+    for place, times in places.items():
+        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        device = existing.stat().st_dev
+        needed[device] = needed.get(device, 0) + times * weights
+        sample[device] = existing
+    for device, bytes_needed in needed.items():
+        free = shutil.disk_usage(sample[device]).free
+        if free < bytes_needed:
+            raise UnsupportedError(
+                f"the export takes about {bytes_needed / GIB:.1f} GiB on the disk of "
+                f"{sample[device]}, which has {free / GIB:.1f} free",
+                "free some space, or choose another --out, or set HASTEN_CACHE to another disk",
+            )

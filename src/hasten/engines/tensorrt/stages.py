@@ -1,0 +1,508 @@
+"""The whole way to an engine: preflight → calibrate → export → verify → build → write.
+
+Each stage is kept under a key of all that it depends on, so that an interrupted export goes on
+where it was, and one that differs in part repeats only that part. Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.check import refuse_optimized
+from hasten.engines.tensorrt.build import build
+from hasten.engines.tensorrt.files import GRAPH
+from hasten.engines.tensorrt.manifest import (
+    MANIFEST,
+    Calibration,
+    FileEntry,
+    Manifest,
+    Stage,
+    Tokens,
+)
+from hasten.engines.tensorrt.memory import PeakMemory
+from hasten.engines.tensorrt.preflight import METHODS, Asked, check_model, check_request
+from hasten.engines.tensorrt.store import (
+    FIX_SPACE,
+    Done,
+    Store,
+    Tell,
+    content_key,
+    facts_of_file,
+    out_of_space,
+    sync,
+)
+from hasten.errors import EngineError, Faults, InputError
+from hasten.machine import machine, version_of
+from hasten.models.defaults import ModelDefaults, defaults_for
+from hasten.prompts import read_prompts
+
+if TYPE_CHECKING:
+    import torch
+
+    from hasten.engines.tensorrt.step import Shapes
+    from hasten.models.family import Family
+
+__all__ = [
+    "ENGINE",
+    "PROMPTS",
+    "export_tensorrt",
+    "finished",
+    "remember",
+    "request_key",
+    "weights_digest",
+]
+
+ENGINE, AMAX = "engine.plan", "amax.safetensors"
+STAGES = 1  # raise it when what a stage makes of the same input changes
+PROMPTS = 4  # to calibrate on, where nobody says which
+LEAST_TOKENS = 64  # image tokens of the smallest picture, where the model is not smaller: 128x128
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
+    "nvidia-modelopt", "tensorrt-rtx-cu13",
+)  # fmt: skip
+# Times the graph's bytes that the store takes: graph, engine and the float32 twin; and out.
+IN_STORE, IN_OUT = 6.0, 2.0
+
+
+def export_tensorrt(
+    pipe: Any,
+    out: Path | None,
+    *,
+    precision: str,
+    targets: Sequence[str],
+    max_size: tuple[int, int] | None = None,
+    method: str = METHODS[0],
+    prompts: Sequence[str] | None = None,
+    steps: int | None = None,
+    max_sequence_length: int | None = None,
+    verify: bool = True,
+    model: str | None = None,
+    tell: Tell = lambda _: None,
+    show: Tell = lambda _: None,
+) -> Manifest:
+    """Export the transformer of a pipeline, build one engine for all targets, and write both.
+
+    out: a folder; None keeps it in the cache, where `Manifest.folder` says. targets: () for the
+    graph alone. max_size: width and height in pixels. prompts, steps: to calibrate FP8 with; the
+    model's own by default. max_sequence_length: the text tokens of every call, the model's own by
+    default. `tell` hears one line a stage and what was found damaged, `show` what goes on inside
+    one. The pipeline stays as it was.
+
+    Raises what would stop it at once, before anything is made; EngineError where a stage fails.
+    Finished stages are kept then and a repeat goes on behind them; `out` is written whole or not at
+    all.
+    """
+    given = {} if max_size is None else {"max_size": max_size}
+    asked = Asked(precision, tuple(targets), method=method, verify=verify, **given)
+    started = time.perf_counter()
+    faults = Faults()
+    check_request(asked, out, faults)
+    with faults.gather():
+        refuse_optimized(pipe)
+    store, family = Store(tell=tell), _family(pipe, faults)
+    places = {store.root: IN_STORE}
+    places[out.absolute() if out else store.root / "exports"] = IN_OUT
+    if family is not None:
+        check_model(asked, pipe.transformer, family, places, machine(), faults)
+    faults.raise_any()
+    assert family is not None  # else a fault was raised
+    defaults = _defaults(pipe)
+    export = _Export(
+        pipe=pipe,
+        family=family,
+        asked=asked,
+        defaults=defaults,
+        text=max_sequence_length or defaults.max_sequence_length,
+        prompts=list(prompts or read_prompts(defaults.prompts, limit=PROMPTS)),
+        steps=steps or defaults.steps,
+        store=store,
+        tell=tell,
+        show=show,
+    )
+    export.weights = weights_digest(pipe.transformer)
+    _report(tell, "preflight", time.perf_counter() - started)
+    return export.run(model or _name(pipe), out)
+
+
+@dataclass
+class _Export:
+    """One export on its way. Each stage method leaves what the next ones need."""
+
+    pipe: Any
+    family: Family
+    asked: Asked
+    defaults: ModelDefaults
+    text: int
+    prompts: list[str]
+    steps: int
+    store: Store
+    tell: Tell
+    show: Tell
+    weights: str = ""
+    stages: list[Stage] = field(default_factory=list)
+
+    def run(self, model: str, out: Path | None) -> Manifest:
+        calibrated = self.calibrate() if self.asked.precision == "fp8" else None
+        graph = self.export(calibrated)
+        verification = self.verify(graph, calibrated) if self.asked.verify else None
+        made = [done for done in (calibrated, graph) if done is not None]
+        if self.asked.targets:
+            made.append(self.build(graph))
+        start = time.perf_counter()
+        manifest = self.manifest(model, made, calibrated, verification)
+        files = {name: done.folder / name for done in made for name in done.files}
+        written = _write(manifest, files, out, self.store)
+        _report(self.tell, "write", time.perf_counter() - start)
+        return written
+
+    def calibrate(self) -> Done:
+        settings: dict[str, Any] = {
+            "height": self.defaults.height,
+            "width": self.defaults.width,
+            "guidance_scale": self.defaults.guidance,
+            "max_sequence_length": self.text,
+        }
+        key = {
+            "pipeline": _pipeline_digest(self.pipe),
+            "method": self.asked.method,
+            "prompts": self.prompts,
+            "steps": self.steps,
+            "settings": settings,
+        }
+
+        def make(folder: Path) -> dict[str, Any]:
+            from hasten.engines.tensorrt.calibrate import calibrate, save
+
+            method: Any = self.asked.method
+            amax = calibrate(
+                self.pipe,
+                self.family,
+                self.prompts,
+                steps=self.steps,
+                method=method,
+                tell=self.show,
+                **settings,
+            )
+            save(amax, folder / AMAX)
+            return {}
+
+        return self.stage("calibrate", key, make)
+
+    def export(self, calibrated: Done | None) -> Done:
+        transformer = self.pipe.transformer
+        key = {
+            "config": _config(transformer),
+            "weights": weights_digest(transformer, _dtype(self.asked.precision)),
+            "precision": self.asked.precision,
+            "amax": _digests(calibrated),
+            "text": self.text,
+        }
+
+        def make(folder: Path) -> dict[str, Any]:
+            from hasten.engines.tensorrt.export import export_onnx
+
+            precision, amax = self.asked.precision, _load(calibrated)
+            export_onnx(transformer, self.family, precision, amax, self.shapes, folder)
+            return {}
+
+        return self.stage("export", key, make)
+
+    def verify(self, graph: Done, calibrated: Done | None) -> dict[str, Any]:
+        key = {
+            "graph": _digests(graph),
+            "weights": self.weights,
+            "amax": _digests(calibrated),
+            "shapes": asdict(self.shapes),
+        }
+
+        def make(folder: Path) -> dict[str, Any]:
+            from hasten.engines.tensorrt.verify import verify
+
+            scratch = folder / "scratch"
+            scratch.mkdir()
+            found = verify(
+                self.pipe.transformer,
+                self.family,
+                graph.folder / GRAPH,
+                self.asked.precision,
+                _load(calibrated),
+                self.shapes,
+                scratch,
+                self.show,
+            )
+            shutil.rmtree(scratch)
+            return {"verification": found.model_dump(mode="json")}
+
+        found: dict[str, Any] = self.stage("verify", key, make).facts["verification"]
+        return found
+
+    def build(self, graph: Done) -> Done:
+        key = {
+            "graph": _digests(graph),
+            "targets": self.asked.targets,
+            "shapes": asdict(self.shapes),
+        }
+
+        def make(folder: Path) -> dict[str, Any]:
+            targets, path = self.asked.targets, graph.folder / GRAPH
+            built = build(path, folder / ENGINE, targets, self.shapes, self.show)
+            return {"peak_bytes": built.peak_bytes}
+
+        return self.stage("build", key, make)
+
+    def stage(self, name: str, key: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Done:
+        """One stage of the store under its whole key, timed and told of."""
+
+        def watched(folder: Path) -> dict[str, Any]:
+            with PeakMemory() as peak:
+                facts = make(folder)
+            return {"peak_bytes": peak.bytes, **facts}
+
+        self.show(name)
+        whole = {**key, "stages": STAGES, "versions": _versions()}
+        start = time.perf_counter()
+        done = self.store.stage(name, content_key(whole), watched)
+        _report(self.tell, name, time.perf_counter() - start, cached=done.cached)
+        peak = done.facts["peak_bytes"]
+        self.stages.append(
+            Stage(name=name, seconds=done.seconds, peak_bytes=peak, cached=done.cached)
+        )
+        return done
+
+    @property
+    def shapes(self) -> Shapes:
+        from hasten.engines.tensorrt.step import Shapes
+
+        most = self.asked.most_tokens
+        own = (self.defaults.width // 16) * (self.defaults.height // 16)
+        least = min(LEAST_TOKENS, own, most // 2)
+        return Shapes(text=self.text, least=least, best=max(least, min(own, most)), most=most)
+
+    def manifest(
+        self,
+        model: str,
+        made: Sequence[Done],
+        calibrated: Done | None,
+        verification: dict[str, Any] | None,
+    ) -> Manifest:
+        from hasten.models.modulations import Modulations
+
+        transformer = self.pipe.transformer
+        return Manifest(
+            hasten=version_of("hasten") or "not installed",
+            model=model,
+            family=self.family.name,
+            weights=self.weights,
+            precision=self.asked.precision,  # type: ignore[arg-type]  # checked by preflight
+            targets=self.asked.targets,
+            shapes=Tokens(**asdict(self.shapes)),
+            channels=transformer.config.in_channels,
+            text_dim=transformer.inner_dim,
+            row_width=Modulations(self.family.modulated_norms(transformer)).width,
+            head_dim=transformer.config.attention_head_dim,
+            calibration=None if calibrated is None else self.calibration(calibrated),
+            files={
+                name: FileEntry(**facts._asdict())
+                for done in made
+                for name, facts in done.files.items()
+            },
+            stages=tuple(self.stages),
+            verification=verification,
+            versions=_versions(),
+        )
+
+    def calibration(self, calibrated: Done) -> Calibration:
+        return Calibration(
+            method=self.asked.method,
+            prompts=len(self.prompts),
+            steps=self.steps,
+            sha256=calibrated.files[AMAX].sha256,
+        )
+
+
+def weights_digest(transformer: Any, dtype: torch.dtype | None = None) -> str:
+    """sha256 over names, shapes and values of all tensors, rounded to `dtype` (bfloat16).
+
+    Rounded, so that a model and its copy in another dtype agree, and because a graph holds no more.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(transformer.state_dict().items()):
+        if tensor.is_meta:
+            raise EngineError(
+                f"the tensor {name} of the transformer has no values",
+                "load the whole model before exporting it, nothing offloaded",
+            )
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        rounded = tensor.to(dtype or torch.bfloat16) if tensor.is_floating_point() else tensor
+        flat = rounded.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def request_key(model: Path | str, request: Mapping[str, Any]) -> str:
+    """Of a request and the model that it names: a directory, by sizes and times of its files, or a
+    shape. request: values that JSON can hold, or paths."""
+    files: list[Any] = [model]
+    if isinstance(model, Path):
+        files = [
+            (path.relative_to(model).as_posix(), facts.st_size, facts.st_mtime_ns)
+            for path in sorted(model.rglob("*"))
+            if path.is_file() and (facts := path.stat())
+        ]
+    plain = json.loads(json.dumps(request, default=str))
+    return content_key(
+        {"request": plain, "model": files, "stages": STAGES, "versions": _versions()}
+    )
+
+
+def finished(store: Store, key: str, out: Path) -> Manifest | None:
+    """The export in `out` if a request with this key wrote it and its files are as they were."""
+    wanted = store.recall(key)
+    if wanted is None or wanted.get("out") != str(out.absolute()):
+        return None
+    try:
+        manifest = Manifest.read(out)
+    except InputError:
+        return None
+    same = facts_of_file(out / MANIFEST).sha256 == wanted.get("manifest")
+    return manifest if same and not manifest.damaged(out) else None
+
+
+def remember(store: Store, key: str, out: Path) -> None:
+    """Let `finished` know what a request led to."""
+    digest = facts_of_file(out / MANIFEST).sha256
+    store.remember(key, {"out": str(out.absolute()), "manifest": digest})
+
+
+def _write(manifest: Manifest, files: dict[str, Path], out: Path | None, store: Store) -> Manifest:
+    """Put all files into `out`, whole or not at all; what is there already stays as it is."""
+    content = {name: entry.sha256 for name, entry in manifest.files.items()}
+    shapes = manifest.shapes.model_dump()
+    unnamed = store.root / "exports" / content_key({**content, "shapes": shapes})
+    folder = (out or unnamed).absolute()
+    with store.locked("exports", content_key({"folder": str(folder)})):
+        there = _there(folder)
+        if there is not None and there.files == manifest.files and there.shapes == manifest.shapes:
+            damaged = manifest.damaged(folder)
+            if not damaged:
+                manifest.write(folder / MANIFEST)
+                return Manifest.read(folder)
+            store.tell(f"write: {', '.join(damaged)} in {folder} damaged, so it is written again")
+        try:
+            _replace(folder, manifest, files)
+        except OSError as error:
+            if out_of_space(error):
+                raise EngineError(f"{folder}: no space left for the export", FIX_SPACE) from error
+            raise InputError(
+                f"{folder}: cannot be written: {error.strerror or error}", "choose another --out"
+            ) from error
+    return Manifest.read(folder)
+
+
+def _replace(folder: Path, manifest: Manifest, files: dict[str, Path]) -> None:
+    """Copy beside it, then rename; what was there goes last. The caller holds the folder's lock, so
+    what a killed export left there can be removed."""
+    draft, before = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if before.exists() and not folder.exists():
+        os.replace(before, folder)  # killed between the two renames
+    for path in (draft, before):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        draft.mkdir()
+        for name, path in files.items():
+            shutil.copyfile(path, draft / name)
+            sync(draft / name)
+        manifest.write(draft / MANIFEST)
+        if folder.exists():
+            os.replace(folder, before)
+        os.replace(draft, folder)
+    except BaseException:
+        if before.exists():
+            os.replace(before, folder)
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _there(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.read(folder)
+    except InputError:
+        return None
+
+
+def _report(tell: Tell, name: str, seconds: float, *, cached: bool = False) -> None:
+    tell(f"{name:<10}{seconds:7.1f} s{'  (made before)' if cached else ''}")
+
+
+def _family(pipe: Any, faults: Faults) -> Any:
+    from hasten.models.family import family_of
+
+    with faults.gather():
+        return family_of(pipe)
+    return None
+
+
+def _defaults(pipe: Any) -> ModelDefaults:
+    """The model's own where the pipeline was loaded from a directory that has them."""
+    name = getattr(pipe, "name_or_path", None)
+    found = defaults_for(name) if name else ModelDefaults()
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    return found if name else found.model_copy(update={"width": side, "height": side})
+
+
+def _name(pipe: Any) -> str:
+    """What the pipeline was loaded as; of a directory, its last part: paths stay private."""
+    return Path(getattr(pipe, "name_or_path", None) or type(pipe).__name__).name
+
+
+def _pipeline_digest(pipe: Any) -> dict[str, Any]:
+    """All that a drawing depends on: modules by their weights and configuration."""
+    found: dict[str, Any] = {"dtype": str(pipe.dtype), "device": pipe.device.type}
+    for name, component in sorted(pipe.components.items()):
+        if hasattr(component, "state_dict") and name != "vae":
+            found[name] = weights_digest(component)
+        if hasattr(component, "config"):
+            found[f"{name}.config"] = _config(component)
+    return found
+
+
+def _config(component: Any) -> dict[str, Any]:
+    """Configuration as JSON values, without what is private: where it was loaded from, versions."""
+    config = component.config
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    public = {key: value for key, value in values.items() if not key.startswith("_")}
+    found: dict[str, Any] = json.loads(json.dumps(public, sort_keys=True, default=str))
+    return found
+
+
+def _dtype(precision: str) -> torch.dtype:
+    from hasten.engines.tensorrt.export import DTYPES
+
+    return DTYPES[precision]
+
+
+def _load(calibrated: Done | None) -> Any:
+    from hasten.engines.tensorrt.calibrate import load
+
+    return None if calibrated is None else load(calibrated.folder / AMAX)
+
+
+def _digests(done: Done | None) -> dict[str, str]:
+    return {} if done is None else {name: facts.sha256 for name, facts in done.files.items()}
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: version_of(name) for name in LIBRARIES}

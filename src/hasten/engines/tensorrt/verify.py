@@ -1,0 +1,303 @@
+"""Is the exported graph the function that torch computes? Asked of onnxruntime, on the CPU.
+
+Random inputs at two sizes, compared in two ways. As a whole: from the inputs to the velocity, each
+by itself. Block by block: each block of torch is fed what onnxruntime's block before it gave, so
+that nothing piles up, and a fault has an address.
+
+An FP8 graph is held to torch block by block alone. FP8 rounds so coarsely that a difference in the
+last bit of float32 flips codes, flipped codes flip others, and after a dozen blocks torch is as far
+from *itself*, its latents moved by 2^-20, as from onnxruntime. How far the whole lies apart, how
+far torch from itself, and how far from the model before it was quantised are reported beside it.
+
+onnxruntime multiplies no bfloat16 on a CPU. A graph in bfloat16 is checked as its float32 twin: the
+very nodes and values, against torch in float32 on the same rounded weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from hasten.engines.onnxruntime import OnnxRuntime
+from hasten.engines.tensorrt.export import in_precision
+from hasten.engines.tensorrt.qdq import Amax
+from hasten.engines.tensorrt.states import block_of, hooked, opened, state_name
+from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
+from hasten.engines.tensorrt.twin import float32_twin
+from hasten.errors import EngineError
+from hasten.models.family import Family
+
+__all__ = [
+    "BLOCK_BARS",
+    "WHOLE_BARS",
+    "SizeErrors",
+    "Verification",
+    "relative_error",
+    "sizes",
+    "verify",
+]
+
+WHOLE_BARS = {"bf16": 0.002, "fp16": 0.002}
+BLOCK_BARS = {"bf16": 0.001, "fp16": 0.01, "fp8": 0.01}
+"""Relative errors. A block's output is mostly its input, so a bar on blocks has to be low where the
+arithmetic allows it: bfloat16 graphs are compared in float32."""
+NUDGE = 2.0**-20
+SEED = 0
+AFTER = "after the blocks"
+"""Stands for a block's name where the output norm and projection are meant."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SizeErrors(_Record):
+    """Relative errors at one size, in height × width image tokens.
+
+    whole: the graph against torch, each by itself from the inputs to the velocity. blocks: by name,
+    the larger one of a block's outputs, where torch's block was fed what the graph's block before
+    it gave. Of fp8 alone: control, torch against itself with its latents moved by 2^-20, and
+    unquantised, the graph against the model in float32.
+    """
+
+    height: int
+    width: int
+    whole: float
+    blocks: dict[str, float]
+    control: float | None = None
+    unquantised: float | None = None
+
+    @property
+    def furthest(self) -> str:
+        """The block that lies furthest off."""
+        return max(self.blocks, key=self.blocks.__getitem__)
+
+
+class Verification(_Record):
+    """What was compared, how far apart it lay and how far it may. No `whole_bar`: the whole is not
+    held to anything."""
+
+    what: str
+    whole_bar: float | None
+    block_bar: float
+    sizes: tuple[SizeErrors, ...]
+    seconds: float
+
+    @property
+    def worst_whole(self) -> float:
+        return max(_or_infinity(size.whole) for size in self.sizes)
+
+    @property
+    def worst_block(self) -> float:
+        return max(size.blocks[size.furthest] for size in self.sizes)
+
+
+@torch.no_grad()
+def verify(
+    transformer: nn.Module,
+    family: Family,
+    graph: Path,
+    precision: str,
+    amax: Mapping[str, Amax] | None,
+    shapes: Shapes,
+    scratch: Path,
+    tell: Callable[[str], None],
+) -> Verification:
+    """Hold an exported graph to the transformer that it was exported from.
+
+    precision, amax, shapes: as at the export. scratch: an empty folder; a graph in bfloat16 gets
+    its float32 twin there. `tell` hears a line for each size. The transformer is left as it is.
+
+    Raises EngineError where the graph cannot be read or run, or misses the bar; it names the block
+    that lies furthest off. UnsupportedError where a package is missing.
+    """
+    began = time.perf_counter()
+    quantised = precision == "fp8"
+    runs = _run(transformer, family, graph, precision, shapes, scratch)
+    exact = _unquantised(transformer, family, runs) if quantised else [None] * len(runs)
+    twin = in_precision(transformer, precision, amax).eval().cpu()
+    step = Step(twin if precision == "fp16" else twin.float(), family)
+    found = []
+    for run, velocity in zip(runs, exact, strict=True):
+        found.append(_compare(run, step, velocity))
+        tell(_line(found[-1]))
+    verification = Verification(
+        what=f"{precision} graph in onnxruntime against torch, both on the CPU in "
+        f"{'float16' if precision == 'fp16' else 'float32'}",
+        whole_bar=WHOLE_BARS.get(precision),
+        block_bar=BLOCK_BARS[precision],
+        sizes=tuple(found),
+        seconds=time.perf_counter() - began,
+    )
+    _hold(verification, graph)
+    return verification
+
+
+def sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Two sizes within the profile, height × width in tokens: the fewest tokens, and half as many
+    again where that is allowed, each as square as can be; else the fewest in one row."""
+    larger = min(shapes.most, shapes.least * 3 // 2)
+    return _square(shapes.least), _square(larger) if larger > shapes.least else (1, larger)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected| over all elements, in float64; not finite where an element
+    is not."""
+    expected = expected.double()
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What onnxruntime made of one size's inputs: the velocity, and what the blocks gave, by the
+    names of `state_name`."""
+
+    height: int
+    width: int
+    inputs: dict[str, Tensor]
+    velocity: Tensor
+    states: dict[str, Tensor]
+
+
+def _run(
+    transformer: Any, family: Family, graph: Path, precision: str, shapes: Shapes, scratch: Path
+) -> list[_Run]:
+    """The graph at both sizes. Its session, and so its copy of the weights, is gone afterwards."""
+    path, names = opened(graph if precision == "fp16" else float32_twin(graph, scratch), scratch)
+    _check_complete(graph, family.repeated_blocks(transformer), names)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    driver, runs = _driver(path, graph), []
+    try:
+        for height, width in sizes(shapes):
+            drawn = sample(transformer, family, shapes, height, width, dtype, SEED)
+            inputs = {name: tensor.cpu() for name, tensor in drawn.items()}
+            made = driver.session.run([OUTPUT, *names], {n: x.numpy() for n, x in inputs.items()})
+            velocity, *states = map(torch.from_numpy, made)
+            runs.append(
+                _Run(height, width, inputs, velocity, dict(zip(names, states, strict=True)))
+            )
+    finally:
+        driver.close()
+    return runs
+
+
+def _driver(path: Path, graph: Path) -> OnnxRuntime:
+    """onnxruntime on the opened copy of a graph; errors name the graph."""
+    try:
+        return OnnxRuntime(path)
+    except EngineError as error:
+        raise EngineError([f"{graph}: {fault}" for fault in error.faults], error.fix) from error
+
+
+def _check_complete(graph: Path, blocks: list[tuple[str, nn.Module]], names: list[str]) -> None:
+    """A block whose output was optimised away would go unchecked."""
+    known = {block_of(name) for name in names}
+    missing = [name for name, _ in blocks if name not in known]
+    if missing:
+        raise EngineError(
+            f"{graph} does not name what {missing[0]} gives: it is of another model",
+            "delete the folder it is in and export again",
+        )
+
+
+def _unquantised(transformer: Any, family: Family, runs: list[_Run]) -> list[Tensor]:
+    """Velocities of the model as it was given, in float32."""
+    step = Step(copy.deepcopy(transformer).eval().cpu().float(), family)
+    return [step(**run.inputs) for run in runs]
+
+
+def _compare(run: _Run, step: Step, exact: Tensor | None) -> SizeErrors:
+    """Torch against what onnxruntime made: free-running, and block by block."""
+    velocity = step(**run.inputs)
+    control = None
+    if exact is not None:
+        nudged = {**run.inputs, "latents": run.inputs["latents"] * (1 + NUDGE)}
+        control = relative_error(step(**nudged), velocity)
+    return SizeErrors(
+        height=run.height,
+        width=run.width,
+        whole=relative_error(run.velocity, velocity),
+        blocks=_block_errors(run, step),
+        control=control,
+        unquantised=None if exact is None else relative_error(run.velocity, exact),
+    )
+
+
+def _block_errors(run: _Run, step: Step) -> dict[str, float]:
+    """Of each block, then of what comes after the last: torch's output against the graph's, which
+    takes its place before the next one runs."""
+    errors: dict[str, float] = {}
+
+    def seen(name: str, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        labels = [state_name(name, at) for at in range(len(output))]
+        errors[name] = max(
+            _or_infinity(relative_error(run.states[label], tensor))
+            for label, tensor in zip(labels, output, strict=True)
+            if label in run.states
+        )
+        return tuple(
+            run.states.get(label, tensor) for label, tensor in zip(labels, output, strict=True)
+        )
+
+    with hooked(step.family.repeated_blocks(step.transformer), seen):
+        velocity = step(**run.inputs)
+    errors[AFTER] = _or_infinity(relative_error(run.velocity, velocity))
+    return errors
+
+
+def _hold(found: Verification, graph: Path) -> None:
+    """Raise where a bar is missed."""
+    faults = [fault for size in found.sizes for fault in _misses(size, found)]
+    if faults:
+        raise EngineError(
+            [f"{graph}: {fault}" for fault in faults],
+            "delete the folder it is in and export again; if it comes back, do not use the engine, "
+            "and report it with the versions that `hasten doctor` prints",
+        )
+
+
+def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
+    """A line for each bar that is missed at one size."""
+    at = f"at {size.height} × {size.width} tokens"
+    block = size.furthest
+    error = size.blocks[block]
+    if error > found.block_bar:
+        yield f"{block} is not what torch computes: error {error:.2g} {at}, bar {found.block_bar}"
+    if found.whole_bar is not None and not size.whole <= found.whole_bar:
+        yield (
+            f"the velocity is not what torch computes: error {size.whole:.2g} {at}, bar "
+            f"{found.whole_bar}; furthest off is {block} with {error:.2g}"
+        )
+
+
+def _or_infinity(error: float) -> float:
+    """NaN compares as smaller than anything or as larger; infinity is the honest one."""
+    return math.inf if math.isnan(error) else error
+
+
+def _line(size: SizeErrors) -> str:
+    text = (
+        f"{size.height} × {size.width} tokens: error {size.whole:.2g}, worst block "
+        f"{size.blocks[size.furthest]:.2g} ({size.furthest})"
+    )
+    if size.control is None:
+        return text
+    return (
+        f"{text}; torch against itself, nudged, {size.control:.2g}; to the unquantised model "
+        f"{size.unquantised:.2g}"
+    )
+
+
+def _square(tokens: int) -> tuple[int, int]:
+    """Height × width = tokens, as square as can be."""
+    height = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
+    return height, tokens // height

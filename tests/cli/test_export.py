@@ -1,0 +1,171 @@
+"""`hasten export tensorrt`: every fault at once, and a killed run that the next one finishes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.engines.tensorrt.store import facts_of_file
+from tests.cli.conftest import Run
+from tests.cli.test_app import PROGRAM
+
+STAGES = ["preflight", "export", "verify", "build", "write"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tensorrt"
+
+
+def test_every_fault_at_once_and_nothing_written(run: Run, tmp_path: Path) -> None:
+    arguments = ["--precision", "fp8", "--target", "sm86,sm90", "--limit", "0", "--steps", "0"]
+    arguments += ["--max-size", "100x100", "--calibration", "entropy", "--prompts", "none.txt"]
+    ended = run("export", "tensorrt", *arguments)
+    assert ended.code == 2
+    parts = ("sm86", "sm90", "limit = 0", "steps = 0", "width 100", "height 100", "'entropy'")
+    for part in (*parts, "none.txt"):
+        assert [line for line in ended.errors if part in line], part
+    assert len(ended.errors) == len(parts) + 1
+    assert len(ended.fixes) == 1
+    assert ended.err.splitlines() == [*ended.errors, *ended.fixes]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "fault", "fix"),
+    [
+        ([], 2, "--target is missing", "--target sm89"),
+        (["--target", "ada"], 2, "'ada' is not a target", "sm89"),
+        (["--target", "sm88"], 2, "no target sm88", "did you mean"),
+        (["--target", "sm90"], 1, "datacenter", 'recipe "fp8"'),
+        (["--target", "sm86"], 1, "sm86 (Ampere: RTX 30, A10, A40) has no fp8", "bf16"),
+        (["--target", "sm89", "--precision", "int4"], 2, "'int4' is not one of", "fp8"),
+        (["--target", "sm89", "--model", "./none"], 1, "no such model directory", "path"),
+    ],
+)
+def test_bad_options(
+    run: Run, tmp_path: Path, arguments: list[str], code: int, fault: str, fix: str
+) -> None:
+    ended = run("export", "tensorrt", *arguments)
+    assert (ended.code, ended.out) == (code, "")
+    (error,) = ended.errors
+    assert fault in error
+    assert fix in ended.fixes[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_extra_is_not_installed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("onnx", "tensorrt_rtx", "modelopt"):
+        monkeypatch.setitem(sys.modules, module, None)
+    ended = run("export", "tensorrt", "--target", "sm89")
+    assert ended.errors == ["error: not installed: onnx, tensorrt_rtx, modelopt"]
+    assert ended.fixes == ["fix: pip install 'hasten[tensorrt]'"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_check_its_package_is_not_needed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run("export", "tensorrt", "--target", "sm89").errors == [
+        "error: not installed: onnxruntime"
+    ]
+    (error,) = run("export", "tensorrt", "--target", "sm90", "--no-verify").errors
+    assert "sm90" in error
+
+
+def test_bad_input_loads_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from hasten.cli import main\n"
+        "code = main(['export', 'tensorrt', '--target', 'sm90'])\n"
+        "sys.exit(3 if {'torch', 'onnx', 'tensorrt_rtx'} & set(sys.modules) else code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False)
+    assert done.returncode == 1
+
+
+def test_the_group_shows_its_help(run: Run) -> None:
+    assert "tensorrt" in run("export").out
+    assert run("export", "--help").code == 0
+
+
+def command(model: Path, *arguments: str) -> list[str]:
+    given = ["--model", str(model), "--precision", "bf16", "--target", "sm89"]
+    return [*PROGRAM, "export", "tensorrt", *given, "--max-size", "64x64", *arguments]
+
+
+def ended(model: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = command(model, *arguments)
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def stage_lines(err: str) -> dict[str, bool]:
+    """Stages in order and whether they were made before; nothing else may be on stderr."""
+    found = [re.fullmatch(r"(\w+) +\d+\.\d s(  \(made before\))?", x) for x in err.splitlines()]
+    assert all(found), err
+    return {match[1]: match[2] is not None for match in found if match}
+
+
+@pytest.mark.slow
+def test_export_repeat_and_rebuild(saved_model: Path, tmp_path: Path, cache: Path) -> None:
+    done = ended(saved_model, tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert stage_lines(done.stderr) == dict.fromkeys(STAGES, False)
+    told: dict[str, Any] = json.loads(done.stdout)
+    assert told == json.loads((tmp_path / "engine" / "manifest.json").read_text())
+    assert told["model"] == saved_model.name
+    assert told["shapes"] == {"text": 8, "least": 4, "best": 4, "most": 16}
+    engine = facts_of_file(tmp_path / "engine" / "engine.plan")
+
+    start = time.perf_counter()
+    again = ended(saved_model, tmp_path)
+    seconds = time.perf_counter() - start
+    assert (again.returncode, again.stderr) == (0, "")
+    assert seconds < 5
+    assert re.fullmatch(
+        r"engine: bf16 engine for sm89 of small_model0, \d\.\d MB; "
+        r"error against torch at most \d\.\de-0\d\n",
+        again.stdout,
+    )
+
+    subprocess.run(["rm", "-r", str(cache)], check=True)
+    rebuilt = ended(saved_model, tmp_path, "--no-verify")
+    assert list(stage_lines(rebuilt.stderr).items()) == [
+        (name, False) for name in STAGES if name != "verify"
+    ]
+    assert "the graph was not verified" in rebuilt.stdout
+    assert facts_of_file(tmp_path / "engine" / "engine.plan") == engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["export", "build"])
+def test_killed_in_mid_stage(saved_model: Path, tmp_path: Path, cache: Path, stage: str) -> None:
+    program = command(saved_model, "--no-verify")
+    child = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not any(cache.glob(f"{stage}/.*.tmp/*" if stage == "build" else f"{stage}/.*.tmp")):
+        assert child.poll() is None
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "engine").exists()
+
+    done = ended(saved_model, tmp_path, "--no-verify")
+    assert done.returncode == 0, done.stderr
+    before = {"preflight": False, "export": stage == "build", "build": False, "write": False}
+    assert stage_lines(done.stderr) == before
+    assert (tmp_path / "engine" / "engine.plan").stat().st_size > 1000
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "engine"}
+    assert not list(cache.glob("*/.*.tmp"))

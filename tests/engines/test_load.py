@@ -1,0 +1,166 @@
+"""`[engine]` from recipe to pictures: exported once, then run by onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hasten
+from hasten.engines.tensorrt.stages import export_tensorrt
+from hasten.errors import AlreadyOptimizedError, EngineError, HastenError, InputError
+from hasten.models.shape import build_shape
+from hasten.recipe import Recipe, Sampling
+from tests.conftest import SMALL
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+Call = Callable[..., torch.Tensor]
+TEXT = 8  # tokens of the call fixture
+SIZE = {"width": 128, "height": 128, "num_inference_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HASTEN_CACHE", str(cache))
+
+
+@pytest.fixture(scope="module")
+def written(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model's graph in bf16, for calls of 8 text tokens. Do not change it."""
+    pipe = build_shape(SMALL, torch.device("cpu"), torch.float32)
+    folder = tmp_path_factory.mktemp("export") / "small"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HASTEN_CACHE", str(cache))
+        export_tensorrt(
+            pipe,
+            folder,
+            precision="bf16",
+            targets=(),
+            max_size=(256, 256),
+            max_sequence_length=TEXT,
+        )
+    return folder
+
+
+def recipe(path: Path | None, **engine: Any) -> Recipe:
+    where = {} if path is None else {"path": str(path)}
+    return Recipe.from_dict(
+        {"engine": {"kind": "onnxruntime", "precision": "bf16", **where, **engine}}
+    )
+
+
+def test_the_graph_draws_what_torch_draws(pipe: Any, call: Call, written: Path) -> None:
+    expected = call(pipe, **SIZE)
+    fast = hasten.optimize(pipe, recipe(written))
+    drawn = call(fast, **SIZE)
+    error = (drawn - expected).norm() / expected.norm()
+    assert 0 < error < 0.02  # weights rounded to bfloat16, nothing else
+    assert "the blocks in bf16 by onnxruntime" in fast.summary()
+    assert torch.equal(call(fast.restore(), **SIZE), expected)
+
+
+def test_a_cache_a_batch_and_guidance_work_on_it(pipe: Any, call: Call, written: Path) -> None:
+    cached = {"cache": {"interval": 2, "start_step": 1}}
+    arguments = {
+        **SIZE,
+        "num_images_per_prompt": 2,
+        "true_cfg_scale": 2.0,
+        "negative_prompt": "blurry",
+    }
+    plain = hasten.optimize(pipe, Recipe.from_dict(cached), copy=True)
+    expected = call(plain, **arguments)
+    engine = recipe(written).engine
+    fast = hasten.optimize(pipe, Recipe.from_dict(cached).but(engine=engine))
+    drawn = call(fast, **arguments)
+    assert (drawn - expected).norm() < 0.02 * expected.norm()
+    assert fast.last_run.computed == plain.last_run.computed < 4
+
+
+def test_without_a_path_it_is_exported_once_and_said(
+    make_pipe: Callable[[], Any], call: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="hasten")
+    asked = recipe(None, max_size="256x256").but(sampling=Sampling(max_sequence_length=TEXT))
+    first = hasten.optimize(make_pipe(), asked)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split()[0] for line in said] == ["preflight", "export", "verify", "write"]
+    caplog.clear()
+    second = hasten.optimize(make_pipe(), asked)
+    assert all("made before" in line or "preflight" in line or "write" in line
+               for line in (record.getMessage() for record in caplog.records))  # fmt: skip
+    assert torch.equal(call(first, **SIZE), call(second, **SIZE))
+
+
+def other_weights(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.transformer.x_embedder.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "engine", "error", "fault"),
+    [
+        (other_weights, {}, EngineError, "exported from other weights"),
+        (None, {"precision": "fp16"}, InputError, "holds bf16, and engine.precision is 'fp16'"),
+    ],
+)
+def test_an_export_of_something_else_is_refused_and_the_pipeline_untouched(
+    pipe: Any,
+    call: Call,
+    written: Path,
+    change: Callable[[Any], None] | None,
+    engine: dict[str, Any],
+    error: type[HastenError],
+    fault: str,
+) -> None:
+    if change is not None:
+        change(pipe)
+    expected = call(pipe, **SIZE)
+    with pytest.raises(error, match=fault) as caught:
+        hasten.optimize(pipe, recipe(written, **engine))
+    assert caught.value.fix
+    assert torch.equal(call(pipe, **SIZE), expected)
+    assert not hasattr(pipe.transformer, "_hasten_recipe")
+
+
+def test_a_damaged_export_is_named(pipe: Any, written: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(written, folder)
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[100] ^= 1
+    (folder / "model.onnx.data").write_bytes(data)
+    with pytest.raises(EngineError, match=r"model\.onnx\.data: missing or damaged"):
+        hasten.optimize(pipe, recipe(folder))
+
+
+def test_a_folder_without_an_export_says_what_makes_one(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no export is there") as caught:
+        hasten.optimize(pipe, recipe(tmp_path))
+    assert "hasten export tensorrt" in caught.value.fix
+
+
+def test_calls_outside_of_the_profile_are_refused(pipe: Any, call: Call, written: Path) -> None:
+    fast = hasten.optimize(pipe, recipe(written))
+    with pytest.raises(EngineError, match="exported for 8 text tokens, and this call has 12"):
+        call(fast, **SIZE, max_sequence_length=12)
+    with pytest.raises(EngineError, match="pixels, and the engine takes") as caught:
+        call(fast, width=512, height=256)
+    assert "--max-size" in caught.value.fix
+    assert call(fast, **SIZE).isfinite().all(), "the pipeline still works"
+
+
+def test_an_optimised_pipeline_is_not_exported(pipe: Any, tmp_path: Path) -> None:
+    fast = hasten.optimize(pipe, "cache")
+    with pytest.raises(AlreadyOptimizedError):
+        export_tensorrt(fast, tmp_path / "out", precision="bf16", targets=())
