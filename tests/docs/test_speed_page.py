@@ -51,3 +51,11 @@ def test_the_readmes_figures_come_from_the_results() -> None:
     at_1024 = card().split("\n\n")[1]
     for name, seconds, ratio in figures:
         assert re.search(rf"\| `{name}` \| \d+ \| {seconds} \| {ratio} \|", at_1024), name
+
+
+def test_the_readmes_peer_comes_from_the_results() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text("utf-8")
+    found = re.search(r"`balanced` is ([\d.]+) times \(512×512\) and ([\d.]+) times", readme)
+    assert found is not None
+    (row,) = re.findall(r"\| `balanced` \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|\n", card())
+    assert found.groups() == row

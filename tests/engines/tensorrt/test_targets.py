@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hasten import machine
 from hasten.engines.tensorrt.targets import (
     FIRST,
     PRECISIONS,
@@ -96,3 +97,9 @@ def test_all_faults_at_once() -> None:
     error = refused(("sm86", "sm87", "sm90"), "fp8")
     assert len(error.faults) == 3
     assert refused(("sm89",), "int4").faults == ("precision 'int4' is not one of bf16, fp16, fp8",)
+
+
+def test_the_machine_knows_the_same_gpus_and_types() -> None:
+    assert {capability_of(target) for target in TARGETS} == set(machine.RTX_CAPABILITIES)
+    assert FIRST["bf16"] == machine.OLDEST_BF16_CAPABILITY
+    assert FIRST["fp8"] == machine.OLDEST_FP8_CAPABILITY

@@ -17,6 +17,7 @@ from hasten.passes.cache.planned import Planned
 from hasten.passes.cache.planner import Planner
 from hasten.passes.cache.step import cache_steps
 from hasten.passes.fuse.on_engine import run_on_engine
+from hasten.passes.offload import offload_modulations
 from hasten.recipe import IntervalCache
 
 Call = Callable[..., torch.Tensor]
@@ -104,6 +105,13 @@ def test_weights_that_change_afterwards_are_noticed(pipe: Any, call: Call, how: 
         linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
     with pytest.raises(CallError, match=r"transformer_blocks\.1\.attn\.to_q\.weight was replaced"):
         call(pipe)
+
+
+def test_modulations_may_wait_in_host_memory(pipe: Any, call: Call) -> None:
+    expected = call(pipe)
+    on_engine(pipe)
+    offload_modulations(family_of(pipe).modulated_norms(pipe.transformer), torch.device("cpu"))
+    torch.testing.assert_close(call(pipe), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_engine_cannot_take_is_refused(pipe: Any) -> None:

@@ -36,7 +36,7 @@ def run_on_engine(
     modulations = Modulations(family.modulated_norms(transformer))
     constants = ConstantsOfRuns(transformer, family, modulations, scheduler_of(pipe))
     freed = _release(transformer, family) if release else 0
-    changed = _watch(transformer)
+    changed = _watch(transformer, family)
     forward = FusedForward(transformer, family, constants, body, _beyond_the_engine, changed)
     undo_forward = forward.put_in_place()
 
@@ -60,13 +60,18 @@ def _beyond_the_engine(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _watch(transformer: nn.Module) -> Callable[[], str | None]:
-    """Names a parameter that was changed or replaced since: the engine holds the values of then."""
+def _watch(transformer: nn.Module, family: Family) -> Callable[[], str | None]:
+    """Names a parameter that was changed or replaced since: the engine holds the values of then.
+
+    The modulations are not in the engine, and `[offload]` moves them.
+    """
+    outside = tuple(f"{name}.linear." for name, _ in family.modulated_norms(transformer))
 
     def state() -> dict[str, tuple[int, int]]:
         return {
             name: (id(parameter), parameter._version)
             for name, parameter in transformer.named_parameters()
+            if not name.startswith(outside)
         }
 
     before = state()
