@@ -1,7 +1,7 @@
 """The engine on an RTX GPU, by TensorRT for RTX, on torch's own memory.
 
-An engine is compiled for the very GPU when its first context is made; what comes of it is kept in a
-runtime cache beside the engine, so that the next process starts in a fraction of the time.
+An engine is compiled for the very GPU when its first context is made and a shape first runs; what
+comes of it is kept in a runtime cache beside the engine, for the next process to start with.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class RtxEngine:
         import tensorrt_rtx as trt
 
         self.cache_file = plan.with_name(CACHE)
+        self.sizes: set[int] = set()  # image tokens that have run
         self.device = device
         self.said = _messages(trt)
         self.runtime = trt.Runtime(self.said)
@@ -58,7 +59,8 @@ class RtxEngine:
         self.what = f"TensorRT for RTX {trt.__version__} on {torch.cuda.get_device_name(device)}"
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Velocity 1×S×C in the engine's dtype; returns before the GPU is done, as torch does."""
+        """Velocity 1×S×C in the engine's dtype; returns before the GPU is done, as torch does, but
+        for the first call of each size, whose kernels it waits for and keeps."""
         if self.context is None:
             raise EngineError("the engine was closed", "optimise the pipeline again")
         current = torch.cuda.current_stream(self.device)
@@ -78,18 +80,27 @@ class RtxEngine:
         current.wait_stream(self.stream)
         if not done:
             raise self._failed("failed")
+        if velocity.shape[1] not in self.sizes:
+            self.sizes.add(velocity.shape[1])
+            self._keep()
         return velocity
 
     def close(self) -> None:
-        """Keep what was compiled for this GPU, then free the engine."""
-        if self.context is None:
-            return
-        torch.cuda.synchronize(self.device)
-        part = self.cache_file.with_suffix(f".{os.getpid()}")
-        with suppress(OSError):  # a folder that is read only keeps no cache
-            part.write_bytes(bytes(self.cache.serialize()))
-            os.replace(part, self.cache_file)
+        """Free the engine once the GPU is done with it."""
+        if self.context is not None:
+            self.stream.synchronize()
         self.context = self.engine = self.cache = None
+
+    def _keep(self) -> None:
+        """Write what has been compiled for this GPU so far."""
+        self.stream.synchronize()
+        part = self.cache_file.with_suffix(f".{os.getpid()}")
+        with suppress(OSError):  # a full disk or a folder that is read only keeps no cache
+            try:
+                part.write_bytes(bytes(self.cache.serialize()))
+                os.replace(part, self.cache_file)
+            finally:
+                part.unlink(missing_ok=True)
 
     def _failed(self, how: str) -> EngineError:
         reason = f": {self.said.errors[-1]}" if self.said.errors else ""
