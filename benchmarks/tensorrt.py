@@ -336,6 +336,23 @@ def tables(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def pictures(result: dict[str, Any]) -> str:
+    """The table of a `hasten bench` with engines: quality of what ran, and why the rest did not."""
+    lines = ["| recipe | computed | LPIPS | SSIM | PSNR dB | |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        if row["status"] != "ok":
+            lines.append(
+                f"| `{row['recipe']}` | – | – | – | – | {row['status']}: {row['reason']} |"
+            )
+        elif row["recipe"] not in ("baseline", "baseline-again"):
+            seen, steps = row["quality"][0], row["steps_computed"]["mean"]
+            lines.append(
+                f"| `{row['recipe']}` | {steps:.0f} | {seen['lpips']:.4f} | {seen['ssim']:.4f} "
+                f"| {seen['psnr']:.1f} | {seen['n']} prompts |"
+            )
+    return "\n".join(lines)
+
+
 def _command_table(rows: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(stage["name"] for row in rows for stage in row["stages"]))
     lines = [

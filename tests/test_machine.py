@@ -271,6 +271,11 @@ def test_packages_of_the_engines_that_are_missing_are_named() -> None:
     (problem,) = here.engine_problems("cpu", "onnxruntime", "fp8")
     assert problem.fault == 'engine.kind = "onnxruntime" needs onnx, not installed here'
     assert "hasten[tensorrt]" in problem.fix
+    here = dataclasses.replace(here, onnxscript=None)
+    assert here.engine_problems("cpu", "onnxruntime", "fp8", exported=True) == [problem]
+    runner = dataclasses.replace(with_gpu(L4), tensorrt="1.7")
+    assert runner.engine_problems("cuda:1", "tensorrt", "fp8", exported=True) == []
+    here = dataclasses.replace(here, onnxscript="1.0")
     faults = [problem.fault for problem in here.engine_problems("cpu", "tensorrt", "fp8")]
     assert "needs tensorrt, onnx, not installed" in faults[0]
     assert len(faults) == 2

@@ -203,9 +203,18 @@ class Machine:
             return _old_triton_problem(gpu, scheme) if uncompilable else None
         return _old_gpu_problem(gpu, scheme)
 
-    def engine_problems(self, device: str, kind: str, precision: str) -> list[Problem]:
-        """Why `[engine]` of this kind and precision cannot run on `device`; empty where it can."""
-        unneeded = ("tensorrt",) if kind == "onnxruntime" else ()
+    def engine_problems(
+        self, device: str, kind: str, precision: str, *, exported: bool = False
+    ) -> list[Problem]:
+        """Why `[engine]` of this kind and precision cannot run on `device`; empty where it can.
+
+        exported: whether only what runs an export is needed, and not what makes one.
+        """
+        unneeded = {"tensorrt"} if kind == "onnxruntime" else set()
+        if exported and kind == "tensorrt":
+            unneeded = {*ENGINE_PACKAGES} - {"tensorrt"}
+        elif exported:
+            unneeded |= {"modelopt", "onnxscript"}  # the twin is made with onnx
         missing = [name for name in self.missing_for_engines() if name not in unneeded]
         found = []
         if missing:

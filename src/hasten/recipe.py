@@ -339,6 +339,7 @@ class Engine(Section):
         default=None,
         description="what `hasten export tensorrt` wrote; absent: exported once, then kept",
     )
+    verify: bool = Field(default=True, description="hold the graph to torch when it is exported")
     release: bool = Field(default=False, description="free the torch weights of the blocks")
 
 

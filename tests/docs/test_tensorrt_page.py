@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from hasten.engines.tensorrt.targets import FIRST, TARGETS, capability_of
 from hasten.recipe import Recipe, resolve
@@ -40,10 +41,10 @@ def test_its_targets_are_those_there_are() -> None:
 
 
 def test_its_tables_come_from_the_results() -> None:
-    from benchmarks.tensorrt import tables
+    from benchmarks.tensorrt import pictures, tables
 
-    result = json.loads((RESULTS / "tensorrt" / "cpu-2-cores.json").read_text("utf-8"))
-    (shown,) = re.findall(
-        r"<!-- results: tensorrt -->\n(.*?)\n<!-- end of results -->", TEXT, re.DOTALL
-    )
-    assert shown == tables(result)
+    def result(name: str) -> Any:
+        return json.loads((RESULTS / "tensorrt" / name).read_text("utf-8"))
+
+    shown = re.findall(r"<!-- results: \w+ -->\n(.*?)\n<!-- end of results -->", TEXT, re.DOTALL)
+    assert shown == [tables(result("cpu-2-cores.json")), pictures(result("tiny/results.json"))]

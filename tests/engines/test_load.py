@@ -13,7 +13,13 @@ import torch
 
 import hasten
 from hasten.engines.tensorrt.stages import export_tensorrt
-from hasten.errors import AlreadyOptimizedError, EngineError, HastenError, InputError
+from hasten.errors import (
+    AlreadyOptimizedError,
+    EngineError,
+    HastenError,
+    InputError,
+    UnsupportedError,
+)
 from hasten.models.shape import build_shape
 from hasten.recipe import Recipe, Sampling
 from tests.conftest import SMALL
@@ -158,6 +164,19 @@ def test_calls_outside_of_the_profile_are_refused(pipe: Any, call: Call, written
         call(fast, width=512, height=256)
     assert "--max-size" in caught.value.fix
     assert call(fast, **SIZE).isfinite().all(), "the pipeline still works"
+
+
+def test_what_cannot_draw_from_a_text_is_not_calibrated(pipe: Any, tmp_path: Path) -> None:
+    from diffusers import FluxImg2ImgPipeline
+
+    other = FluxImg2ImgPipeline.from_pipe(pipe, dtype=pipe.dtype)
+    arguments: dict[str, Any] = {"precision": "fp8", "targets": ()}
+    with pytest.raises(UnsupportedError, match="FluxImg2ImgPipeline wants more") as caught:
+        export_tensorrt(other, tmp_path / "out", **arguments)
+    assert "fast.from_pipe(FluxImg2ImgPipeline)" in caught.value.fix
+    pipe.register_modules(text_encoder_2=None)
+    with pytest.raises(UnsupportedError, match="no text encoders"):
+        export_tensorrt(pipe, tmp_path / "out", **arguments)
 
 
 def test_an_optimised_pipeline_is_not_exported(pipe: Any, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class Driver(Protocol):
     what: str
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Velocity 1×S×C of inputs by name, each with a batch of one; on the inputs' device."""
+        """Velocity 1×S×C of inputs by name, each with a batch of one; on whatever device."""
 
     def close(self) -> None:
         """Free what it holds; it is not run again."""
@@ -46,7 +46,7 @@ class EngineBody:
         for one in range(len(latents)):
             given = (latents[one, None], text[one, None], row[one, None], cos, sin)
             images.append(self.driver.run(dict(zip(INPUTS, given, strict=True))))
-        return torch.cat(images).to(latents.dtype)
+        return torch.cat(images).to(latents.device, latents.dtype)
 
     def _check(self, image: int, text: int) -> None:
         shapes = self.shapes

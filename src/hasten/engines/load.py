@@ -8,9 +8,9 @@ from typing import Any
 
 from hasten.engines.body import Driver, EngineBody
 from hasten.engines.onnxruntime import OnnxRuntime
-from hasten.engines.tensorrt.files import GRAPH
+from hasten.engines.tensorrt.files import ENGINE, GRAPH
 from hasten.engines.tensorrt.manifest import Manifest
-from hasten.engines.tensorrt.stages import ENGINE, export_tensorrt, weights_digest
+from hasten.engines.tensorrt.stages import STAGES, export_tensorrt, weights_digest
 from hasten.engines.tensorrt.step import Shapes
 from hasten.engines.tensorrt.store import Store, content_key
 from hasten.engines.tensorrt.twin import float32_twin
@@ -42,10 +42,11 @@ def load_body(
             method=recipe.calibration,
             steps=None if sampling is None else sampling.steps,
             max_sequence_length=None if sampling is None else sampling.max_sequence_length,
+            verify=recipe.verify,
             tell=tell,
         )
     else:
-        manifest = _written(Path(recipe.path), pipe, recipe, target)
+        manifest = _written(Path(recipe.path).expanduser(), pipe, recipe, target)
     assert manifest.folder is not None  # it was read from there
     driver = _driver(recipe.kind, manifest, manifest.folder, pipe.device, tell)
     tokens = manifest.shapes
@@ -67,7 +68,8 @@ def _driver(
         float32_twin(folder / GRAPH, draft)
         return {}
 
-    return OnnxRuntime(Store(tell=tell).stage("twin", content_key(files), make).folder / GRAPH)
+    key = content_key({"graph": files, "stages": STAGES})
+    return OnnxRuntime(Store(tell=tell).stage("twin", key, make).folder / GRAPH)
 
 
 def _written(folder: Path, pipe: Any, recipe: Engine, target: str | None) -> Manifest:

@@ -7,20 +7,20 @@ comes of it is kept in a runtime cache beside the engine, for the next process t
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hasten.engines.tensorrt.files import RUNTIME_CACHE
 from hasten.engines.tensorrt.step import OUTPUT
 from hasten.errors import EngineError
 
 __all__ = ["RtxEngine"]
 
 NO_DRIVER = "cudaError 35"
-CACHE = "runtime.cache"
 
 
 class RtxEngine:
@@ -32,12 +32,13 @@ class RtxEngine:
     def __init__(self, plan: Path, device: torch.device) -> None:
         import tensorrt_rtx as trt
 
-        self.cache_file = plan.with_name(CACHE)
+        self.cache_file = plan.with_name(RUNTIME_CACHE)
         self.sizes: set[int] = set()  # image tokens that have run
         self.device = device
         self.said = _messages(trt)
         self.runtime = trt.Runtime(self.said)
-        self.engine: Any = self.runtime.deserialize_cuda_engine(plan.read_bytes())
+        with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
+            self.engine: Any = self.runtime.deserialize_cuda_engine(plan.read_bytes())
         if self.engine is None:
             raise _refused(plan, self.said.errors)
         with torch.cuda.device(device):
@@ -76,7 +77,8 @@ class RtxEngine:
         velocity = torch.empty(shape, dtype=self.dtypes[OUTPUT], device=self.device)
         self.context.set_tensor_address(OUTPUT, velocity.data_ptr())
         self.stream.wait_stream(current)
-        done = self.context.execute_async_v3(self.stream.cuda_stream)
+        with torch.cuda.device(self.device):
+            done = self.context.execute_async_v3(self.stream.cuda_stream)
         current.wait_stream(self.stream)
         if not done:
             raise self._failed("failed")

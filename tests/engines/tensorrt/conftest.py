@@ -69,6 +69,10 @@ def global_state() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "threads": torch.get_num_threads(),
+        "functions": [
+            {name: value for name, value in vars(module).items() if callable(value)}
+            for module in (torch, torch.nn.functional)
+        ],
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import hasten
 from hasten.calibration.activations import largest_inputs
@@ -124,6 +125,24 @@ def test_a_prompt_that_raises_leaves_the_pipeline_alone(
     with pytest.raises(error, match="stop"), unchanged_globals():
         calibrate(pipe, FAMILY, PROMPTS, **SHORT, method=method, tell=tell)
     assert state_of(pipe) == before
+
+
+def test_torch_itself_is_restored_where_the_model_raises_within_an_attention(pipe: Any) -> None:
+    """Model Optimizer leaves torch's functions replaced there."""
+
+    def interrupt(*_: Any) -> None:
+        replaced.append(functional.scaled_dot_product_attention)
+        raise KeyboardInterrupt
+
+    replaced: list[Any] = []
+    before = functional.scaled_dot_product_attention, torch.bmm, torch.baddbmm
+    output = pipe.transformer.transformer_blocks[0].attn.to_out[0]
+    output.forward = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, FAMILY, PROMPTS, **SHORT)
+    assert replaced != [before[0]], "nothing was replaced: this test shows nothing"
+    assert before == (functional.scaled_dot_product_attention, torch.bmm, torch.baddbmm)
+    assert not hasattr(functional, "_scaled_dot_product_attention")
 
 
 def poison(pipe: Any) -> None:

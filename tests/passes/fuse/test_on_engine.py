@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,7 +81,9 @@ def test_skipped_steps_never_enter_the_engine(pipe: Any, call: Call) -> None:
     assert 0 < body.calls < 9
 
 
-def test_released_blocks_hold_nothing_and_the_pictures_stay(pipe: Any, call: Call) -> None:
+def test_released_blocks_hold_nothing_and_the_pictures_stay(
+    pipe: Any, call: Call, tmp_path: Path
+) -> None:
     expected = call(pipe)
     before = sum(parameter.nbytes for parameter in pipe.transformer.parameters())
     _, done = on_engine(pipe, release=True)
@@ -89,6 +92,9 @@ def test_released_blocks_hold_nothing_and_the_pictures_stay(pipe: Any, call: Cal
     assert "freed" in done.what
     assert done.undo is None
     assert "engine.release" in done.cannot_undo
+    with pytest.raises(CallError, match="cannot be saved"):
+        pipe.save_pretrained(tmp_path)
+    assert not list((tmp_path / "transformer").rglob("*.safetensors"))
     pipe.to(torch.device("cpu"))
     torch.testing.assert_close(call(pipe), expected, rtol=1e-4, atol=1e-4)
 

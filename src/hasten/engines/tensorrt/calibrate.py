@@ -23,6 +23,7 @@ from hasten.engines.tensorrt.export import refuse_adapters
 from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.qdq import Amax
 from hasten.engines.tensorrt.quiet import quiet
+from hasten.engines.tensorrt.restored import functions_restored
 from hasten.errors import EngineError, InputError, ModelError
 from hasten.models.family import Family
 
@@ -134,7 +135,8 @@ def _watch(
             draw(model)
 
     try:
-        with quiet():  # it warns of versions newer than itself, and prints what it inserted
+        # It warns of versions newer than itself, and prints what it inserted.
+        with functions_restored(), quiet():
             optimizer = needed("modelopt.torch.quantization")
             watched: nn.Module = optimizer.quantize(transformer, config, loop)
     except AssertionError as error:  # its way to say that a value is not finite

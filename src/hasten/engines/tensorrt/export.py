@@ -26,7 +26,15 @@ from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes, sample
 from hasten.errors import EngineError
 from hasten.models.family import Family
 
-__all__ = ["DATA", "DTYPES", "GRAPH", "export_onnx", "in_precision", "refuse_adapters"]
+__all__ = [
+    "DATA",
+    "DTYPES",
+    "GRAPH",
+    "export_onnx",
+    "in_float32",
+    "in_precision",
+    "refuse_adapters",
+]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """A precision's dtype of everything that is not FP8 or, as norms' insides are, float32."""
@@ -79,6 +87,14 @@ def in_precision(
     dtype = DTYPES[precision]
     twin: nn.Module = _rebuilt(transformer, lambda tensor: tensor.detach().to(_kept(tensor, dtype)))
     swap(twin, amax or {})
+    return twin
+
+
+def in_float32(transformer: Any) -> nn.Module:
+    """A structural copy in float32 on the CPU; tensors that are both already are shared."""
+    twin: nn.Module = _rebuilt(
+        transformer, lambda tensor: tensor.detach().to("cpu", _kept(tensor, torch.float32))
+    )
     return twin
 
 

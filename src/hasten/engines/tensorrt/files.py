@@ -1,4 +1,5 @@
-"""The two files of a graph: `model.onnx`, and `model.onnx.data` with its weights."""
+"""The files of an export by name, and how the two of a graph are written: `model.onnx`, and
+`model.onnx.data` with its weights."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from typing import BinaryIO
 
 from hasten.errors import EngineError
 
-__all__ = ["DATA", "GRAPH", "place", "writing"]
+__all__ = ["AMAX", "DATA", "ENGINE", "GRAPH", "RUNTIME_CACHE", "place", "writing"]
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
+ENGINE, AMAX = "engine.plan", "amax.safetensors"
+RUNTIME_CACHE = "runtime.cache"  # what an engine became on the GPU that ran it
 PAGE = 4096  # bytes: large values begin at one, so that they can be mapped into memory
 WORD = 64  # bytes: small ones begin at a multiple of it
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, RUNTIME_CACHE
 from hasten.engines.tensorrt.manifest import MANIFEST
 from hasten.engines.tensorrt.memory import status_bytes
 from hasten.engines.tensorrt.targets import check_targets
@@ -18,12 +19,15 @@ from hasten.errors import Faults, InputError, UnsupportedError
 from hasten.machine import Machine
 from hasten.recipe import Engine, parse_size
 
-__all__ = ["METHODS", "Asked", "check_model", "check_request", "graph_bytes"]
+__all__ = ["METHODS", "Asked", "check_draws", "check_model", "check_request", "graph_bytes"]
 
 METHODS: tuple[str, ...] = get_args(Engine.model_fields["calibration"].annotation)
 LARGEST = (2048, 2048)  # pixels, where nobody says
 PIXELS_A_TOKEN = 16  # along each side
 FEWEST_TOKENS = 4  # of the largest picture: a profile needs room
+
+TEXT_TO_IMAGE = ("FluxPipeline", "FluxKontextPipeline")
+OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE}  # what an export is made of
 
 GIB = 1 << 30
 BUILD_FACTOR = 2.5  # peak of the builder by the bytes of the graph's weights, measured
@@ -86,6 +90,21 @@ def check_model(
         _check_disk(weights, places)
 
 
+def check_draws(pipe: Any) -> None:
+    """Raise where a pipeline cannot draw from a text alone, as the calibration of FP8 does."""
+    name = type(pipe).__name__
+    if name not in TEXT_TO_IMAGE:
+        raise UnsupportedError(
+            f"fp8 is calibrated by drawing from texts, and {name} wants more than that",
+            f"optimise a {TEXT_TO_IMAGE[0]}, then make yours from it: fast.from_pipe({name})",
+        )
+    if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "text_encoder_2", None) is None:
+        raise UnsupportedError(
+            "fp8 is calibrated by drawing from texts, and the pipeline has no text encoders",
+            "load it with its text encoders",
+        )
+
+
 def graph_bytes(transformer: Any, family: Any, precision: str) -> int:
     """Bytes of the weights in the graph, a little too many: what makes the text's embedding is
     counted too. Modulations are not in it; FP8 holds a byte for each weight that it quantises."""
@@ -105,7 +124,7 @@ def _check_system(_: Asked) -> None:
     if sys.platform != "linux":
         raise UnsupportedError(
             f"engines are exported on Linux, and this is {sys.platform}",
-            "run it on Linux, or on Windows in WSL 2; the engine can be run elsewhere",
+            "run it on Linux, or on Windows in WSL 2",
         )
 
 
@@ -157,9 +176,11 @@ def _check_out(out: Path) -> None:
     around = existing.absolute().parent if existing == out else existing
     if not os.access(around, os.W_OK | os.X_OK):
         raise InputError(f"{around}: cannot be written", "choose another --out")
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    strange = sorted(names - OURS if MANIFEST in names else names)
+    if strange:
         raise InputError(
-            f"{out}: there are files in it that no export wrote",
+            f"{out}: there are files in it that no export wrote, such as {strange[0]}",
             "choose another --out, or move them away",
         )
 
@@ -176,11 +197,13 @@ def _check_memory(asked: Asked, weights: int, parameters: int, machine: Machine)
     what = max(needs, key=lambda name: needs[name])
     if needs[what] <= machine.ram_bytes:
         return
-    fewer = " or --no-verify" if what == "checking the graph" else ""
+    fewer = ""
+    if what == "checking the graph":
+        fewer = ", or leave the check out: --no-verify (engine.verify = false)"
     raise UnsupportedError(
         f"{what} takes about {needs[what] / GIB:.1f} GiB of memory, "
         f"this machine has {machine.ram_bytes / GIB:.1f}",
-        f"use a machine with more memory, --dtype bfloat16 for the model that is loaded{fewer}",
+        f"use a machine with more memory, or the model in bfloat16 (--dtype){fewer}",
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.check import refuse_optimized
 from hasten.engines.tensorrt.build import build
-from hasten.engines.tensorrt.files import GRAPH
+from hasten.engines.tensorrt.files import AMAX, ENGINE, GRAPH
 from hasten.engines.tensorrt.manifest import (
     MANIFEST,
     Calibration,
@@ -28,7 +28,13 @@ from hasten.engines.tensorrt.manifest import (
     Tokens,
 )
 from hasten.engines.tensorrt.memory import PeakMemory
-from hasten.engines.tensorrt.preflight import METHODS, Asked, check_model, check_request
+from hasten.engines.tensorrt.preflight import (
+    METHODS,
+    Asked,
+    check_draws,
+    check_model,
+    check_request,
+)
 from hasten.engines.tensorrt.store import (
     FIX_SPACE,
     Done,
@@ -60,9 +66,9 @@ __all__ = [
     "weights_digest",
 ]
 
-ENGINE, AMAX = "engine.plan", "amax.safetensors"
 STAGES = 1  # raise it when what a stage makes of the same input changes
 PROMPTS = 4  # to calibrate on, where nobody says which
+FEW_STEPS = 4
 LEAST_TOKENS = 64  # image tokens of the smallest picture, where the model is not smaller: 128x128
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
@@ -107,6 +113,9 @@ def export_tensorrt(
     check_request(asked, out, faults)
     with faults.gather():
         refuse_optimized(pipe)
+    if precision == "fp8":
+        with faults.gather():
+            check_draws(pipe)
     store, family = Store(tell=tell), _family(pipe, faults)
     places = {store.root: IN_STORE}
     places[out.absolute() if out else store.root / "exports"] = IN_OUT
@@ -171,7 +180,7 @@ class _Export:
             "max_sequence_length": self.text,
         }
         key = {
-            "pipeline": _pipeline_digest(self.pipe),
+            "pipeline": _pipeline_digest(self.pipe, self.weights),
             "method": self.asked.method,
             "prompts": self.prompts,
             "steps": self.steps,
@@ -197,10 +206,12 @@ class _Export:
         return self.stage("calibrate", key, make)
 
     def export(self, calibrated: Done | None) -> Done:
-        transformer = self.pipe.transformer
+        transformer, weights = self.pipe.transformer, self.weights
+        if self.asked.precision == "fp16":  # `self.weights` is of what bfloat16 holds
+            weights = weights_digest(transformer, _dtype("fp16"))
         key = {
             "config": _config(transformer),
-            "weights": weights_digest(transformer, _dtype(self.asked.precision)),
+            "weights": weights,
             "precision": self.asked.precision,
             "amax": _digests(calibrated),
             "text": self.text,
@@ -456,11 +467,15 @@ def _family(pipe: Any, faults: Faults) -> Any:
 
 
 def _defaults(pipe: Any) -> ModelDefaults:
-    """The model's own where the pipeline was loaded from a directory that has them."""
+    """The model's own where it was loaded from a directory that has them, else the pipeline's."""
     name = getattr(pipe, "name_or_path", None)
     found = defaults_for(name) if name else ModelDefaults()
     side = pipe.default_sample_size * pipe.vae_scale_factor
-    return found if name else found.model_copy(update={"width": side, "height": side})
+    own: dict[str, Any] = {"width": side, "height": side}
+    if not pipe.transformer.config.guidance_embeds:  # schnell: distilled to a few steps
+        own["steps"] = FEW_STEPS
+    left_open = own.keys() - found.model_fields_set
+    return found.model_copy(update={name: own[name] for name in left_open})
 
 
 def _name(pipe: Any) -> str:
@@ -468,12 +483,13 @@ def _name(pipe: Any) -> str:
     return Path(getattr(pipe, "name_or_path", None) or type(pipe).__name__).name
 
 
-def _pipeline_digest(pipe: Any) -> dict[str, Any]:
-    """All that a drawing depends on: modules by their weights and configuration."""
+def _pipeline_digest(pipe: Any, weights: str) -> dict[str, Any]:
+    """All that a drawing depends on: modules by their weights and configuration. weights: those of
+    the transformer, which take long to read."""
     found: dict[str, Any] = {"dtype": str(pipe.dtype), "device": pipe.device.type}
     for name, component in sorted(pipe.components.items()):
         if hasattr(component, "state_dict") and name != "vae":
-            found[name] = weights_digest(component)
+            found[name] = weights if name == "transformer" else weights_digest(component)
         if hasattr(component, "config"):
             found[f"{name}.config"] = _config(component)
     return found

@@ -15,7 +15,6 @@ very nodes and values, against torch in float32 on the same rounded weights.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from hasten.engines.onnxruntime import OnnxRuntime
-from hasten.engines.tensorrt.export import in_precision
+from hasten.engines.tensorrt.export import in_float32, in_precision
 from hasten.engines.tensorrt.qdq import Amax
 from hasten.engines.tensorrt.states import block_of, hooked, opened, state_name
 from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
@@ -211,7 +210,7 @@ def _check_complete(graph: Path, blocks: list[tuple[str, nn.Module]], names: lis
 
 def _unquantised(transformer: Any, family: Family, runs: list[_Run]) -> list[Tensor]:
     """Velocities of the model as it was given, in float32."""
-    step = Step(copy.deepcopy(transformer).eval().cpu().float(), family)
+    step = Step(in_float32(transformer).eval(), family)
     return [step(**run.inputs) for run in runs]
 
 

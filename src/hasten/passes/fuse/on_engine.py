@@ -36,6 +36,8 @@ def run_on_engine(
     modulations = Modulations(family.modulated_norms(transformer))
     constants = ConstantsOfRuns(transformer, family, modulations, scheduler_of(pipe))
     freed = _release(transformer, family) if release else 0
+    if release:  # a file of empty weights would look like a model
+        transformer.save_pretrained = _no_weights_to_save
     changed = _watch(transformer, family)
     forward = FusedForward(transformer, family, constants, body, _beyond_the_engine, changed)
     undo_forward = forward.put_in_place()
@@ -57,6 +59,13 @@ def _beyond_the_engine(*_: Any, **__: Any) -> NoReturn:
     raise CallError(
         "the engine cannot take ControlNet residuals or IP-Adapter embeddings",
         "leave [engine] out of the recipe for such calls",
+    )
+
+
+def _no_weights_to_save(*_: Any, **__: Any) -> NoReturn:
+    raise CallError(
+        "the transformer's weights were freed (engine.release = true), so it cannot be saved",
+        "save the pipeline before it is optimised",
     )
 
 
