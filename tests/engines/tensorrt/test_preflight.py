@@ -107,10 +107,12 @@ def test_a_folder_that_may_be_replaced(tmp_path: Path, content: tuple[str, ...])
     assert faults_of(ASKED, tmp_path) == []
 
 
-def test_a_folder_of_someone_s(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
+@pytest.mark.parametrize("beside", [(), ("manifest.json",)], ids=["alone", "beside a manifest"])
+def test_a_folder_of_someone_s(tmp_path: Path, beside: tuple[str, ...]) -> None:
+    for name in ("thesis.tex", *beside):
+        (tmp_path / name).write_text("")
     (error,) = faults_of(ASKED, tmp_path)
-    assert "files in it that no export wrote" in error.faults[0]
+    assert "files in it that no export wrote, such as thesis.tex" in error.faults[0]
     (error,) = faults_of(ASKED, tmp_path / "thesis.tex" / "engine")
     assert "thesis.tex" in error.faults[0]
 
