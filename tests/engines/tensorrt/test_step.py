@@ -54,13 +54,16 @@ def test_it_reads_rows_in_the_copy_that_it_was_given(transformer: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_sample_fits_the_profile(transformer: Any, dtype: torch.dtype) -> None:
+def test_a_sample_has_the_shapes_of_a_step(transformer: Any, dtype: torch.dtype) -> None:
     with unchanged_globals():
         inputs = sample(transformer, FAMILY, SHAPES, 2, 3, dtype, seed=5)
     width = Modulations(FAMILY.modulated_norms(transformer)).width
-    shapes = Shapes(8, 4, 6, 64).profile(channels=16, width=width, dim=48, head_dim=24)
     assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == {
-        name: best for name, (_, best, _) in shapes.items()
+        "latents": (1, 6, 16),
+        "text": (1, 8, 48),
+        "row": (1, width),
+        "cos": (14, 24),
+        "sin": (14, 24),
     }
     kinds = {name: tensor.dtype for name, tensor in inputs.items()}
     rounded = dict.fromkeys(("latents", "text", "row"), dtype)
@@ -93,17 +96,6 @@ def test_a_model_without_guidance_has_samples(transformer: Any) -> None:
     assert isinstance(plain, nn.Module)
     inputs = sample(plain, FAMILY, SHAPES, 2, 2, torch.float32, seed=0)
     assert inputs["row"].isfinite().all()
-
-
-def test_a_profile_has_three_shapes_an_input() -> None:
-    profile = Shapes(512, 256, 4096, 16384).profile(channels=64, width=99, dim=3072, head_dim=128)
-    assert profile == {
-        "latents": ((1, 256, 64), (1, 4096, 64), (1, 16384, 64)),
-        "text": ((1, 512, 3072),) * 3,
-        "row": ((1, 99),) * 3,
-        "cos": ((768, 128), (4608, 128), (16896, 128)),
-        "sin": ((768, 128), (4608, 128), (16896, 128)),
-    }
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,6 @@ INPUTS = ("latents", "text", "row", "cos", "sin")
 OUTPUT = "velocity"
 MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond what a profile asks for
 
-Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-
 
 @dataclass(frozen=True)
 class Shapes:
@@ -60,20 +58,6 @@ class Shapes:
         image = torch.export.Dim("image_tokens", min=2, max=MOST_TOKENS)
         tokens = {0: self.text + image}
         return {"latents": {1: image}, "text": None, "row": None, "cos": tokens, "sin": tokens}
-
-    def profile(self, channels: int, width: int, dim: int, head_dim: int) -> Profile:
-        """(least, best, most) shape of each input, of a model with these sizes: C, width, D."""
-        shapes = [
-            {
-                "latents": (1, image, channels),
-                "text": (1, self.text, dim),
-                "row": (1, width),
-                "cos": (self.text + image, head_dim),
-                "sin": (self.text + image, head_dim),
-            }
-            for image in (self.least, self.best, self.most)
-        ]
-        return {name: (shapes[0][name], shapes[1][name], shapes[2][name]) for name in INPUTS}
 
 
 class Step(nn.Module):
