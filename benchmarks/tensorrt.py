@@ -341,9 +341,8 @@ def pictures(result: dict[str, Any]) -> str:
     lines = ["| recipe | computed | LPIPS | SSIM | PSNR dB | |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         if row["status"] != "ok":
-            lines.append(
-                f"| `{row['recipe']}` | – | – | – | – | {row['status']}: {row['reason']} |"
-            )
+            reason = row["reason"].partition("; fix:")[0]
+            lines.append(f"| `{row['recipe']}` | – | – | – | – | {row['status']}: {reason} |")
         elif row["recipe"] not in ("baseline", "baseline-again"):
             seen, steps = row["quality"][0], row["steps_computed"]["mean"]
             lines.append(

@@ -169,3 +169,10 @@ def test_killed_in_mid_stage(saved_model: Path, tmp_path: Path, cache: Path, sta
     assert (tmp_path / "engine" / "engine.plan").stat().st_size > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "engine"}
     assert not list(cache.glob("*/.*.tmp"))
+
+
+def test_the_command_calibrates_as_the_function_does() -> None:
+    from hasten.cli import export
+    from hasten.engines.tensorrt import stages
+
+    assert export.PROMPTS == stages.PROMPTS

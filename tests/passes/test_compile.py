@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -124,3 +126,8 @@ def test_the_recompile_limit_says_what_to_declare(pipe: Any, call: Call) -> None
     ):
         resize()
     assert "compile.dynamic = true" in caught.value.fix
+
+
+def test_importing_the_pipeline_loads_no_compiler() -> None:
+    code = "import sys, hasten.pipeline; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

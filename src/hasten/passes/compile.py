@@ -7,12 +7,12 @@ Dynamo giving up after too many recompilations, raises instead of silently runni
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch._dynamo.exc
 from torch import nn
 
 from hasten.errors import UnsupportedError
@@ -62,10 +62,22 @@ def compiler_errors() -> Iterator[None]:
     """Turn an error of Dynamo or inductor, pages long, into an UnsupportedError of one line."""
     try:
         yield
-    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-        raise UnsupportedError(LIMIT, LIMIT_FIX) from error
-    except torch._dynamo.exc.TorchDynamoException as error:
-        inner = getattr(error, "inner_exception", error)
-        lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-        said = f"{type(inner).__name__}: {lines[0]}" if lines else type(inner).__name__
-        raise UnsupportedError(f"torch.compile failed: {said}", FIX) from error
+    except Exception as error:
+        if told := _told(error):
+            raise told from error
+        raise
+
+
+def _told(error: Exception) -> UnsupportedError | None:
+    """What a compiler's error comes to; None for any other. Loads no compiler to find out."""
+    kinds = sys.modules.get("torch._dynamo.exc")
+    if kinds is None:
+        return None
+    if isinstance(error, kinds.FailOnRecompileLimitHit):
+        return UnsupportedError(LIMIT, LIMIT_FIX)
+    if not isinstance(error, kinds.TorchDynamoException):
+        return None
+    inner = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    said = f"{type(inner).__name__}: {lines[0]}" if lines else type(inner).__name__
+    return UnsupportedError(f"torch.compile failed: {said}", FIX)
