@@ -265,6 +265,16 @@ def test_modulation_weights_wait_in_host_memory() -> None:
     assert all(linear.weight.device.type == "cuda" for linear in linears)
 
 
+@pytest.mark.parametrize("scheme", ["fp8-weight", "int8-weight"])
+def test_a_text_encoder_in_eight_bits_draws_on_the_device(scheme: str) -> None:
+    expected = image(tiny())
+    fast = hasten.optimize(tiny(), Recipe.from_dict({"text": {"scheme": scheme}}))
+    codes = fast.text_encoder_2.encoder.block[0].layer[0].SelfAttention.q.weight
+    assert codes.device.type == "cuda"
+    assert codes.dtype.itemsize == 1
+    assert lpips(image(fast), expected).item() < 0.05
+
+
 def test_generate_and_calibrate_run_on_the_device(tmp_path: Path) -> None:
     schedule, picture = tmp_path / "schedule.toml", tmp_path / "rocket.png"
     common = ["--device", "cuda", "--steps", "12", "--out"]

@@ -9,6 +9,7 @@ the row's own group, and against its quickest one of the whole run.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ __all__ = ["card"]
 RESULTS = Path(__file__).parents[1] / "results"
 SPEED = RESULTS / "peers" / "h100-presets.json"
 PEER = RESULTS / "peers" / "h100-fastest-peer.json"
+FP8_PEER = RESULTS / "peers" / "h100-fp8-peer.json"
 MEMORY = RESULTS / "peers" / "h100-memory.json"
 QUALITY = RESULTS / "tiny-h100" / "results.json"
 SIZES = ("512", "1024")
+BALANCED = ("hasten:balanced", "cache-dit-fp8-untuned:17")
+COMPUTING = ("hasten:fp8", "diffusers-torchao-fp8:untuned")
 HEAD = """| {size}×{size} | computed | s / image | × | × quickest | ms / computed step | of eager |
 | :-- | --: | --: | --: | --: | --: | --: |"""
 
 
 def card() -> str:
-    """The tables: each size, the fastest peer, memory, quality."""
+    """The tables: each size, the fastest peers, memory, quality."""
     speed = json.loads(SPEED.read_text("utf-8"))["rows"]
     tables = [_at_size(speed, size) for size in SIZES]
-    return "\n\n".join([*tables, _fastest_peer(), _memory(), _quality()])
+    skipping = _against("17 of 50 computed", PEER, BALANCED)
+    computing = _against("50 of 50 computed", FP8_PEER, COMPUTING)
+    return "\n\n".join([*tables, skipping, computing, _memory(), _quality()])
 
 
 def _at_size(rows: list[dict[str, Any]], size: str) -> str:
@@ -53,20 +59,19 @@ def _at_size(rows: list[dict[str, Any]], size: str) -> str:
     return "\n".join(lines)
 
 
-def _fastest_peer() -> str:
-    """Rows that compute as many steps, in one group; how many times the last one's seconds."""
-    rows = json.loads(PEER.read_text("utf-8"))["rows"]
+def _against(title: str, path: Path, names: Sequence[str]) -> str:
+    """Rows of one group; × is how many times the last one's seconds."""
+    rows = {row["row"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
     lines = [
-        "| 17 of 50 computed | s / image, 512×512 | × | s / image, 1024×1024 | × |",
+        f"| {title} | s / image, 512×512 | × | s / image, 1024×1024 | × |",
         "| :-- | --: | --: | --: | --: |",
     ]
-    for row in rows:
-        cells = [_name(row)]
+    for name in names:
+        cells = [_name(rows[name])]
         for size in SIZES:
-            own, peer = (one["sizes"][size]["seconds"]["median"] for one in (row, rows[-1]))
+            own, peer = (rows[one]["sizes"][size]["seconds"]["median"] for one in (name, names[-1]))
             cells += [f"{own:.2f}", f"{peer / own:.2f}"]
-        if row["row"] != BASE:
-            lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

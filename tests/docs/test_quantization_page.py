@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from statistics import fmean, stdev
 
+from benchmarks.linears import encoder_table, linears_table
 from benchmarks.quantization import blocks_table, text_table
 
 from hasten.recipe import Recipe
@@ -39,6 +40,13 @@ def test_its_tables_come_from_the_results() -> None:
     rows = json.loads(results.read_text("utf-8"))["rows"]
     assert blocks_table(rows) in TEXT
     assert text_table(rows) in (PAGE.parent / "text-and-decoder.md").read_text("utf-8")
+
+
+def test_its_times_come_from_the_results() -> None:
+    results = PAGE.parents[1] / "benchmarks" / "results" / "quantization" / "h100-linears.json"
+    measured = json.loads(results.read_text("utf-8"))
+    assert linears_table(measured["rows"]) in TEXT
+    assert encoder_table(measured["text"]) in (PAGE.parent / "text-and-decoder.md").read_text()
 
 
 def test_emulation_beside_the_gpu_comes_from_the_results() -> None:

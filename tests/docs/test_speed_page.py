@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers.card import card
 
@@ -41,6 +43,24 @@ def test_its_tables_come_from_the_results() -> None:
         r"<!-- results: peers -->\n(.*?)\n<!-- end of results -->", TEXT, re.DOTALL
     )
     assert tables == card()
+
+
+def test_what_compiling_the_decoder_brings_comes_from_the_results() -> None:
+    results = PAGE.parents[1] / "benchmarks" / "results" / "peers" / "h100-fp8-peer.json"
+    rows = {row["row"]: row for row in json.loads(results.read_text("utf-8"))["rows"]}
+    plain = rows["hasten:balanced"]
+    decoder = rows["hasten:benchmarks/peers/recipes/balanced-decoder.toml"]
+
+    def saved(size: str) -> float:
+        one, other = (row["sizes"][size]["seconds"]["median"] for row in (plain, decoder))
+        return 1e3 * float(one - other)
+
+    def first(row: dict[str, Any]) -> float:
+        return float(row["setup_seconds"] + row["sizes"]["512"]["first_image_seconds"])
+
+    text = (PAGE.parent / "text-and-decoder.md").read_text("utf-8")
+    assert f"takes {saved('512'):.0f} ms off an image at 512×512 and {saved('1024'):.0f} ms" in text
+    assert f"adds\n  {first(decoder) - first(plain):.0f} s to the first one" in text
 
 
 def test_the_readmes_figures_come_from_the_results() -> None:

@@ -29,11 +29,13 @@ INDUCTOR = {
 
 def flux_fast(pipe: Any, which: str, workload: Workload) -> Applied:
     """`which`: "" is the list; "all" quantises the modulations too, as flux-fast itself does;
-    "quick" keeps fusion, FP8 and CUDA graphs but leaves out the tuning, which takes minutes."""
+    "quick" keeps fusion, FP8 and CUDA graphs but leaves out all tuning, torchao's too, which takes
+    minutes."""
     check_fp8(workload)
     recipe = {**eager(pipe, "", workload).recipe, **fuse(pipe)}
-    recipe |= quantize_blocks(pipe.transformer, every=which == EVERY)
-    if which == QUICK:
+    quick = which == QUICK
+    recipe |= quantize_blocks(pipe.transformer, every=which == EVERY, tuned=not quick)
+    if quick:
         recipe |= prepare(pipe, {**COMPILE, "mode": "reduce-overhead"}, {})
     else:
         recipe |= prepare(pipe, COMPILE, INDUCTOR)
