@@ -3,7 +3,7 @@
     python -m benchmarks.tensorrt benchmarks/results/tensorrt/cpu-2-cores.json [commands] [depths]
     python -m benchmarks.tensorrt --tables benchmarks/results/tensorrt/cpu-2-cores.json
 
-First the command a user types, on the bundled model in bf16 and fp8: from nothing, once more, and
+First the command a user types, on the bundled model in each precision: from nothing, once more, and
 again with its cache deleted. Then FLUX.1-dev's true width at three depths under random weights, in
 FP8: exported as hasten does it and as torch.onnx alone would, verified where the memory allows, and
 built; every job is a process of its own. Memory is RssAnon: pages of mapped files do not count. A
@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from hasten.benchmark.environment import look
-from hasten.benchmark.process import python_command, python_environment
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.export import export_onnx, in_precision
 from hasten.engines.tensorrt.files import DATA, GRAPH
@@ -40,8 +39,10 @@ from hasten.engines.tensorrt.verify import verify
 from hasten.models.architecture import FLUX_1_DEV
 from hasten.models.flux import FluxFamily
 from hasten.models.shape import variance_preserving_
+from hasten.process import python_command, python_environment
 
 SCHEMA = 1
+PRECISIONS = ("bf16", "fp16", "fp8")
 TARGET = "sm89"
 FAMILY = FluxFamily()
 SHAPES = Shapes(text=512, least=64, best=4096, most=4096)
@@ -83,7 +84,7 @@ def _write(path: Path, part: str, measured: dict[str, Any]) -> None:
 def commands() -> dict[str, Any]:
     """The command on the bundled model."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = [_command(precision, Path(folder) / precision) for precision in ("bf16", "fp8")]
+        rows = [_command(precision, Path(folder) / precision) for precision in PRECISIONS]
     return {"rows": rows}
 
 

@@ -16,7 +16,7 @@ from benchmarks.caching.jobs import Job, empty_row, job_end
 from benchmarks.caching.pool import Ended
 from benchmarks.caching.results import failed_part
 
-from hasten.benchmark.process import python_command, python_environment
+from hasten.process import python_command, python_environment
 
 __all__ = ["Launcher"]
 

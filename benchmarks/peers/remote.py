@@ -15,7 +15,7 @@ from benchmarks.peers.channel import Channel, ClosedError
 from benchmarks.peers.rows import Spec
 from benchmarks.peers.workload import Workload
 
-from hasten.benchmark.process import how_it_ended, python_command, python_environment
+from hasten.process import how_it_ended, python_command, python_environment
 
 __all__ = ["Clock", "Lost", "Remote"]
 

@@ -75,6 +75,15 @@ def refuse_optimized(pipe: Any) -> None:
 
 def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
     found = []
+    empty = [name for name, one in pipe.transformer.named_parameters() if not one.numel()]
+    if empty:
+        found.append(
+            Problem(
+                f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …): an engine "
+                "took their place (engine.release = true)",
+                "load the pipeline again",
+            )
+        )
     if recipe.compile is not None:
         blocks = family.repeated_blocks(pipe.transformer)
         compiled = [name for name, block in blocks if block._compiled_call_impl is not None]

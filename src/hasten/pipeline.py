@@ -158,10 +158,10 @@ def undo_all(applied: list[Applied]) -> list[str]:
     """Undo passes, newest first; return a line for each that cannot be undone."""
     stuck = []
     for done in reversed(applied):
-        if done.undo is None:
-            stuck.append(f"{done.name} cannot be undone: {done.cannot_undo}")
-        else:
+        if done.undo is not None:
             done.undo()
+        if done.cannot_undo:
+            stuck.append(f"{done.name} cannot be undone: {done.cannot_undo}")
     return stuck
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hasten.cli import doctor
 from hasten.cli.doctor import compiler_problem
 from hasten.machine import Gpu, Machine, machine
 from tests.cli.conftest import Ended, Run
@@ -134,3 +135,11 @@ def test_a_compiler_that_only_answers_version_is_found_out(tmp_path: Path) -> No
     assert problem is not None
     assert "omp.h: No such file" in problem.fault
     assert "libgomp1" in problem.fix
+
+
+def test_what_exports_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    assert doctor._kept_engines() == ""
+    (tmp_path / "tensorrt").mkdir()
+    (tmp_path / "tensorrt" / "engine.plan").write_bytes(b"0" * 3 * 2**20)
+    assert doctor._kept_engines() == f"; {tmp_path / 'tensorrt'} holds 3 MiB, safe to delete"

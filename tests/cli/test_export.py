@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from hasten.engines.tensorrt.store import facts_of_file
+from hasten.engines.tensorrt.hashes import facts_of_file
 from tests.cli.conftest import Run
 from tests.cli.test_app import PROGRAM
+from tests.hub_cache import write_hub_cache
 
 STAGES = ["preflight", "export", "verify", "build", "write"]
 
@@ -102,12 +103,12 @@ def test_the_group_shows_its_help(run: Run) -> None:
     assert run("export", "--help").code == 0
 
 
-def command(model: Path, *arguments: str) -> list[str]:
+def command(model: Path | str, *arguments: str) -> list[str]:
     given = ["--model", str(model), "--precision", "bf16", "--target", "sm89"]
     return [*PROGRAM, "export", "tensorrt", *given, "--max-size", "64x64", *arguments]
 
 
-def ended(model: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def ended(model: Path | str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = command(model, *arguments)
     return subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -148,6 +149,49 @@ def test_export_repeat_and_rebuild(saved_model: Path, tmp_path: Path, cache: Pat
     ]
     assert "the graph was not verified" in rebuilt.stdout
     assert facts_of_file(tmp_path / "engine" / "engine.plan") == engine
+
+
+@pytest.mark.slow
+def test_a_repeat_for_a_model_of_the_hub_loads_no_torch(
+    saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hub_cache(tmp_path / "hub", "someone/small", saved_model)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = ended("someone/small", tmp_path, "--target", "none", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    program = (
+        "import sys\n"
+        "from hasten.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "sys.exit(3 if {'torch', 'diffusers'} & set(sys.modules) else code)\n"
+    )
+    given = command("someone/small", "--target", "none", "--no-verify")[len(PROGRAM) :]
+    again = subprocess.run(
+        [sys.executable, "-c", program, *given],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout == done.stdout
+    assert again.stdout.startswith("engine: bf16 graph of someone/small, ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_the_bundled_model(tmp_path: Path, precision: str) -> None:
+    """Alone on two cores each takes less than 60 s, which `benchmarks.tensorrt` measures; here
+    other tests share them."""
+    arguments = ["--precision", precision, "--target", "sm89", "--limit", "1", "--steps", "4"]
+    program = [*PROGRAM, "export", "tensorrt", *arguments, "--json"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
+    stages = {stage["name"]: stage["seconds"] for stage in told["stages"]}
+    assert stages["export"] + stages["verify"] + stages["build"] < 120
+    for size in told["verification"]["sizes"]:
+        assert max(size["blocks"].values()) < 0.01
+        assert precision == "fp8" or size["whole"] < 0.002
+        assert (size["unquantised"] is None) == (precision != "fp8")
 
 
 @pytest.mark.slow

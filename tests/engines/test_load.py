@@ -166,6 +166,22 @@ def test_calls_outside_of_the_profile_are_refused(pipe: Any, call: Call, written
     assert call(fast, **SIZE).isfinite().all(), "the pipeline still works"
 
 
+def test_released_weights_cannot_come_back(
+    make_pipe: Callable[[], Any], call: Call, written: Path
+) -> None:
+    plain = make_pipe()
+    expected = call(plain, **SIZE)
+    fast = hasten.optimize(plain, recipe(written, release=True), copy=True)
+    assert "torch weights let go" in fast.summary()
+    call(fast, **SIZE)
+    with pytest.raises(HastenError, match="engine cannot be undone"):
+        fast.restore()
+    with pytest.raises(UnsupportedError, match=r"empty .*engine\.release") as caught:
+        hasten.optimize(fast.pipe, "cache")
+    assert "load the pipeline again" in caught.value.fix
+    assert torch.equal(call(plain, **SIZE), expected)
+
+
 def test_what_cannot_draw_from_a_text_is_not_calibrated(pipe: Any, tmp_path: Path) -> None:
     from diffusers import FluxImg2ImgPipeline
 

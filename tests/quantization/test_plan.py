@@ -150,6 +150,14 @@ def quantised_by_another(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def of_a_tensor_class(linear: nn.Linear) -> nn.Linear:
+    class Params4bit(nn.Parameter):
+        pass
+
+    linear.weight = Params4bit(linear.weight.detach())
+    return linear
+
+
 def of_another_class(linear: nn.Linear) -> nn.Linear:
     class Linear4bit(nn.Linear):
         pass
@@ -169,7 +177,8 @@ def hooked(linear: nn.Linear) -> nn.Linear:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (quantised_by_another, "stored in int8"),
+        (quantised_by_another, "its weight is stored in int8"),
+        (of_a_tensor_class, "its weight is of class Params4bit"),
         (of_another_class, "a Linear4bit"),
         (offloaded, "offloaded"),
         (hooked, "hooks of its own"),

@@ -14,9 +14,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 import hasten
-from hasten.benchmark.process import python_command, python_environment
 from hasten.errors import HastenError
 from hasten.machine import machine
+from hasten.process import python_command, python_environment
 from hasten.results import Environment
 
 __all__ = ["Surroundings", "commit", "look", "look_in_process"]

@@ -11,11 +11,11 @@ from hasten import errors
 from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome, write_text
 from hasten.benchmark.merge import assemble
 from hasten.benchmark.plan import Plan, Turn, make_plan
-from hasten.benchmark.process import how_it_ended, run_module
 from hasten.benchmark.rows import DEFAULT_RECIPES
 from hasten.benchmark.store import Store
 from hasten.benchmark.workload import Options
 from hasten.errors import Faults, HastenError
+from hasten.process import how_it_ended, run_module
 from hasten.recipe import Recipe
 from hasten.results import BASELINE, Results, Row, write_results
 

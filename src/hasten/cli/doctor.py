@@ -186,7 +186,15 @@ def _tensorrt(here: Machine, device: str) -> Finding:
     built = f"TensorRT for RTX {here.tensorrt} builds engines here"
     running = here.engine_problems(device, "tensorrt", "fp16")
     runs = running[0].fault if running else "they run here"
-    return Finding("tensorrt", "ok", f"{built}; {runs}")
+    return Finding("tensorrt", "ok", f"{built}; {runs}{_kept_engines()}")
+
+
+def _kept_engines() -> str:
+    """How much the cache of exports takes, where there is one."""
+    from hasten.engines.tensorrt.files import bytes_below, default_root
+
+    taken = bytes_below(default_root())
+    return f"; {default_root()} holds {taken / 2**20:.0f} MiB, safe to delete" if taken else ""
 
 
 def _sum_of_cosines(x: Any) -> Any:

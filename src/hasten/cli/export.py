@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -137,7 +137,7 @@ def _request(
 
 def _before(request: Request) -> Manifest | None:
     """What this very request wrote earlier, if it is still there and whole. Loads no torch."""
-    from hasten.engines.tensorrt.stages import finished
+    from hasten.engines.tensorrt.finished import finished
     from hasten.engines.tensorrt.store import Store
 
     key = _key(request)
@@ -150,7 +150,8 @@ def _exported(request: Request) -> Manifest:
     with ProgressBar() as progress:
         progress.stage("loading")
         silence_library_bars()
-        from hasten.engines.tensorrt.stages import export_tensorrt, remember
+        from hasten.engines.tensorrt.finished import remember
+        from hasten.engines.tensorrt.stages import export_tensorrt
         from hasten.engines.tensorrt.store import Store
         from hasten.models import load_pipeline
 
@@ -178,14 +179,14 @@ def _exported(request: Request) -> Manifest:
 
 def _key(request: Request) -> str | None:
     """Of the request and the model's files by size and time; None where there are none to see."""
-    from hasten.engines.tensorrt.stages import request_key
+    from hasten.engines.tensorrt.finished import request_key
     from hasten.models.defaults import model_directory
+    from hasten.models.hub import cached_snapshot
 
-    called = request.called
-    directory = model_directory(called.model)
-    if directory is None and not called.model.startswith("shape:"):
-        return None  # on the hub, which has to be asked
-    return request_key(directory or called.model, asdict(request))
+    model = request.called.model
+    shape = model if model.startswith("shape:") else None
+    source = shape or model_directory(model) or cached_snapshot(model)
+    return None if source is None else request_key(source, asdict(request))
 
 
 def _shown(model: str) -> str:
@@ -212,11 +213,9 @@ def _print_result(manifest: Manifest, out: Path, *, as_json: bool) -> None:
 
 def _seen(manifest: Manifest) -> str:
     """How far the graph was from torch, in a few words."""
-    found: Any = manifest.verification
+    found = manifest.verification
     if found is None:
         return "the graph was not verified"
-    worst = max(size["whole"] for size in found["sizes"])
-    blocks = max(max(size["blocks"].values()) for size in found["sizes"])
     if manifest.precision == "fp8":
-        return f"error of a block against torch at most {blocks:.1e}"
-    return f"error against torch at most {worst:.1e}"
+        return f"error of a block against torch at most {found.worst_block:.1e}"
+    return f"error against torch at most {found.worst_whole:.1e}"

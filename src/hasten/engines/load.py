@@ -8,12 +8,15 @@ from typing import Any
 
 from hasten.engines.body import Driver, EngineBody
 from hasten.engines.onnxruntime import OnnxRuntime
+from hasten.engines.tensorrt.digests import weights_digest
 from hasten.engines.tensorrt.files import ENGINE, GRAPH
+from hasten.engines.tensorrt.hashes import content_key
 from hasten.engines.tensorrt.manifest import Manifest
-from hasten.engines.tensorrt.stages import STAGES, export_tensorrt, weights_digest
+from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.engines.tensorrt.step import Shapes
-from hasten.engines.tensorrt.store import Store, content_key
+from hasten.engines.tensorrt.store import Store
 from hasten.engines.tensorrt.twin import float32_twin
+from hasten.engines.tensorrt.versions import STAGES
 from hasten.errors import EngineError, InputError
 from hasten.recipe import Engine, Sampling, parse_size
 

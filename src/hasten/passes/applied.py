@@ -14,9 +14,9 @@ class Applied:
     """One applied pass.
 
     name: the recipe's section; what: one line of what was changed; left_alone: (what, why) pairs;
-    undo: puts everything back, or None with `cannot_undo` saying why not; declined: whether what
-    was left alone is what the recipe asked for with "auto", which results have to say; notes: what
-    else they have to say.
+    undo: puts back what it can; cannot_undo: why that is not everything, empty where it is;
+    declined: whether what was left alone is what the recipe asked for with "auto", which results
+    have to say; notes: what else they have to say.
     """
 
     name: str

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hasten.errors import UnsupportedError, join_fixes
 from hasten.machine import Problem
 from hasten.recipe import Quantize
 
-__all__ = ["Linears", "Plan", "make_plan", "plan_problems"]
+__all__ = ["PLAIN_DTYPES", "Linears", "Plan", "make_plan", "plan_problems", "special_weight"]
 
 Linears = Sequence[tuple[str, nn.Linear]]
 """Linears of a transformer by their names in it."""
@@ -86,6 +86,18 @@ def plan_problems(transformer: nn.Module, linears: Linears, recipe: Quantize) ->
             )
         )
     return [*found, *_amax_problems(recipe, linears, chosen)]
+
+
+def special_weight(weight: Tensor, dtypes: Sequence[torch.dtype] = PLAIN_DTYPES) -> str:
+    """What a weight is if not a plain parameter of one of these dtypes; empty where it is one.
+
+    Libraries that quantise put a tensor class of theirs in its place, or codes of 8 bits.
+    """
+    if type(weight) is not nn.Parameter:
+        return f"of class {type(weight).__name__}"
+    if weight.dtype not in dtypes:
+        return f"stored in {str(weight.dtype).removeprefix('torch.')}"
+    return ""
 
 
 def _amax_problems(recipe: Quantize, linears: Linears, chosen: Sequence[str]) -> list[Problem]:
@@ -169,14 +181,13 @@ def _adapted(transformer: nn.Module) -> list[str]:
 
 def _not_plain(linear: nn.Linear) -> str:
     """Why this is more than a linear with a weight of its own; empty where it is not."""
-    weight = linear.weight
-    if type(linear) is not nn.Linear or type(weight) is not nn.Parameter:
-        return f"a {type(linear).__name__} with a {type(weight).__name__}"
-    if weight.dtype not in PLAIN_DTYPES:
-        return f"stored in {str(weight.dtype).removeprefix('torch.')}"
+    if why := special_weight(linear.weight):
+        return f"its weight is {why}"
+    if type(linear) is not nn.Linear:
+        return f"a {type(linear).__name__}"
     hooked = linear._forward_hooks or linear._forward_pre_hooks
     if (
-        weight.is_meta
+        linear.weight.is_meta
         or hooked
         or hasattr(linear, "_hf_hook")
         or hasattr(linear, "_diffusers_hook")

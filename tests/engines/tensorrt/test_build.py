@@ -19,7 +19,7 @@ import pytest
 from hasten.engines.tensorrt import build as building
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.files import DATA
-from hasten.engines.tensorrt.store import facts_of_file
+from hasten.engines.tensorrt.hashes import facts_of_file
 from hasten.errors import EngineError, HastenError, InputError, UnsupportedError
 from tests.engines.tensorrt.small_graph import SHAPES, write_small_graph
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 import hasten
 from hasten.calibration.activations import largest_inputs
-from hasten.engines.tensorrt.calibrate import METHODS, calibrate, load, save
+from hasten.engines.tensorrt.calibrate import calibrate, load, save
+from hasten.engines.tensorrt.preflight import METHODS
 from hasten.engines.tensorrt.qdq import Amax
 from hasten.errors import (
     AlreadyOptimizedError,
@@ -101,12 +102,9 @@ def test_smoothing_makes_inputs_and_weights_equally_large(pipe: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_repeats_are_equal(pipe: Any, method: str) -> None:
-    first, again = (
-        calibrate(pipe, FAMILY, PROMPTS, **SHORT, method=method)
-        for _ in range(2)  # type: ignore[arg-type]
-    )
+    first, again = (calibrate(pipe, FAMILY, PROMPTS, **SHORT, method=method) for _ in range(2))
     assert first == again
-    other = calibrate(pipe, FAMILY, PROMPTS, **SHORT, method=method, seed=9)  # type: ignore[arg-type]
+    other = calibrate(pipe, FAMILY, PROMPTS, **SHORT, method=method, seed=9)
     assert other != first
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from hasten.engines.tensorrt.hashes import facts_of_file
 from hasten.engines.tensorrt.manifest import MANIFEST, FileEntry, Manifest
-from hasten.engines.tensorrt.store import facts_of_file
 from hasten.errors import InputError
 
 SHA = "0" * 64
@@ -32,7 +32,13 @@ def made(**changes: Any) -> Manifest:
         "calibration": {"method": "max", "prompts": 16, "steps": 50, "sha256": SHA},
         "files": {},
         "stages": [{"name": "build", "seconds": 1.5, "peak_bytes": None, "cached": False}],
-        "verification": {"what": "fp8", "sizes": [{"height": 8, "whole": 0.03}]},
+        "verification": {
+            "what": "fp8",
+            "whole_bar": None,
+            "block_bar": 0.01,
+            "sizes": [{"height": 8, "width": 8, "whole": 0.03, "blocks": {"a": 0.001}}],
+            "seconds": 1.0,
+        },
         "versions": {"torch": "2", "onnx": None},
     }
     return Manifest.model_validate(values | changes)
@@ -88,7 +94,7 @@ def test_a_write_that_fails_leaves_the_old_one(
     def broken(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hasten.engines.tensorrt.store.sync", broken)
+    monkeypatch.setattr("hasten.engines.tensorrt.files.sync", broken)
     with pytest.raises(OSError, match="No space left"):
         made(model="new").write(tmp_path / MANIFEST)
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hasten.engines.tensorrt import preflight
 from hasten.engines.tensorrt.preflight import Asked, check_model, check_request, graph_bytes
@@ -130,6 +131,54 @@ def test_unfused_lora(pipe: Any) -> None:
     assert isinstance(error, EngineError)
     assert "LoRA" in error.faults[0]
     assert "fuse_lora()" in error.fix
+
+
+class Int8Tensor(Tensor):
+    """What a library of tensor classes makes of a weight: nn.Parameter keeps its class."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> Int8Tensor:
+        return Tensor._make_subclass(cls, codes)
+
+
+class GGUFParameter(nn.Parameter):
+    """As Diffusers' own, which cannot be imported without the package gguf."""
+
+    def __new__(cls, codes: Tensor) -> GGUFParameter:
+        return Tensor._make_subclass(cls, codes, False)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "kind"),
+    [
+        (lambda weight: nn.Parameter(Int8Tensor(weight)), "of class Int8Tensor"),
+        (lambda weight: GGUFParameter(weight.to(torch.uint8)), "of class GGUFParameter"),
+        (lambda weight: stored_in(weight, torch.uint8), "stored in uint8"),
+        (lambda weight: stored_in(weight, torch.float8_e4m3fn), "stored in float8_e4m3fn"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_weights_that_another_library_has_quantised(
+    pipe: Any, quantised: Any, kind: str, precision: str
+) -> None:
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.to_k.weight = quantised(block.attn.to_k.weight.detach())
+    (error,) = model_faults(pipe.transformer, replace(ASKED, precision=precision))
+    assert isinstance(error, UnsupportedError)
+    assert error.faults == (
+        "2 weights of the transformer are quantised already; "
+        f"transformer_blocks.0.attn.to_k.weight is {kind}",
+    )
+    assert error.fix == "load the plain model: FP8 is made by the export itself (--precision fp8)"
+
+
+def stored_in(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(weight.to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_in_any_dtype_that_torch_computes_in(pipe: Any, dtype: torch.dtype) -> None:
+    assert model_faults(pipe.transformer.to(dtype)) == []
 
 
 def test_bytes_of_the_graph(pipe: Any) -> None:

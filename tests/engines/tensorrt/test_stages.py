@@ -5,7 +5,6 @@ One export of each precision is made for the module; tests copy its cache and go
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,19 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.engines.tensorrt import stages
-from hasten.engines.tensorrt.files import DATA, GRAPH
+from hasten.engines.tensorrt import write
+from hasten.engines.tensorrt.digests import weights_digest
+from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, default_root
+from hasten.engines.tensorrt.hashes import facts_of_file
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
-from hasten.engines.tensorrt.stages import (
-    AMAX,
-    ENGINE,
-    export_tensorrt,
-    finished,
-    remember,
-    request_key,
-    weights_digest,
-)
-from hasten.engines.tensorrt.store import Store, default_root, facts_of_file
+from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.errors import EngineError, HastenError, InputError
 from hasten.models.flux import FluxFamily
 from hasten.models.shape import build_shape
@@ -112,7 +104,7 @@ def test_what_is_written(first: Path) -> None:
     assert [stage.name for stage in manifest.stages] == ["export", "verify", "build"]
     assert all(stage.peak_bytes and not stage.cached for stage in manifest.stages)
     assert manifest.verification is not None
-    assert manifest.verification["sizes"]
+    assert manifest.verification.sizes
     assert manifest.weights == weights_digest(small_pipe().transformer)
     lines = (first / "said").read_text().splitlines()
     assert [line.split()[0] for line in lines] == [
@@ -189,6 +181,8 @@ def test_kept_in_the_cache(place: Path) -> None:
     assert manifest.folder is not None
     assert manifest.folder.is_relative_to(default_root())
     assert files_of(manifest.folder) == files_of(place / "engine")
+    (built,) = (default_root() / "build").glob(f"*/{ENGINE}")
+    assert built.samefile(manifest.folder / ENGINE)  # no second time on the disk
     (manifest.folder / "runtime.cache").write_text("of the engine's driver")
     again, _ = exported(None)
     assert again.folder == manifest.folder
@@ -318,6 +312,17 @@ def test_no_space_leaves_the_export_that_was_there(place: Path) -> None:
     assert Manifest.read(place / "engine").targets == ("sm86",)
 
 
+def test_a_link_is_followed(place: Path) -> None:
+    """What a link leads to is replaced, and the link stays."""
+    (place / "engine").rename(place / "elsewhere")
+    (place / "engine").symlink_to("elsewhere")
+    exported(place / "engine", targets=(), verify=False)
+    assert (place / "engine").is_symlink()
+    assert Manifest.read(place / "elsewhere").targets == ()
+    assert set(files_of(place / "elsewhere")) == {GRAPH, DATA}
+    assert {path.name for path in place.iterdir()} == {"cache", "elsewhere", "engine", "said"}
+
+
 def test_killed_between_the_two_renames(place: Path) -> None:
     """The one before has gone aside, and the new one is not in its place."""
     before = files_of(place / "engine")
@@ -332,14 +337,14 @@ def test_killed_between_the_two_renames(place: Path) -> None:
 def test_a_rename_that_fails_puts_the_one_before_back(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, true = files_of(place / "engine"), stages.os.replace
+    before, true = files_of(place / "engine"), write.os.replace
 
     def replace(source: Any, target: Any) -> None:
         if str(source).endswith(".engine.tmp"):
             raise PermissionError(13, "Permission denied")
         true(source, target)
 
-    monkeypatch.setattr(stages.os, "replace", replace)
+    monkeypatch.setattr(write.os, "replace", replace)
     error = failed(place / "engine", targets=(), verify=False)
     assert isinstance(error, InputError)
     assert "cannot be written: Permission denied" in error.faults[0]
@@ -362,45 +367,3 @@ def test_a_stage_that_fails_keeps_those_before_it(
     assert not (place / "new").exists()
     _, said = exported(place / "new")
     assert made_before(said) == ["export"]
-
-
-def test_digests_are_the_same_in_every_dtype(pipe: Any) -> None:
-    transformer = pipe.transformer.to(torch.bfloat16)
-    digest = weights_digest(transformer)
-    assert weights_digest(transformer.to(torch.float32)) == digest
-    with torch.no_grad():
-        next(transformer.parameters()).view(-1)[0] += 1
-    assert weights_digest(transformer) != digest
-    assert weights_digest(transformer, torch.float16) != weights_digest(transformer)
-    with pytest.raises(EngineError, match="no values"):
-        weights_digest(nn.Linear(2, 2, device="meta"))
-
-
-def test_what_a_request_led_to(place: Path, tmp_path: Path) -> None:
-    store, out = Store(), place / "engine"
-    assert finished(store, "key", out) is None
-    remember(store, "key", out)
-    assert finished(store, "key", out) == Manifest.read(out)
-    assert finished(store, "other", out) is None
-    assert finished(store, "key", place / "elsewhere") is None
-    flip_a_bit(out / DATA)
-    assert finished(store, "key", out) is None
-    flip_a_bit(out / DATA)
-    assert finished(store, "key", out) is not None
-    text = json.loads((out / MANIFEST).read_text())
-    (out / MANIFEST).write_text(json.dumps({**text, "model": "another"}))
-    assert finished(store, "key", out) is None
-    (out / MANIFEST).unlink()
-    assert finished(store, "key", out) is None
-
-
-def test_a_request_s_key(tmp_path: Path) -> None:
-    (tmp_path / "inner").mkdir()
-    weights = tmp_path / "inner" / "weights"
-    weights.write_text("1")
-    key = request_key(tmp_path, {"out": Path("engine")})
-    assert request_key(tmp_path, {"out": Path("engine")}) == key
-    assert request_key(tmp_path, {"out": Path("other")}) != key
-    assert request_key("shape:flux.1-dev", {"out": Path("engine")}) != key
-    weights.write_text("12")
-    assert request_key(tmp_path, {"out": Path("engine")}) != key

@@ -17,15 +17,8 @@ from typing import Any
 
 import pytest
 
-from hasten.engines.tensorrt.store import (
-    RECORD,
-    Store,
-    content_key,
-    default_root,
-    facts_of_file,
-    out_of_space,
-    write_text,
-)
+from hasten.engines.tensorrt.hashes import content_key, facts_of_file
+from hasten.engines.tensorrt.store import RECORD, Store, out_of_space
 from hasten.errors import EngineError, InputError
 
 KEY = content_key({"weights": "abc"})
@@ -226,30 +219,6 @@ def test_small_values(store: Store) -> None:
     assert store.recall(KEY) is None
 
 
-def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
-    assert default_root() == tmp_path / "tensorrt"
-    assert Store().root == default_root()
-    monkeypatch.delenv("HASTEN_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_root() == tmp_path / ".cache" / "hasten" / "tensorrt"
-
-
-def test_keys() -> None:
-    assert content_key({"a": 1, "b": (2, 3)}) == content_key({"b": [2, 3], "a": 1})
-    assert content_key({"a": 1}) != content_key({"a": 2})
-    assert len(KEY) == 32
-
-
-def test_a_text_is_written_whole_or_not(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-    write_text(path, "before")
-    with files_up_to(10), pytest.raises(OSError, match="File too large"):
-        write_text(path, "after " * 1000)
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_importing_loads_nothing_heavy() -> None:
     code = (
         "import sys, hasten.engines.tensorrt.stages\n"
@@ -264,3 +233,26 @@ def test_a_record_is_json(store: Store) -> None:
     record = json.loads((done.folder / RECORD).read_text())
     assert record["facts"] == {"peak_bytes": 7}
     assert 0 <= record["seconds"] < time.perf_counter()
+
+
+def test_a_disk_without_locks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(InputError, match="No locks available") as caught:
+        store.stage("export", KEY, Maker())
+    assert "local disk" in caught.value.fix
+
+
+def test_damage_that_cannot_be_removed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = store.stage("export", KEY, Maker())
+    (done.folder / "a").unlink()
+
+    def denied(*_: Any, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("hasten.engines.tensorrt.store.shutil.rmtree", denied)
+    with pytest.raises(InputError, match="cannot be used: Permission denied"):
+        store.stage("export", KEY, Maker())

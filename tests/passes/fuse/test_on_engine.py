@@ -89,14 +89,25 @@ def test_released_blocks_hold_nothing_and_the_pictures_stay(
     _, done = on_engine(pipe, release=True)
     after = sum(parameter.nbytes for parameter in pipe.transformer.parameters())
     assert after < before / 2
-    assert "freed" in done.what
-    assert done.undo is None
+    assert "torch weights let go" in done.what
     assert "engine.release" in done.cannot_undo
     with pytest.raises(CallError, match="cannot be saved"):
         pipe.save_pretrained(tmp_path)
     assert not list((tmp_path / "transformer").rglob("*.safetensors"))
     pipe.to(torch.device("cpu"))
     torch.testing.assert_close(call(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_undone_after_a_release_the_engine_is_closed_and_calls_say_why_not(
+    pipe: Any, call: Call
+) -> None:
+    body, done = on_engine(pipe, release=True)
+    assert done.undo is not None
+    done.undo()
+    assert body.closed
+    with pytest.raises(CallError, match=r"engine\.release = true\), so it cannot run") as caught:
+        call(pipe)
+    assert "load the pipeline again" in caught.value.fix
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced"])

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from hasten.engines.tensorrt.store import FIX_SPACE, Tell
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import EngineError, InputError, UnsupportedError
+from hasten.process import how_it_ended, python_command, python_environment
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.step import Shapes
@@ -136,10 +136,9 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 def _start(request: dict[str, Any], send: int, output: BinaryIO) -> subprocess.Popen[bytes]:
     """A session of its own, so that Ctrl-C reaches only us."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", BUILDER, json.dumps(request), str(send), str(os.getpid())],
-        env={**os.environ, "PYTHONPATH": path},
+        python_command(BUILDER, json.dumps(request), str(send), str(os.getpid())),
+        env=python_environment(),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -162,15 +161,15 @@ def _died(status: int, said: str) -> EngineError | UnsupportedError:
         return UnsupportedError(
             "TensorRT for RTX is not installed", "pip install 'hasten[tensorrt]'"
         )
+    ended = f"the builder gave no answer, {how_it_ended(status)}"
     if status < 0:
-        name = signal.Signals(-status).name
         return EngineError(
-            f"the builder was ended by {name}" + (" (often: out of memory)" * (name == "SIGKILL")),
+            ended,
             "free some memory, it takes 2.5 times the weights; run it again: finished stages are "
             "kept",
         )
     return EngineError(
-        f"the builder ended with exit code {status}: {last or 'it said nothing'}",
+        f"{ended}: {last or 'it said nothing'}",
         "run it again; if that changes nothing, report this line",
     )
 

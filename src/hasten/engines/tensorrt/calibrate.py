@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,15 @@ from hasten.check import refuse_optimized
 from hasten.copying import structural_copy
 from hasten.engines.tensorrt.export import refuse_adapters
 from hasten.engines.tensorrt.packages import needed
+from hasten.engines.tensorrt.preflight import METHODS
 from hasten.engines.tensorrt.qdq import Amax
 from hasten.engines.tensorrt.quiet import quiet
 from hasten.engines.tensorrt.restored import functions_restored
 from hasten.errors import EngineError, InputError, ModelError
 from hasten.models.family import Family
 
-__all__ = ["METHODS", "calibrate", "load", "save"]
+__all__ = ["calibrate", "load", "save"]
 
-Method = Literal["max", "smoothquant"]
-METHODS: tuple[Method, ...] = ("max", "smoothquant")
 ALPHA = 0.5  # of SmoothQuant: how much of the outliers the weights take
 
 
@@ -41,7 +40,7 @@ def calibrate(
     prompts: Sequence[str],
     *,
     steps: int,
-    method: Method = "max",
+    method: str = METHODS[0],
     tell: Callable[[str], None] = lambda _: None,
     seed: int = 0,
     **arguments: Any,
@@ -109,7 +108,7 @@ def load(path: Path) -> dict[str, Amax]:
 
 
 def _watch(
-    transformer: nn.Module, names: Sequence[str], method: Method, draw: Callable[[nn.Module], None]
+    transformer: nn.Module, names: Sequence[str], method: str, draw: Callable[[nn.Module], None]
 ) -> nn.Module:
     """The transformer with Model Optimizer's quantisers, which have seen what `draw` draws.
 
@@ -154,7 +153,7 @@ def _own_weights(transformer: nn.Module, names: Sequence[str]) -> None:
         linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
 
 
-def _found(name: str, linear: Any, method: Method) -> Amax:
+def _found(name: str, linear: Any, method: str) -> Amax:
     """What the quantisers of a linear have seen."""
     seen: Tensor | None = linear.input_quantizer.amax
     if seen is None:

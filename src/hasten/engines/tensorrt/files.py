@@ -1,27 +1,87 @@
-"""The files of an export by name, and how the two of a graph are written: `model.onnx`, and
-`model.onnx.data` with its weights."""
+"""The files of an export by name, where they are kept, and how they are written."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from hasten.errors import EngineError
 
-__all__ = ["AMAX", "DATA", "ENGINE", "GRAPH", "RUNTIME_CACHE", "place", "writing"]
+__all__ = [
+    "AMAX",
+    "DATA",
+    "ENGINE",
+    "GRAPH",
+    "RUNTIME_CACHE",
+    "bytes_below",
+    "default_root",
+    "place",
+    "read_object",
+    "sync",
+    "write_text",
+    "writing",
+]
 
-GRAPH, DATA = "model.onnx", "model.onnx.data"
+GRAPH, DATA = "model.onnx", "model.onnx.data"  # the second holds the weights of the first
 ENGINE, AMAX = "engine.plan", "amax.safetensors"
 RUNTIME_CACHE = "runtime.cache"  # what an engine became on the GPU that ran it
 PAGE = 4096  # bytes: large values begin at one, so that they can be mapped into memory
 WORD = 64  # bytes: small ones begin at a multiple of it
 
 
+def default_root() -> Path:
+    """$HASTEN_CACHE/tensorrt, or ~/.cache/hasten/tensorrt."""
+    chosen = os.environ.get("HASTEN_CACHE")
+    return (Path(chosen) if chosen else Path.home() / ".cache" / "hasten") / "tensorrt"
+
+
+def bytes_below(folder: Path) -> int:
+    """Of all files in a folder and those in it; a file of two names counts once."""
+    found: dict[int, int] = {}
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it was removed meanwhile
+            facts = path.lstat()
+            found[facts.st_ino] = facts.st_size if path.is_file() else 0
+    return sum(found.values())
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write it whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(text, "utf-8")
+        sync(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk: a full one may say so only now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Both files are there once this is left, or neither. A full disk raises EngineError."""
+    """Both files of a graph are there once this is left, or neither. A full disk raises
+    EngineError."""
     try:
         yield
     except BaseException as error:

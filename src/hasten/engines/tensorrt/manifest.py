@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hasten.engines.tensorrt.store import facts_of_file, write_text
+from hasten.engines.tensorrt.files import write_text
+from hasten.engines.tensorrt.hashes import facts_of_file
 from hasten.engines.tensorrt.targets import Precision
+from hasten.engines.tensorrt.verification import Verification
 from hasten.errors import InputError
 
 __all__ = [
@@ -95,7 +97,7 @@ class Manifest(_Record):
     calibration: Calibration | None
     files: dict[str, FileEntry]
     stages: tuple[Stage, ...]
-    verification: dict[str, JsonValue] | None
+    verification: Verification | None
     versions: dict[str, str | None]
     folder: Path | None = Field(default=None, exclude=True)
 

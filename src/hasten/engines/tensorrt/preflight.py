@@ -73,7 +73,8 @@ def check_model(
     machine: Machine,
     faults: Faults,
 ) -> None:
-    """Note what is wrong with exporting this transformer here: adapters, memory, disk.
+    """Note what is wrong with exporting this transformer here: adapters, weights that another
+    library has quantised, memory, disk.
 
     places: folders with how many times the graph's bytes each has to take.
     """
@@ -81,6 +82,8 @@ def check_model(
 
     with faults.gather():
         refuse_adapters(transformer)
+    with faults.gather():
+        _refuse_special_weights(transformer)
     if asked.precision not in get_args(Engine.model_fields["precision"].annotation):
         return  # noted already, and there is no size without it
     weights = graph_bytes(transformer, family, asked.precision)
@@ -112,6 +115,25 @@ def graph_bytes(transformer: Any, family: Any, precision: str) -> int:
     if precision != "fp8":
         return halves
     return halves - sum(int(linear.weight.numel()) for _, linear in family.quantizable(transformer))
+
+
+def _refuse_special_weights(transformer: Any) -> None:
+    """UnsupportedError for weights that another library has quantised, or keeps in fewer bits."""
+    import torch
+
+    from hasten.quantization.plan import PLAIN_DTYPES, special_weight
+
+    dtypes = (*PLAIN_DTYPES, torch.float64)
+    special = [
+        f"{name} is {why}"
+        for name, weight in transformer.named_parameters()
+        if (why := special_weight(weight, dtypes))
+    ]
+    if special:
+        raise UnsupportedError(
+            f"{len(special)} weights of the transformer are quantised already; {special[0]}",
+            "load the plain model: FP8 is made by the export itself (--precision fp8)",
+        )
 
 
 def _parameters(transformer: Any, family: Any) -> int:

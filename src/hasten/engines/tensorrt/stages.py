@@ -6,27 +6,19 @@ where it was, and one that differs in part repeats only that part. Importing thi
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.check import refuse_optimized
 from hasten.engines.tensorrt.build import build
+from hasten.engines.tensorrt.digests import config_of, pipeline_digest, weights_digest
 from hasten.engines.tensorrt.files import AMAX, ENGINE, GRAPH
-from hasten.engines.tensorrt.manifest import (
-    MANIFEST,
-    Calibration,
-    FileEntry,
-    Manifest,
-    Stage,
-    Tokens,
-)
+from hasten.engines.tensorrt.hashes import content_key
+from hasten.engines.tensorrt.manifest import Calibration, FileEntry, Manifest, Stage, Tokens
 from hasten.engines.tensorrt.memory import PeakMemory
 from hasten.engines.tensorrt.preflight import (
     METHODS,
@@ -35,17 +27,11 @@ from hasten.engines.tensorrt.preflight import (
     check_model,
     check_request,
 )
-from hasten.engines.tensorrt.store import (
-    FIX_SPACE,
-    Done,
-    Store,
-    Tell,
-    content_key,
-    facts_of_file,
-    out_of_space,
-    sync,
-)
-from hasten.errors import EngineError, Faults, InputError
+from hasten.engines.tensorrt.store import Done, Store, Tell
+from hasten.engines.tensorrt.verification import Verification
+from hasten.engines.tensorrt.versions import STAGES, versions
+from hasten.engines.tensorrt.write import write_export
+from hasten.errors import Faults
 from hasten.machine import machine, version_of
 from hasten.models.defaults import ModelDefaults, defaults_for
 from hasten.prompts import read_prompts
@@ -56,26 +42,14 @@ if TYPE_CHECKING:
     from hasten.engines.tensorrt.step import Shapes
     from hasten.models.family import Family
 
-__all__ = [
-    "ENGINE",
-    "PROMPTS",
-    "export_tensorrt",
-    "finished",
-    "remember",
-    "request_key",
-    "weights_digest",
-]
+__all__ = ["PROMPTS", "export_tensorrt"]
 
-STAGES = 1  # raise it when what a stage makes of the same input changes
 PROMPTS = 4  # to calibrate on, where nobody says which
 FEW_STEPS = 4
 LEAST_TOKENS = 64  # image tokens of the smallest picture, where the model is not smaller: 128x128
-LIBRARIES = (
-    "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
-    "nvidia-modelopt", "tensorrt-rtx-cu13",
-)  # fmt: skip
-# Times the graph's bytes that the store takes: graph, engine and the float32 twin; and out.
-IN_STORE, IN_OUT = 6.0, 2.0
+# Times the graph's bytes that the store takes: graph, engine and the float32 twin; and out, whose
+# engine takes no room of its own in the store.
+IN_STORE, IN_OUT, IN_EXPORTS = 6.0, 2.0, 1.0
 
 
 def export_tensorrt(
@@ -118,7 +92,7 @@ def export_tensorrt(
             check_draws(pipe)
     store, family = Store(tell=tell), _family(pipe, faults)
     places = {store.root: IN_STORE}
-    places[out.absolute() if out else store.root / "exports"] = IN_OUT
+    places |= {out.absolute(): IN_OUT} if out else {store.root / "exports": IN_EXPORTS}
     if family is not None:
         check_model(asked, pipe.transformer, family, places, machine(), faults)
     faults.raise_any()
@@ -168,7 +142,7 @@ class _Export:
         start = time.perf_counter()
         manifest = self.manifest(model, made, calibrated, verification)
         files = {name: done.folder / name for done in made for name in done.files}
-        written = _write(manifest, files, out, self.store)
+        written = write_export(manifest, files, out, self.store)
         _report(self.tell, "write", time.perf_counter() - start)
         return written
 
@@ -180,7 +154,7 @@ class _Export:
             "max_sequence_length": self.text,
         }
         key = {
-            "pipeline": _pipeline_digest(self.pipe, self.weights),
+            "pipeline": pipeline_digest(self.pipe, self.weights),
             "method": self.asked.method,
             "prompts": self.prompts,
             "steps": self.steps,
@@ -210,7 +184,7 @@ class _Export:
         if self.asked.precision == "fp16":  # `self.weights` is of what bfloat16 holds
             weights = weights_digest(transformer, _dtype("fp16"))
         key = {
-            "config": _config(transformer),
+            "config": config_of(transformer),
             "weights": weights,
             "precision": self.asked.precision,
             "amax": _digests(calibrated),
@@ -226,7 +200,7 @@ class _Export:
 
         return self.stage("export", key, make)
 
-    def verify(self, graph: Done, calibrated: Done | None) -> dict[str, Any]:
+    def verify(self, graph: Done, calibrated: Done | None) -> Verification:
         key = {
             "graph": _digests(graph),
             "weights": self.weights,
@@ -252,8 +226,8 @@ class _Export:
             shutil.rmtree(scratch)
             return {"verification": found.model_dump(mode="json")}
 
-        found: dict[str, Any] = self.stage("verify", key, make).facts["verification"]
-        return found
+        done = self.stage("verify", key, make)
+        return Verification.model_validate(done.facts["verification"])
 
     def build(self, graph: Done) -> Done:
         key = {
@@ -278,7 +252,7 @@ class _Export:
             return {"peak_bytes": peak.bytes, **facts}
 
         self.show(name)
-        whole = {**key, "stages": STAGES, "versions": _versions()}
+        whole = {**key, "stages": STAGES, "versions": versions(name)}
         start = time.perf_counter()
         done = self.store.stage(name, content_key(whole), watched)
         _report(self.tell, name, time.perf_counter() - start, cached=done.cached)
@@ -302,7 +276,7 @@ class _Export:
         model: str,
         made: Sequence[Done],
         calibrated: Done | None,
-        verification: dict[str, Any] | None,
+        verification: Verification | None,
     ) -> Manifest:
         from hasten.models.modulations import Modulations
 
@@ -327,7 +301,7 @@ class _Export:
             },
             stages=tuple(self.stages),
             verification=verification,
-            versions=_versions(),
+            versions=versions(),
         )
 
     def calibration(self, calibrated: Done) -> Calibration:
@@ -337,121 +311,6 @@ class _Export:
             steps=self.steps,
             sha256=calibrated.files[AMAX].sha256,
         )
-
-
-def weights_digest(transformer: Any, dtype: torch.dtype | None = None) -> str:
-    """sha256 over names, shapes and values of all tensors, rounded to `dtype` (bfloat16).
-
-    Rounded, so that a model and its copy in another dtype agree, and because a graph holds no more.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(transformer.state_dict().items()):
-        if tensor.is_meta:
-            raise EngineError(
-                f"the tensor {name} of the transformer has no values",
-                "load the whole model before exporting it, nothing offloaded",
-            )
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        rounded = tensor.to(dtype or torch.bfloat16) if tensor.is_floating_point() else tensor
-        flat = rounded.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
-def request_key(model: Path | str, request: Mapping[str, Any]) -> str:
-    """Of a request and the model that it names: a directory, by sizes and times of its files, or a
-    shape. request: values that JSON can hold, or paths."""
-    files: list[Any] = [model]
-    if isinstance(model, Path):
-        files = [
-            (path.relative_to(model).as_posix(), facts.st_size, facts.st_mtime_ns)
-            for path in sorted(model.rglob("*"))
-            if path.is_file() and (facts := path.stat())
-        ]
-    plain = json.loads(json.dumps(request, default=str))
-    return content_key(
-        {"request": plain, "model": files, "stages": STAGES, "versions": _versions()}
-    )
-
-
-def finished(store: Store, key: str, out: Path) -> Manifest | None:
-    """The export in `out` if a request with this key wrote it and its files are as they were."""
-    wanted = store.recall(key)
-    if wanted is None or wanted.get("out") != str(out.absolute()):
-        return None
-    try:
-        manifest = Manifest.read(out)
-    except InputError:
-        return None
-    same = facts_of_file(out / MANIFEST).sha256 == wanted.get("manifest")
-    return manifest if same and not manifest.damaged(out) else None
-
-
-def remember(store: Store, key: str, out: Path) -> None:
-    """Let `finished` know what a request led to."""
-    digest = facts_of_file(out / MANIFEST).sha256
-    store.remember(key, {"out": str(out.absolute()), "manifest": digest})
-
-
-def _write(manifest: Manifest, files: dict[str, Path], out: Path | None, store: Store) -> Manifest:
-    """Put all files into `out`, whole or not at all; what is there already stays as it is."""
-    content = {name: entry.sha256 for name, entry in manifest.files.items()}
-    shapes = manifest.shapes.model_dump()
-    unnamed = store.root / "exports" / content_key({**content, "shapes": shapes})
-    folder = (out or unnamed).absolute()
-    with store.locked("exports", content_key({"folder": str(folder)})):
-        there = _there(folder)
-        if there is not None and there.files == manifest.files and there.shapes == manifest.shapes:
-            damaged = manifest.damaged(folder)
-            if not damaged:
-                manifest.write(folder / MANIFEST)
-                return Manifest.read(folder)
-            store.tell(f"write: {', '.join(damaged)} in {folder} damaged, so it is written again")
-        try:
-            _replace(folder, manifest, files)
-        except OSError as error:
-            if out_of_space(error):
-                raise EngineError(f"{folder}: no space left for the export", FIX_SPACE) from error
-            raise InputError(
-                f"{folder}: cannot be written: {error.strerror or error}", "choose another --out"
-            ) from error
-    return Manifest.read(folder)
-
-
-def _replace(folder: Path, manifest: Manifest, files: dict[str, Path]) -> None:
-    """Copy beside it, then rename; what was there goes last. The caller holds the folder's lock, so
-    what a killed export left there can be removed."""
-    draft, before = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if before.exists() and not folder.exists():
-        os.replace(before, folder)  # killed between the two renames
-    for path in (draft, before):
-        shutil.rmtree(path, ignore_errors=True)
-    try:
-        draft.mkdir()
-        for name, path in files.items():
-            shutil.copyfile(path, draft / name)
-            sync(draft / name)
-        manifest.write(draft / MANIFEST)
-        if folder.exists():
-            os.replace(folder, before)
-        os.replace(draft, folder)
-    except BaseException:
-        if before.exists():
-            os.replace(before, folder)
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def _there(folder: Path) -> Manifest | None:
-    try:
-        return Manifest.read(folder)
-    except InputError:
-        return None
 
 
 def _report(tell: Tell, name: str, seconds: float, *, cached: bool = False) -> None:
@@ -483,27 +342,6 @@ def _name(pipe: Any) -> str:
     return Path(getattr(pipe, "name_or_path", None) or type(pipe).__name__).name
 
 
-def _pipeline_digest(pipe: Any, weights: str) -> dict[str, Any]:
-    """All that a drawing depends on: modules by their weights and configuration. weights: those of
-    the transformer, which take long to read."""
-    found: dict[str, Any] = {"dtype": str(pipe.dtype), "device": pipe.device.type}
-    for name, component in sorted(pipe.components.items()):
-        if hasattr(component, "state_dict") and name != "vae":
-            found[name] = weights if name == "transformer" else weights_digest(component)
-        if hasattr(component, "config"):
-            found[f"{name}.config"] = _config(component)
-    return found
-
-
-def _config(component: Any) -> dict[str, Any]:
-    """Configuration as JSON values, without what is private: where it was loaded from, versions."""
-    config = component.config
-    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    public = {key: value for key, value in values.items() if not key.startswith("_")}
-    found: dict[str, Any] = json.loads(json.dumps(public, sort_keys=True, default=str))
-    return found
-
-
 def _dtype(precision: str) -> torch.dtype:
     from hasten.engines.tensorrt.export import DTYPES
 
@@ -518,7 +356,3 @@ def _load(calibrated: Done | None) -> Any:
 
 def _digests(done: Done | None) -> dict[str, str]:
     return {} if done is None else {name: facts.sha256 for name, facts in done.files.items()}
-
-
-def _versions() -> dict[str, str | None]:
-    return {name: version_of(name) for name in LIBRARIES}

@@ -9,7 +9,6 @@ ROOT/finished/KEY.json   what a request led to, see `remember`
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -19,20 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hasten.engines.tensorrt.files import default_root, read_object, sync, write_text
+from hasten.engines.tensorrt.hashes import FileFacts, facts_of_file
 from hasten.errors import EngineError, HastenError, InputError
 
-__all__ = [
-    "Done",
-    "FileFacts",
-    "Store",
-    "Tell",
-    "content_key",
-    "default_root",
-    "facts_of_file",
-    "out_of_space",
-    "sync",
-    "write_text",
-]
+__all__ = ["FIX_SPACE", "Done", "Store", "Tell", "out_of_space"]
 
 Tell = Callable[[str], None]
 """Takes one line for whoever waits."""
@@ -43,13 +33,6 @@ FIX_SPACE = (
     "free some disk space, or set HASTEN_CACHE to a folder on another disk; then run it again: "
     "finished stages are kept"
 )
-
-
-class FileFacts(NamedTuple):
-    """Size and sha256 (hexadecimal) of a file."""
-
-    bytes: int
-    sha256: str
 
 
 class Done(NamedTuple):
@@ -100,7 +83,7 @@ class Store:
 
     def recall(self, key: str) -> dict[str, Any] | None:
         """What was kept; None where there is none that can be read."""
-        return _read_object(self.root / "finished" / f"{key}.json")
+        return read_object(self.root / "finished" / f"{key}.json")
 
     def _place(self, name: str) -> Path:
         place = self.root / name
@@ -113,12 +96,15 @@ class Store:
     def _found(self, folder: Path) -> Done | None:
         if not folder.exists():
             return None
-        record = _read_object(folder / RECORD)
+        record = read_object(folder / RECORD)
         fault = _damage(folder, record)
         if record is not None and fault is None:
             return _done(folder, record, cached=True)
         self.tell(f"{folder.parent.name}: {fault}, so it is made again")
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise _unusable(folder, error) from None
         return None
 
     def _made(self, place: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> Done:
@@ -139,50 +125,11 @@ class Store:
         return _done(place / key, record, cached=False)
 
 
-def default_root() -> Path:
-    """$HASTEN_CACHE/tensorrt, or ~/.cache/hasten/tensorrt."""
-    chosen = os.environ.get("HASTEN_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "hasten") / "tensorrt"
-
-
-def content_key(parts: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits of values that JSON can hold; tuples count as lists."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def facts_of_file(path: Path) -> FileFacts:
-    """Reads the whole file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileFacts(os.fstat(file.fileno()).st_size, digest)
-
-
 def out_of_space(error: BaseException) -> bool:
     """Whether a disk, a quota or a limit on files is full; not every library says it by errno."""
     if isinstance(error, OSError):
         return error.errno in NO_SPACE
     return any(f"(os error {number})" in str(error) for number in NO_SPACE)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write it whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, "utf-8")
-        sync(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk: a full one may say so only now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _done(folder: Path, record: dict[str, Any], *, cached: bool) -> Done:
@@ -213,14 +160,6 @@ def _damage(folder: Path, record: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _remove_leftovers(place: Path) -> None:
     """What killed processes left of other keys; a folder whose lock is held is at work."""
     for draft in place.glob(".*.tmp"):
@@ -247,11 +186,13 @@ def _lock(file: Any, *, wait: bool) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
+    except OSError as error:  # some network disks know no locks
+        raise _unusable(Path(file.name), error) from None
     return True
 
 
 def _unusable(path: Path, error: OSError) -> InputError:
     return InputError(
         f"{path}: cannot be used: {error.strerror or error}",
-        "set HASTEN_CACHE to a folder that can be written",
+        "set HASTEN_CACHE to a folder of yours on a local disk",
     )

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from hasten.engines.onnxruntime import OnnxRuntime
@@ -32,14 +31,13 @@ from hasten.engines.tensorrt.qdq import Amax
 from hasten.engines.tensorrt.states import block_of, hooked, opened, state_name
 from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
 from hasten.engines.tensorrt.twin import float32_twin
+from hasten.engines.tensorrt.verification import SizeErrors, Verification
 from hasten.errors import EngineError
 from hasten.models.family import Family
 
 __all__ = [
     "BLOCK_BARS",
     "WHOLE_BARS",
-    "SizeErrors",
-    "Verification",
     "relative_error",
     "sizes",
     "verify",
@@ -53,51 +51,6 @@ NUDGE = 2.0**-20
 SEED = 0
 AFTER = "after the blocks"
 """Stands for a block's name where the output norm and projection are meant."""
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SizeErrors(_Record):
-    """Relative errors at one size, in height × width image tokens.
-
-    whole: the graph against torch, each by itself from the inputs to the velocity. blocks: by name,
-    the larger one of a block's outputs, where torch's block was fed what the graph's block before
-    it gave. Of fp8 alone: control, torch against itself with its latents moved by 2^-20, and
-    unquantised, the graph against the model in float32.
-    """
-
-    height: int
-    width: int
-    whole: float
-    blocks: dict[str, float]
-    control: float | None = None
-    unquantised: float | None = None
-
-    @property
-    def furthest(self) -> str:
-        """The block that lies furthest off."""
-        return max(self.blocks, key=self.blocks.__getitem__)
-
-
-class Verification(_Record):
-    """What was compared, how far apart it lay and how far it may. No `whole_bar`: the whole is not
-    held to anything."""
-
-    what: str
-    whole_bar: float | None
-    block_bar: float
-    sizes: tuple[SizeErrors, ...]
-    seconds: float
-
-    @property
-    def worst_whole(self) -> float:
-        return max(_or_infinity(size.whole) for size in self.sizes)
-
-    @property
-    def worst_block(self) -> float:
-        return max(size.blocks[size.furthest] for size in self.sizes)
 
 
 @torch.no_grad()
@@ -149,10 +102,11 @@ def sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| over all elements, in float64; not finite where an element
-    is not."""
+    """|found - expected| / |expected| over all elements, in float64; infinite where an element is
+    not finite."""
     expected = expected.double()
-    return float((found.double() - expected).norm() / expected.norm())
+    error = float((found.double() - expected).norm() / expected.norm())
+    return math.inf if math.isnan(error) else error  # NaN compares as smaller than anything
 
 
 @dataclass(frozen=True)
@@ -239,7 +193,7 @@ def _block_errors(run: _Run, step: Step) -> dict[str, float]:
     def seen(name: str, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         labels = [state_name(name, at) for at in range(len(output))]
         errors[name] = max(
-            _or_infinity(relative_error(run.states[label], tensor))
+            relative_error(run.states[label], tensor)
             for label, tensor in zip(labels, output, strict=True)
             if label in run.states
         )
@@ -249,7 +203,7 @@ def _block_errors(run: _Run, step: Step) -> dict[str, float]:
 
     with hooked(step.family.repeated_blocks(step.transformer), seen):
         velocity = step(**run.inputs)
-    errors[AFTER] = _or_infinity(relative_error(run.velocity, velocity))
+    errors[AFTER] = relative_error(run.velocity, velocity)
     return errors
 
 
@@ -271,16 +225,11 @@ def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
     error = size.blocks[block]
     if error > found.block_bar:
         yield f"{block} is not what torch computes: error {error:.2g} {at}, bar {found.block_bar}"
-    if found.whole_bar is not None and not size.whole <= found.whole_bar:
+    if found.whole_bar is not None and size.whole > found.whole_bar:
         yield (
             f"the velocity is not what torch computes: error {size.whole:.2g} {at}, bar "
             f"{found.whole_bar}; furthest off is {block} with {error:.2g}"
         )
-
-
-def _or_infinity(error: float) -> float:
-    """NaN compares as smaller than anything or as larger; infinity is the honest one."""
-    return math.inf if math.isnan(error) else error
 
 
 def _line(size: SizeErrors) -> str:

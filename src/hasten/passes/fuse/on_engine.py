@@ -17,6 +17,8 @@ from hasten.passes.fuse.forward import Body, FusedForward
 
 __all__ = ["run_on_engine"]
 
+WEIGHTS_ARE_GONE = "the transformer let its blocks' weights go (engine.release = true)"
+
 
 def run_on_engine(
     pipe: Any,
@@ -30,7 +32,7 @@ def run_on_engine(
     """Replace the transformer's forward by the engine's body; only this instance is changed.
 
     what: a line about the engine; close: frees it. With `release` the torch weights of the blocks
-    are freed for good, all but the modulations, which the table is made of.
+    are let go for good, all but the modulations, which the table is made of.
     """
     transformer = pipe.transformer
     modulations = Modulations(family.modulated_norms(transformer))
@@ -45,13 +47,15 @@ def run_on_engine(
     def undo() -> None:
         undo_forward()
         close()
+        if release:
+            transformer.forward = _no_weights_to_run
 
-    released = f"; {freed / 2**20:.1f} MiB of the blocks' torch weights freed" if release else ""
+    released = f"; {freed / 2**20:.1f} MiB of the blocks' torch weights let go" if release else ""
     return Applied(
         name="engine",
         what=f"{what}; modulations of all steps in one table{released}",
-        undo=None if release else undo,
-        cannot_undo="the blocks' torch weights were freed (engine.release = true)",
+        undo=undo,
+        cannot_undo=WEIGHTS_ARE_GONE if release else "",
     )
 
 
@@ -64,9 +68,12 @@ def _beyond_the_engine(*_: Any, **__: Any) -> NoReturn:
 
 def _no_weights_to_save(*_: Any, **__: Any) -> NoReturn:
     raise CallError(
-        "the transformer's weights were freed (engine.release = true), so it cannot be saved",
-        "save the pipeline before it is optimised",
+        f"{WEIGHTS_ARE_GONE}, so it cannot be saved", "save the pipeline before it is optimised"
     )
+
+
+def _no_weights_to_run(*_: Any, **__: Any) -> NoReturn:
+    raise CallError(f"{WEIGHTS_ARE_GONE}, so it cannot run", "load the pipeline again")
 
 
 def _watch(transformer: nn.Module, family: Family) -> Callable[[], str | None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hasten.benchmark.process import how_it_ended, run_module
+from hasten.process import how_it_ended, run_module
 
 
 @pytest.fixture

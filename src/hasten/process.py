@@ -1,4 +1,4 @@
-"""Child processes: a fresh interpreter for each row, its progress, and its end."""
+"""Child processes: a fresh interpreter, its progress, and its end."""
 
 from __future__ import annotations
 
