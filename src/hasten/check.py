@@ -79,8 +79,8 @@ def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
     if empty:
         found.append(
             Problem(
-                f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …): an engine "
-                "took their place (engine.release = true)",
+                f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …), as "
+                "engine.release = true leaves them",
                 "load the pipeline again",
             )
         )

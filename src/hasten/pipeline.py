@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class OptimizedPipeline:
         Raises HastenError naming what cannot be undone; everything else is undone all the same.
         """
         stuck = undo_all(self._applied)
-        self._applied.clear()
+        self._applied[:] = [replace(done, undo=None) for done in self._applied if done.cannot_undo]
         self._cache = None
         if hasattr(self.pipe.transformer, MARK):
             delattr(self.pipe.transformer, MARK)

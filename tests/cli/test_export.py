@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from hasten.engines.tensorrt.hashes import facts_of_file
+from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from tests.cli.conftest import Run
 from tests.cli.test_app import PROGRAM
+from tests.engines.tensorrt.test_manifest import made
 from tests.hub_cache import write_hub_cache
 
 STAGES = ["preflight", "export", "verify", "build", "write"]
@@ -118,6 +120,32 @@ def stage_lines(err: str) -> dict[str, bool]:
     found = [re.fullmatch(r"(\w+) +\d+\.\d s(  \(made before\))?", x) for x in err.splitlines()]
     assert all(found), err
     return {match[1]: match[2] is not None for match in found if match}
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_model_that_changes_meanwhile_is_exported_again(
+    saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, changes: bool
+) -> None:
+    """Loading and exporting are stand-ins: what is looked at is what the next command does."""
+    exports: list[Path] = []
+
+    def export_tensorrt(_: Any, out: Path, **__: Any) -> Manifest:
+        exports.append(out)
+        if changes:
+            index = saved_model / "model_index.json"
+            index.write_text(index.read_text() + " ")
+        out.mkdir(exist_ok=True)
+        manifest = made(files={})
+        manifest.write(out / MANIFEST)
+        return manifest
+
+    monkeypatch.setattr("hasten.models.load_pipeline", lambda *_, **__: None)
+    monkeypatch.setattr("hasten.engines.tensorrt.stages.export_tensorrt", export_tensorrt)
+    arguments = ["--model", str(saved_model), "--precision", "bf16", "--target", "sm89"]
+    for _ in range(2):
+        done = run("export", "tensorrt", *arguments, "--out", str(tmp_path / "engine"))
+        assert done.code == 0, done.err
+    assert len(exports) == 1 + changes
 
 
 @pytest.mark.slow

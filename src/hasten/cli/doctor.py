@@ -193,8 +193,12 @@ def _kept_engines() -> str:
     """How much the cache of exports takes, where there is one."""
     from hasten.engines.tensorrt.files import bytes_below, default_root
 
-    taken = bytes_below(default_root())
-    return f"; {default_root()} holds {taken / 2**20:.0f} MiB, safe to delete" if taken else ""
+    try:
+        root = default_root()
+    except InputError:
+        return ""
+    taken = bytes_below(root)
+    return f"; {root} holds {taken / 2**20:.0f} MiB, safe to delete" if taken else ""
 
 
 def _sum_of_cosines(x: Any) -> Any:

@@ -72,7 +72,8 @@ def tensorrt(
     called = CallOptions(model, device, dtype, steps=steps, max_sequence_length=max_sequence_length)
     graph = Graph(precision, target, max_size, calibration, verify=not no_verify)
     request = _request(called, graph, out, prompts, limit)
-    manifest = _before(request) or _exported(request)
+    key = _key(request)
+    manifest = _before(request, key) or _exported(request, key)
     _print_result(manifest, out, as_json=as_json)
 
 
@@ -135,16 +136,17 @@ def _request(
     return Request(called, settings, asked, tuple(texts), out)
 
 
-def _before(request: Request) -> Manifest | None:
+def _before(request: Request, key: str | None) -> Manifest | None:
     """What this very request wrote earlier, if it is still there and whole. Loads no torch."""
     from hasten.engines.tensorrt.finished import finished
     from hasten.engines.tensorrt.store import Store
 
-    key = _key(request)
     return None if key is None else finished(Store(tell=_tell), key, request.out)
 
 
-def _exported(request: Request) -> Manifest:
+def _exported(request: Request, key: str | None) -> Manifest:
+    """key: before anything was loaded. What it led to is remembered where the model's files have
+    not changed since; None becomes a key where loading has fetched them."""
     from hasten.cli.progress import ProgressBar, silence_library_bars
 
     with ProgressBar() as progress:
@@ -157,6 +159,7 @@ def _exported(request: Request) -> Manifest:
 
         called, asked = request.called, request.asked
         pipe = load_pipeline(called.model, device=called.device, dtype=called.dtype)
+        key = key or _key(request)
         manifest = export_tensorrt(
             pipe,
             request.out,
@@ -172,8 +175,8 @@ def _exported(request: Request) -> Manifest:
             tell=_tell,
             show=progress.stage,
         )
-    if key := _key(request):  # now: loading may have fetched the model
-        remember(Store(), key, request.out)
+    if key is not None and key == _key(request):
+        remember(Store(), key, request.out, manifest)
     return manifest
 
 

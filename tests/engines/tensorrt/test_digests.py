@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.engines.tensorrt.digests import weights_digest
+from hasten.engines.tensorrt.digests import pipeline_digest, weights_digest
 from hasten.errors import EngineError
+from hasten.models import load_pipeline
 
 
 def test_digests_are_the_same_in_every_dtype(pipe: Any) -> None:
@@ -33,3 +34,13 @@ def test_a_digest_tells_apart_names_shapes_and_order() -> None:
     assert weights_digest(flat) == weights_digest(
         nn.ParameterDict({"b": flat["b"], "a": flat["a"]})
     )
+
+
+def test_a_pipeline_is_its_tokenizers_too() -> None:
+    pipe = load_pipeline("tiny", device="cpu", dtype="float32")
+    before = pipeline_digest(pipe, "weights")
+    assert pipeline_digest(pipe, "weights") == before
+    pipe.tokenizer_2("a prompt", padding="max_length", max_length=5, truncation=True)
+    assert pipeline_digest(pipe, "weights") == before, "a call changes nothing"
+    pipe.tokenizer_2.add_tokens(["zzzunheard"])
+    assert pipeline_digest(pipe, "weights") != before

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hasten.engines.tensorrt import hashes
-from hasten.engines.tensorrt.hashes import content_key, facts_of_file
+from hasten.engines.tensorrt.files import default_root
+from hasten.engines.tensorrt.hashes import FileFacts, content_key, facts_of_file, note_facts
+from hasten.errors import InputError
 from tests.engines.tensorrt.test_store import flip_a_bit
 
 KEY = content_key({"weights": "abc"})
@@ -19,7 +22,6 @@ LARGE = os.urandom(2**20)
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashes, "SETTLED", -1.0)
     return tmp_path / "cache" / "tensorrt"
 
 
@@ -71,16 +73,77 @@ def test_another_file_under_the_same_name(tmp_path: Path) -> None:
     assert facts_of_file(path) != before
 
 
-def test_small_and_fresh_files_are_not_remembered(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small, fresh = tmp_path / "small", tmp_path / "fresh"
+def test_small_files_are_not_remembered(root: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
     small.write_bytes(LARGE[:-1])
     facts_of_file(small)
+    assert not root.exists()
+
+
+def test_where_a_disk_keeps_whole_seconds_fresh_files_are_not_remembered(
+    root: Path, tmp_path: Path
+) -> None:
+    fresh = tmp_path / "fresh"
     fresh.write_bytes(LARGE)
-    monkeypatch.setattr(hashes, "SETTLED", 60.0)
+    os.utime(fresh, ns=(10**9, 10**9))
     facts_of_file(fresh)
     assert not root.exists()
+
+
+@pytest.mark.usefixtures("root")
+def test_a_change_right_after_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "engine.plan"
+    for _ in range(20):
+        path.write_bytes(LARGE)
+        before = facts_of_file(path)
+        flip_a_bit(path)
+        assert facts_of_file(path) != before
+
+
+@pytest.mark.usefixtures("root")
+def test_what_changes_while_it_is_read_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "engine.plan"
+    path.write_bytes(LARGE)
+    true = hashlib.file_digest
+
+    def slow(file: Any, name: str) -> Any:
+        found = true(file, name)
+        flip_a_bit(path)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes.hashlib, "file_digest", slow)
+        wrong = facts_of_file(path)
+    assert facts_of_file(path) != wrong
+
+
+@pytest.mark.usefixtures("root")
+def test_what_is_known_need_not_be_read(tmp_path: Path, reads: list[int]) -> None:
+    path = tmp_path / "engine.plan"
+    path.write_bytes(LARGE)
+    known = FileFacts(len(LARGE), hashlib.sha256(LARGE).hexdigest())
+    note_facts(path, known)
+    assert facts_of_file(path) == known
+    assert not reads
+    note_facts(path, known._replace(bytes=7))
+    flip_a_bit(path)
+    assert facts_of_file(path) != known
+
+
+def test_without_a_home_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HASTEN_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    path = tmp_path / "engine.plan"
+    path.write_bytes(LARGE)
+    assert facts_of_file(path) == facts_of_file(path)
+    with pytest.raises(InputError, match="no home directory") as caught:
+        default_root()
+    assert "HASTEN_CACHE" in caught.value.fix
 
 
 def test_what_was_remembered_may_be_damaged_or_not_be_kept(root: Path, tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hasten.engines.tensorrt import write
+from hasten.engines.tensorrt import hashes, stages, versions, write
 from hasten.engines.tensorrt.digests import weights_digest
 from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, default_root
 from hasten.engines.tensorrt.hashes import facts_of_file
@@ -156,6 +157,38 @@ def test_only_what_depends_on_a_change_is_made_again(place: Path) -> None:
     assert made_before(said) == ["export"]
     assert manifest.shapes.most == 32
     assert manifest.files[GRAPH] == Manifest.read(place / "engine").files[GRAPH]
+
+
+@pytest.mark.usefixtures("quick_export")
+@pytest.mark.parametrize(
+    ("package", "kept"),
+    [
+        ("nvidia-modelopt", ["export", "build"]),
+        ("onnxscript", ["calibrate", "build"]),
+        ("tensorrt-rtx-cu13", ["calibrate", "export"]),
+        ("pydantic", ["calibrate", "export", "build"]),
+    ],
+)
+def test_another_version_makes_again_what_uses_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, package: str, kept: list[str]
+) -> None:
+    """What comes out the same is not made again further on."""
+    built: list[Path] = []
+
+    def build(_: Any, engine: Path, *__: Any) -> Any:
+        built.append(engine)
+        engine.write_bytes(b"engine")
+        return SimpleNamespace(peak_bytes=1)
+
+    monkeypatch.setattr(stages, "build", build)
+    asked: dict[str, Any] = {"precision": "fp8", "verify": False}
+    exported(place / "fp8", **asked)
+    true = versions.version_of
+    monkeypatch.setattr(
+        versions, "version_of", lambda name: "another" if name == package else true(name)
+    )
+    _, said = exported(place / "fp8", **asked)
+    assert made_before(said) == kept
 
 
 @pytest.mark.usefixtures("quick_export")
@@ -310,6 +343,28 @@ def test_no_space_leaves_the_export_that_was_there(place: Path) -> None:
     assert Manifest.read(place / "engine").targets == ("sm89",)
     exported(place / "engine", targets=("sm86",))
     assert Manifest.read(place / "engine").targets == ("sm86",)
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_link_without_an_end(place: Path) -> None:
+    (place / "loop").symlink_to("loop")
+    assert failed(place / "loop").faults == (f"{place / 'loop'}: a link that leads to itself",)
+
+
+def test_a_second_start_reads_no_large_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashes, "WORTH_IT", 0)
+    exported(None, targets=("sm86",))
+    read: list[str] = []
+    true = hashes.hashlib.file_digest
+
+    def seen(file: Any, name: str) -> Any:
+        read.append(Path(file.name).name)
+        return true(file, name)
+
+    monkeypatch.setattr(hashes.hashlib, "file_digest", seen)
+    _, said = exported(None, targets=("sm86",))
+    assert made_before(said) == ["export", "verify", "build"]
+    assert read == []
 
 
 def test_a_link_is_followed(place: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hasten.errors import EngineError
+from hasten.errors import EngineError, InputError
 
 __all__ = [
     "AMAX",
@@ -34,18 +34,26 @@ WORD = 64  # bytes: small ones begin at a multiple of it
 
 
 def default_root() -> Path:
-    """$HASTEN_CACHE/tensorrt, or ~/.cache/hasten/tensorrt."""
-    chosen = os.environ.get("HASTEN_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "hasten") / "tensorrt"
+    """$HASTEN_CACHE/tensorrt, or ~/.cache/hasten/tensorrt. InputError where there is no home."""
+    if chosen := os.environ.get("HASTEN_CACHE"):
+        return Path(chosen) / "tensorrt"
+    try:
+        return Path.home() / ".cache" / "hasten" / "tensorrt"
+    except RuntimeError:
+        raise InputError(
+            "there is no home directory to keep exports in",
+            "set HASTEN_CACHE to a folder that can be written",
+        ) from None
 
 
 def bytes_below(folder: Path) -> int:
     """Of all files in a folder and those in it; a file of two names counts once."""
     found: dict[int, int] = {}
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # it was removed meanwhile
-            facts = path.lstat()
-            found[facts.st_ino] = facts.st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # it was removed meanwhile
+                facts = os.lstat(os.path.join(place, name))
+                found[facts.st_ino] = facts.st_size
     return sum(found.values())
 
 

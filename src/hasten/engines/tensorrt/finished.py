@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hasten.engines.tensorrt.hashes import content_key, facts_of_file
-from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
+from hasten.engines.tensorrt.hashes import content_key
+from hasten.engines.tensorrt.manifest import Manifest
 from hasten.engines.tensorrt.store import Store
 from hasten.engines.tensorrt.versions import STAGES, versions
 from hasten.errors import InputError
@@ -18,12 +19,15 @@ __all__ = ["finished", "remember", "request_key"]
 
 
 def request_key(model: Path | str, request: Mapping[str, Any]) -> str:
-    """Of a request and the model that it names: a directory, by sizes and times of its files, or a
-    shape. request: values that JSON can hold, or paths."""
+    """Of a request and the model that it names: a directory, by inodes, sizes and times of its
+    files, or a shape. request: values that JSON can hold, or paths."""
     files: list[Any] = [model]
     if isinstance(model, Path):
         files = [
-            (path.relative_to(model).as_posix(), facts.st_size, facts.st_mtime_ns)
+            (
+                path.relative_to(model).as_posix(),
+                *(facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns),
+            )
             for path in sorted(model.rglob("*"))
             if path.is_file() and (facts := path.stat())
         ]
@@ -40,12 +44,15 @@ def finished(store: Store, key: str, out: Path) -> Manifest | None:
         manifest = Manifest.read(out)
     except InputError:
         return None
-    same = facts_of_file(out / MANIFEST).sha256 == wanted.get("manifest")
+    same = _digest(manifest) == wanted.get("manifest")
     return manifest if same and not manifest.damaged(out) else None
 
 
-def remember(store: Store, key: str, out: Path) -> None:
+def remember(store: Store, key: str, out: Path, manifest: Manifest) -> None:
     """Let `finished` know what a request led to. Where it cannot be kept a repeat takes longer."""
-    digest = facts_of_file(out / MANIFEST).sha256
     with suppress(OSError, InputError):
-        store.remember(key, {"out": str(out.absolute()), "manifest": digest})
+        store.remember(key, {"out": str(out.absolute()), "manifest": _digest(manifest)})
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(manifest.text().encode()).hexdigest()

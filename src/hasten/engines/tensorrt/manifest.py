@@ -103,7 +103,11 @@ class Manifest(_Record):
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""
-        write_text(path, self.model_dump_json(by_alias=True, indent=1) + "\n")
+        write_text(path, self.text())
+
+    def text(self) -> str:
+        """What is written."""
+        return self.model_dump_json(by_alias=True, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -136,9 +140,11 @@ class Manifest(_Record):
 
 
 def _is(path: Path, entry: FileEntry) -> bool:
-    if not path.is_file() or path.stat().st_size != entry.bytes:
+    try:
+        same_size = path.is_file() and path.stat().st_size == entry.bytes
+        return same_size and facts_of_file(path).sha256 == entry.sha256
+    except OSError:  # it cannot be read, or was removed meanwhile
         return False
-    return facts_of_file(path).sha256 == entry.sha256
 
 
 def _first_line(error: Exception) -> str:

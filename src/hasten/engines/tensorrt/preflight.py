@@ -83,7 +83,11 @@ def check_model(
     with faults.gather():
         refuse_adapters(transformer)
     with faults.gather():
-        _refuse_special_weights(transformer)
+        _refuse_empty_weights(transformer)
+    with faults.gather():
+        _refuse_special_weights(
+            transformer, "transformer", "FP8 is made by the export itself (--precision fp8)"
+        )
     if asked.precision not in get_args(Engine.model_fields["precision"].annotation):
         return  # noted already, and there is no size without it
     weights = graph_bytes(transformer, family, asked.precision)
@@ -106,6 +110,10 @@ def check_draws(pipe: Any) -> None:
             "fp8 is calibrated by drawing from texts, and the pipeline has no text encoders",
             "load it with its text encoders",
         )
+    for what in ("text_encoder", "text_encoder_2"):
+        _refuse_special_weights(
+            getattr(pipe, what), what, "what was calibrated is kept by the values of its weights"
+        )
 
 
 def graph_bytes(transformer: Any, family: Any, precision: str) -> int:
@@ -117,7 +125,17 @@ def graph_bytes(transformer: Any, family: Any, precision: str) -> int:
     return halves - sum(int(linear.weight.numel()) for _, linear in family.quantizable(transformer))
 
 
-def _refuse_special_weights(transformer: Any) -> None:
+def _refuse_empty_weights(transformer: Any) -> None:
+    empty = [name for name, weight in transformer.named_parameters() if not weight.numel()]
+    if empty:
+        raise UnsupportedError(
+            f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …), as "
+            "engine.release = true leaves them",
+            "load the pipeline again",
+        )
+
+
+def _refuse_special_weights(model: Any, what: str, because: str) -> None:
     """UnsupportedError for weights that another library has quantised, or keeps in fewer bits."""
     import torch
 
@@ -126,13 +144,13 @@ def _refuse_special_weights(transformer: Any) -> None:
     dtypes = (*PLAIN_DTYPES, torch.float64)
     special = [
         f"{name} is {why}"
-        for name, weight in transformer.named_parameters()
+        for name, weight in model.named_parameters()
         if (why := special_weight(weight, dtypes))
     ]
     if special:
         raise UnsupportedError(
-            f"{len(special)} weights of the transformer are quantised already; {special[0]}",
-            "load the plain model: FP8 is made by the export itself (--precision fp8)",
+            f"{len(special)} weights of the {what} are quantised already; {special[0]}",
+            f"load the plain model: {because}",
         )
 
 
@@ -190,8 +208,17 @@ def _check_method(asked: Asked) -> None:
         )
 
 
-def _check_out(out: Path) -> None:
+def resolved(out: Path) -> Path:
+    """Where a link leads to, which is what an export replaces. InputError where that has no end."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError):
+        raise InputError(f"{out}: a link that leads to itself", "choose another --out") from None
+
+
+def _check_out(given: Path) -> None:
     """It can be made, or replaced without losing what no export wrote."""
+    out = resolved(given)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: a file, not a folder", "choose another --out")
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())

@@ -26,6 +26,7 @@ from hasten.engines.tensorrt.preflight import (
     check_draws,
     check_model,
     check_request,
+    resolved,
 )
 from hasten.engines.tensorrt.store import Done, Store, Tell
 from hasten.engines.tensorrt.verification import Verification
@@ -85,6 +86,8 @@ def export_tensorrt(
     started = time.perf_counter()
     faults = Faults()
     check_request(asked, out, faults)
+    with faults.gather():
+        out = None if out is None else resolved(out)
     with faults.gather():
         refuse_optimized(pipe)
     if precision == "fp8":

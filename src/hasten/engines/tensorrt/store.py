@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hasten.engines.tensorrt.files import default_root, read_object, sync, write_text
-from hasten.engines.tensorrt.hashes import FileFacts, facts_of_file
+from hasten.engines.tensorrt.hashes import FileFacts, facts_of_file, note_facts
 from hasten.errors import EngineError, HastenError, InputError
 
 __all__ = ["FIX_SPACE", "Done", "Store", "Tell", "out_of_space"]
@@ -116,13 +116,16 @@ class Store:
             seconds = round(time.perf_counter() - start, 3)
             record = _write_record(draft, facts, seconds)
             os.replace(draft, place / key)
+            done = _done(place / key, record, cached=False)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             if not isinstance(error, HastenError) and out_of_space(error):
                 fault = f"{place.name}: no space left for its files in {self.root}"
                 raise EngineError(fault, FIX_SPACE) from error
             raise
-        return _done(place / key, record, cached=False)
+        for name, known in done.files.items():
+            note_facts(done.folder / name, known)
+        return done
 
 
 def out_of_space(error: BaseException) -> bool:
@@ -155,7 +158,11 @@ def _damage(folder: Path, record: dict[str, Any] | None) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"] or facts_of_file(path).sha256 != facts["sha256"]:
+        try:
+            same = facts_of_file(path)._asdict() == facts
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+        if not same:
             return f"{name} is damaged"
     return None
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from hasten.engines.tensorrt.files import ENGINE, sync
-from hasten.engines.tensorrt.hashes import content_key
+from hasten.engines.tensorrt.hashes import FileFacts, content_key, note_facts
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.store import FIX_SPACE, Store, out_of_space
 from hasten.errors import EngineError, InputError
@@ -21,27 +22,43 @@ def write_export(
 ) -> Manifest:
     """Put all files into `out`; one that holds them already stays as it is.
 
-    files: where each lies now. out: None for a folder of the store's, whose engine takes no room a
-    second time. A link is followed: what it leads to is written.
+    files: where each lies now, whole. out: a resolved path; None for a folder of the store's, whose
+    engine takes no room a second time.
     """
-    folder = out.resolve() if out is not None else _unnamed(manifest, store)
+    folder = out if out is not None else _unnamed(manifest, store)
     with store.locked("exports", content_key({"folder": str(folder)})):
-        there = _there(folder)
-        if there is not None and there.files == manifest.files and there.shapes == manifest.shapes:
-            damaged = manifest.damaged(folder)
-            if not damaged:
-                manifest.write(folder / MANIFEST)
-                return Manifest.read(folder)
-            store.tell(f"write: {', '.join(damaged)} in {folder} damaged, so it is written again")
         try:
-            _replace(folder, manifest, files, shared=out is None)
+            if _is_there(manifest, folder, store):
+                manifest.write(folder / MANIFEST)
+            else:
+                _replace(folder, manifest, files, shared=out is None)
         except OSError as error:
             if out_of_space(error):
                 raise EngineError(f"{folder}: no space left for the export", FIX_SPACE) from error
             raise InputError(
                 f"{folder}: cannot be written: {error.strerror or error}", "choose another --out"
             ) from error
-    return Manifest.read(folder)
+        _note(manifest, folder, files)
+    return manifest.model_copy(update={"folder": folder})
+
+
+def _is_there(manifest: Manifest, folder: Path, store: Store) -> bool:
+    """Whether a folder holds these very files, whole; says so where some are damaged."""
+    there = _there(folder)
+    if there is None or (there.files, there.shapes) != (manifest.files, manifest.shapes):
+        return False
+    damaged = manifest.damaged(folder)
+    if damaged:
+        store.tell(f"write: {', '.join(damaged)} in {folder} damaged, so it is written again")
+    return not damaged
+
+
+def _note(manifest: Manifest, folder: Path, files: Mapping[str, Path]) -> None:
+    """Copies have new identities, and so has what got a second name."""
+    for name, entry in manifest.files.items():
+        for path in (folder / name, files[name]):
+            with suppress(OSError):
+                note_facts(path, FileFacts(entry.bytes, entry.sha256))
 
 
 def _unnamed(manifest: Manifest, store: Store) -> Path:
