@@ -107,4 +107,5 @@ def test_what_is_committed_can_be_read_and_holds() -> None:
         assert row["rebuilt_is_identical"]
     for row in result["depths"]["rows"]:
         assert row["built"]["peak_bytes"] < 16 * tensorrt.GIB
-        assert row["streamed"]["peak_bytes"] < 0.8 * row["naive"]["peak_bytes"]
+    for row in result["depths"]["rows"][1:]:  # in the first the packages take more than the weights
+        assert row["streamed"]["peak_bytes"] < 0.5 * row["naive"]["peak_bytes"]
