@@ -67,6 +67,13 @@ def test_bad_options(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["general", "tiny"])
+def test_a_bundled_set_of_prompts_goes_by_its_name(run: Run, name: str) -> None:
+    ended = run("export", "tensorrt", "--target", "sm90", "--prompts", name)
+    (error,) = ended.errors
+    assert "sm90" in error
+
+
 def test_the_extra_is_not_installed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

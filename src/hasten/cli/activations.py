@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def calibrate_activations(
-    asked: CallOptions, recipe: str, prompts: Path | None, limit: int, out: Path, *, as_json: bool
+    asked: CallOptions, recipe: str, prompts: str | None, limit: int, out: Path, *, as_json: bool
 ) -> None:
     """Look at all of the input, run the plain model over the prompts, write the recipe."""
     chosen, texts, settings = _request(asked, recipe, prompts, limit, out)
@@ -36,7 +36,7 @@ def calibrate_activations(
 
 
 def _request(
-    asked: CallOptions, recipe: str, prompts: Path | None, limit: int, out: Path
+    asked: CallOptions, recipe: str, prompts: str | None, limit: int, out: Path
 ) -> tuple[Recipe, list[str], Settings]:
     """The recipe, the prompts and how they are drawn; raises everything wrong with them at once."""
     from hasten.calibration.static import dynamic

@@ -17,12 +17,6 @@ Recipes = Annotated[
     str, typer.Option(metavar="NAME,NAME,...", help="Presets or .toml files; baseline is added.")
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where results and pictures go.")]
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", help="One prompt a line, or tiny or general.  [default: the model's]"
-    ),
-]
 Last = Annotated[int | None, typer.Option(metavar="N", help="Keep the last N prompts.")]
 Limit = Annotated[int | None, typer.Option(metavar="N", help="Then keep the first N of those.")]
 Rounds = Annotated[int, typer.Option(metavar="N", help="Repeat in rotated order, 1 to 100 times.")]
@@ -36,7 +30,7 @@ def bench(
     *,
     recipes: Recipes = "baseline,compile,cache,cache-compile",
     out: Out = Path("out"),
-    prompts: Prompts = None,
+    prompts: options.Prompts = None,
     last: Last = None,
     limit: Limit = None,
     model: options.Model = "tiny",

@@ -47,10 +47,7 @@ def calibrate(
             help="The recipe that is written.  [default: schedule.toml or static.toml]",
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="One prompt a line.  [default: the model's set]"),
-    ] = None,
+    prompts: options.Prompts = None,
     limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = 16,
     objective: Annotated[
         str, typer.Option(metavar="latent|lpips", help="What to keep near the full run.")
@@ -117,9 +114,7 @@ class Wanted:
         return self.out.with_name(f"{self.out.name}.partial")
 
 
-def _request(
-    asked: CallOptions, prompts: Path | None, wanted: Wanted
-) -> tuple[list[str], Settings]:
+def _request(asked: CallOptions, prompts: str | None, wanted: Wanted) -> tuple[list[str], Settings]:
     """Look at all of the input, and raise everything that is wrong with it at once."""
     from hasten.prompts import read_prompts
     from hasten.settings import Settings, chosen_settings, model_defaults, whole_number

@@ -49,10 +49,7 @@ def tensorrt(
     calibration: Annotated[
         str, typer.Option(metavar="max|smoothquant", help="How fp8 finds its scales.")
     ] = "max",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="One prompt a line.  [default: the model's set]"),
-    ] = None,
+    prompts: options.Prompts = None,
     limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = PROMPTS,
     no_verify: Annotated[
         bool,
@@ -100,7 +97,7 @@ class Request:
 
 
 def _request(
-    called: CallOptions, graph: Graph, out: Path, prompts: Path | None, limit: int
+    called: CallOptions, graph: Graph, out: Path, prompts: str | None, limit: int
 ) -> Request:
     """Look at all of the input, and raise everything that is wrong with it at once."""
     from hasten.engines.tensorrt.preflight import LARGEST, Asked, check_request

@@ -57,3 +57,11 @@ def check_writable(directory: Path) -> None:
             f"{directory}: cannot be written: {error.strerror}",
             "give --out a place that can be written",
         ) from None
+
+
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="One prompt a line, or tiny or general.  [default: the model's]"
+    ),
+]
