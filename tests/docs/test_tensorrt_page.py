@@ -23,8 +23,10 @@ def test_its_recipe_is_the_preset_with_a_path() -> None:
 
 
 def test_its_python_is_valid() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    compile(code, str(PAGE), "exec")
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        compile(code, str(PAGE), "exec")
 
 
 def test_its_links_lead_somewhere() -> None:
