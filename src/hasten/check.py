@@ -12,7 +12,7 @@ from hasten.recipe import Quantize, Recipe, ResidualCache
 if TYPE_CHECKING:
     from hasten.models.family import Family
 
-__all__ = ["Problem", "check", "learned_elsewhere", "problems", "refuse_optimized"]
+__all__ = ["Problem", "check", "empty_weights", "learned_elsewhere", "problems", "refuse_optimized"]
 
 MARK = "_hasten_recipe"  # set on an optimised transformer: the recipe's name
 
@@ -73,17 +73,22 @@ def refuse_optimized(pipe: Any) -> None:
         )
 
 
+def empty_weights(transformer: Any) -> Problem | None:
+    """Weights that an engine has let go of; None where all are there."""
+    empty = [name for name, weight in transformer.named_parameters() if not weight.numel()]
+    if not empty:
+        return None
+    return Problem(
+        f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …), as "
+        "engine.release = true leaves them",
+        "load the pipeline again",
+    )
+
+
 def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
     found = []
-    empty = [name for name, one in pipe.transformer.named_parameters() if not one.numel()]
-    if empty:
-        found.append(
-            Problem(
-                f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …), as "
-                "engine.release = true leaves them",
-                "load the pipeline again",
-            )
-        )
+    if trouble := empty_weights(pipe.transformer):
+        found.append(trouble)
     if recipe.compile is not None:
         blocks = family.repeated_blocks(pipe.transformer)
         compiled = [name for name, block in blocks if block._compiled_call_impl is not None]

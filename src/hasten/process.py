@@ -11,9 +11,15 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-__all__ = ["how_it_ended", "python_command", "python_environment", "run_module"]
+__all__ = [
+    "how_it_ended",
+    "python_command",
+    "python_environment",
+    "run_module",
+    "start_module",
+]
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
@@ -30,6 +36,24 @@ def python_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
+def start_module(
+    module: str, *arguments: str, output: BinaryIO, keep: int
+) -> subprocess.Popen[bytes]:
+    """Start `python -m module arguments` in a session of its own, so that Ctrl-C reaches only us.
+
+    output: where all that it says goes; keep: a file descriptor that it gets as it is.
+    """
+    return subprocess.Popen(
+        python_command(module, *arguments),
+        env=python_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        pass_fds=(keep,),
+        start_new_session=True,
+    )
+
+
 def run_module(
     module: str, argument: str, *, log: Path, on_message: Callable[[dict[str, Any]], None]
 ) -> int:
@@ -42,15 +66,7 @@ def run_module(
     receive, send = os.pipe()
     try:
         with log.open("wb") as output:
-            child = subprocess.Popen(
-                python_command(module, argument, str(send)),
-                env=python_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(send,),
-                start_new_session=True,
-            )
+            child = start_module(module, argument, str(send), output=output, keep=send)
     except BaseException:
         os.close(receive)
         raise

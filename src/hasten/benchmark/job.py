@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from pydantic import BaseModel, ConfigDict
 
 from hasten.results import Row, Workload
 
-__all__ = ["HASTEN_ENGINE", "Job", "Outcome", "Refusal", "write_text"]
+__all__ = ["HASTEN_ENGINE", "Job", "Outcome", "Refusal"]
 
 HASTEN_ENGINE = "hasten.benchmark.engine"
 
@@ -54,13 +51,3 @@ class Outcome(_Message):
 
     row: Row
     refusal: Refusal | None = None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write in one step: readers see the old file or the whole new one."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, "utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

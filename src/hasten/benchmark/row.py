@@ -21,7 +21,7 @@ import torch
 import torch._dynamo.config
 from torch import nn
 
-from hasten.benchmark.job import Job, Outcome, Refusal, write_text
+from hasten.benchmark.job import Job, Outcome, Refusal
 from hasten.benchmark.render import denoise_seconds, render, render_all
 from hasten.benchmark.score import Told, score
 from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes, timed
@@ -37,6 +37,7 @@ from hasten.results import (
     summarize_quality,
     summarize_seconds,
 )
+from hasten.writing import write_text
 
 __all__ = ["main", "measure"]
 

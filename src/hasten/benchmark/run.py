@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten import errors
-from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome, write_text
+from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome
 from hasten.benchmark.merge import assemble
 from hasten.benchmark.plan import Plan, Turn, make_plan
 from hasten.benchmark.rows import DEFAULT_RECIPES
@@ -18,6 +18,7 @@ from hasten.errors import Faults, HastenError
 from hasten.process import how_it_ended, run_module
 from hasten.recipe import Recipe
 from hasten.results import BASELINE, Results, Row, write_results
+from hasten.writing import write_text
 
 __all__ = ["bench", "run_plan"]
 

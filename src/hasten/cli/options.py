@@ -41,6 +41,12 @@ Force = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="One prompt a line, or tiny or general.  [default: the model's]"
+    ),
+]
 
 
 def check_writable(directory: Path) -> None:
@@ -57,11 +63,3 @@ def check_writable(directory: Path) -> None:
             f"{directory}: cannot be written: {error.strerror}",
             "give --out a place that can be written",
         ) from None
-
-
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", help="One prompt a line, or tiny or general.  [default: the model's]"
-    ),
-]

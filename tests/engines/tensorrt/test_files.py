@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hasten.engines.tensorrt.files import bytes_below, default_root, read_object, write_text
+from hasten.engines.tensorrt.files import bytes_below, default_root, read_object
 from hasten.engines.tensorrt.store import Store
-from tests.engines.tensorrt.test_store import files_up_to
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -18,15 +17,6 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HASTEN_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_root() == tmp_path / ".cache" / "hasten" / "tensorrt"
-
-
-def test_a_text_is_written_whole_or_not(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-    write_text(path, "before")
-    with files_up_to(10), pytest.raises(OSError, match="File too large"):
-        write_text(path, "after " * 1000)
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "\udcff"])

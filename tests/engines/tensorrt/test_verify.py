@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from hasten.engines.tensorrt import verify as verify_module
 from hasten.engines.tensorrt.export import export_onnx
 from hasten.engines.tensorrt.files import DATA, GRAPH
 from hasten.engines.tensorrt.qdq import Amax
 from hasten.engines.tensorrt.states import state_name
 from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
-from hasten.engines.tensorrt.verification import Verification
+from hasten.engines.tensorrt.verification import SizeErrors, Verification
 from hasten.engines.tensorrt.verify import (
     AFTER,
     BLOCK_BARS,
@@ -289,3 +290,12 @@ def test_the_bundled_model_in_fp8(tmp_path: Path) -> None:
         assert len(size.blocks) == 12
         assert size.control is not None
         assert size.whole < 5 * size.control
+
+
+def test_a_velocity_that_is_not_finite_is_refused_in_every_precision(tmp_path: Path) -> None:
+    """fp8 has no bar on the whole, and its last layer lies behind the last block."""
+    size = SizeErrors(height=1, width=1, whole=float("inf"), blocks={"a": 0.0})
+    for bar in (None, 0.002):
+        found = Verification(what="", whole_bar=bar, block_bar=1, sizes=(size,), seconds=1)
+        with pytest.raises(EngineError, match="the velocity is not finite at 1 × 1 tokens"):
+            verify_module._hold(found, tmp_path)

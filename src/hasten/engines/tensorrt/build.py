@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from hasten.engines.tensorrt.store import FIX_SPACE, Tell
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import EngineError, InputError, UnsupportedError
-from hasten.process import how_it_ended, python_command, python_environment
+from hasten.process import how_it_ended, start_module
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.step import Shapes
@@ -135,16 +135,8 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start(request: dict[str, Any], send: int, output: BinaryIO) -> subprocess.Popen[bytes]:
-    """A session of its own, so that Ctrl-C reaches only us."""
-    return subprocess.Popen(
-        python_command(BUILDER, json.dumps(request), str(send), str(os.getpid())),
-        env=python_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        pass_fds=(send,),
-        start_new_session=True,
-    )
+    arguments = json.dumps(request), str(send), str(os.getpid())
+    return start_module(BUILDER, *arguments, output=output, keep=send)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

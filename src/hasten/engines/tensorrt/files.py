@@ -21,8 +21,6 @@ __all__ = [
     "default_root",
     "place",
     "read_object",
-    "sync",
-    "write_text",
     "writing",
 ]
 
@@ -64,26 +62,6 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write it whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, "utf-8")
-        sync(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk: a full one may say so only now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hasten.engines.tensorrt.files import default_root, read_object, write_text
+from hasten.engines.tensorrt.files import default_root, read_object
 from hasten.errors import InputError
+from hasten.writing import write_text
 
 __all__ = ["FileFacts", "content_key", "facts_of_file", "note_facts"]
 
@@ -44,8 +45,9 @@ def facts_of_file(path: Path) -> FileFacts:
 
 def note_facts(path: Path, facts: FileFacts) -> None:
     """Let `facts_of_file` know what it would find: of a file that was just made, or moved."""
-    if (identity := _settled(path))["bytes"] == facts.bytes:
-        _note(path, identity, facts)
+    with suppress(OSError):  # it has been removed meanwhile
+        if (identity := _settled(path))["bytes"] == facts.bytes:
+            _note(path, identity, facts)
 
 
 def content_key(parts: Mapping[str, Any]) -> str:

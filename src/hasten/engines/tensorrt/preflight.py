@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from hasten.check import empty_weights
 from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, RUNTIME_CACHE
 from hasten.engines.tensorrt.manifest import MANIFEST
 from hasten.engines.tensorrt.memory import status_bytes
@@ -83,7 +84,8 @@ def check_model(
     with faults.gather():
         refuse_adapters(transformer)
     with faults.gather():
-        _refuse_empty_weights(transformer)
+        if trouble := empty_weights(transformer):
+            raise UnsupportedError(*trouble)
     with faults.gather():
         _refuse_special_weights(
             transformer, "transformer", "FP8 is made by the export itself (--precision fp8)"
@@ -123,16 +125,6 @@ def graph_bytes(transformer: Any, family: Any, precision: str) -> int:
     if precision != "fp8":
         return halves
     return halves - sum(int(linear.weight.numel()) for _, linear in family.quantizable(transformer))
-
-
-def _refuse_empty_weights(transformer: Any) -> None:
-    empty = [name for name, weight in transformer.named_parameters() if not weight.numel()]
-    if empty:
-        raise UnsupportedError(
-            f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …), as "
-            "engine.release = true leaves them",
-            "load the pipeline again",
-        )
 
 
 def _refuse_special_weights(model: Any, what: str, because: str) -> None:

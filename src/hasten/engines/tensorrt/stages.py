@@ -84,22 +84,8 @@ def export_tensorrt(
     given = {} if max_size is None else {"max_size": max_size}
     asked = Asked(precision, tuple(targets), method=method, verify=verify, **given)
     started = time.perf_counter()
-    faults = Faults()
-    check_request(asked, out, faults)
-    with faults.gather():
-        out = None if out is None else resolved(out)
-    with faults.gather():
-        refuse_optimized(pipe)
-    if precision == "fp8":
-        with faults.gather():
-            check_draws(pipe)
-    store, family = Store(tell=tell), _family(pipe, faults)
-    places = {store.root: IN_STORE}
-    places |= {out.absolute(): IN_OUT} if out else {store.root / "exports": IN_EXPORTS}
-    if family is not None:
-        check_model(asked, pipe.transformer, family, places, machine(), faults)
-    faults.raise_any()
-    assert family is not None  # else a fault was raised
+    store = Store(tell=tell)
+    family, out = _looked_at(pipe, asked, out, store)
     defaults = _defaults(pipe)
     export = _Export(
         pipe=pipe,
@@ -116,6 +102,29 @@ def export_tensorrt(
     export.weights = weights_digest(pipe.transformer)
     _report(tell, "preflight", time.perf_counter() - started)
     return export.run(model or _name(pipe), out)
+
+
+def _looked_at(
+    pipe: Any, asked: Asked, out: Path | None, store: Store
+) -> tuple[Family, Path | None]:
+    """The pipeline's family and where `out` leads to; raises all that would stop the export."""
+    faults = Faults()
+    check_request(asked, out, faults)
+    with faults.gather():
+        out = None if out is None else resolved(out)
+    with faults.gather():
+        refuse_optimized(pipe)
+    if asked.precision == "fp8":
+        with faults.gather():
+            check_draws(pipe)
+    family = _family(pipe, faults)
+    places = {store.root: IN_STORE}
+    places |= {out: IN_OUT} if out else {store.root / "exports": IN_EXPORTS}
+    if family is not None:
+        check_model(asked, pipe.transformer, family, places, machine(), faults)
+    faults.raise_any()
+    assert family is not None  # else a fault was raised
+    return family, out
 
 
 @dataclass

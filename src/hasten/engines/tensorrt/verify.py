@@ -225,7 +225,9 @@ def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
     error = size.blocks[block]
     if error > found.block_bar:
         yield f"{block} is not what torch computes: error {error:.2g} {at}, bar {found.block_bar}"
-    if found.whole_bar is not None and size.whole > found.whole_bar:
+    if math.isinf(size.whole):
+        yield f"the velocity is not finite {at}"
+    elif found.whole_bar is not None and size.whole > found.whole_bar:
         yield (
             f"the velocity is not what torch computes: error {size.whole:.2g} {at}, bar "
             f"{found.whole_bar}; furthest off is {block} with {error:.2g}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
-from hasten.engines.tensorrt.files import ENGINE, sync
+from hasten.engines.tensorrt.files import ENGINE
 from hasten.engines.tensorrt.hashes import FileFacts, content_key, note_facts
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.store import FIX_SPACE, Store, out_of_space
 from hasten.errors import EngineError, InputError
+from hasten.writing import sync
 
 __all__ = ["write_export"]
 
@@ -57,8 +57,7 @@ def _note(manifest: Manifest, folder: Path, files: Mapping[str, Path]) -> None:
     """Copies have new identities, and so has what got a second name."""
     for name, entry in manifest.files.items():
         for path in (folder / name, files[name]):
-            with suppress(OSError):
-                note_facts(path, FileFacts(entry.bytes, entry.sha256))
+            note_facts(path, FileFacts(entry.bytes, entry.sha256))
 
 
 def _unnamed(manifest: Manifest, store: Store) -> Path:
