@@ -21,12 +21,14 @@ from torch import Tensor
 
 from hasten.benchmark.environment import look
 from hasten.kernels import gelu_concat, norm_modulate, qk_norm_rope
+from hasten.kernels.quantize import FP8, LIMITS
 from hasten.kernels.streams import Streams
 
 WIDTH, HEADS, HIDDEN = 3072, 24, 12288
 SHAPES = (Streams(1, 512, 1024), Streams(1, 512, 4096), Streams(2, 512, 1024))
 CALLS = 8  # in a graph, on as many sets of inputs
 EPS = 1e-6
+Codes = torch.dtype | None
 
 
 def main() -> None:
@@ -63,24 +65,23 @@ class Case:
 def cases(streams: Streams) -> list[tuple[str, Case]]:
     """Every kernel as the blocks use it."""
     found = []
-    for quantize in (False, True):
-        out = 1 if quantize else 2
-        kind = "FP8" if quantize else "bf16"
+    for codes, kind in ((None, "bf16"), (FP8, "FP8"), (torch.int8, "int8")):
+        out = 1 if codes else 2
         for has_delta in (False, True):
             moved = streams.rows * WIDTH * ((6 if has_delta else 2) + out)
             name = f"norm + modulate{', gated residual' if has_delta else ''} → {kind}"
-            found.append((name, norm_case(streams, has_delta, quantize, moved)))
+            found.append((name, norm_case(streams, has_delta, codes, moved)))
         for left, right in ((True, True), (True, False), (False, True)):
-            if right or quantize:
+            if right or codes:
                 width = WIDTH * left + HIDDEN * right
                 name = " + ".join(["attention"] * left + ["gelu(hidden)"] * right) + f" → {kind}"
                 moved = streams.rows * width * (2 + out)
-                found.append((name, gelu_case(streams, left, right, quantize, moved)))
+                found.append((name, gelu_case(streams, left, right, codes, moved)))
     found.append(("RMSNorm + RoPE of q, k", rope_case(streams)))
     return found
 
 
-def norm_case(streams: Streams, has_delta: bool, quantize: bool, moved: int) -> Case:
+def norm_case(streams: Streams, has_delta: bool, codes: Codes, moved: int) -> Case:
     offsets = [part * WIDTH for part in range(6)]
 
     def inputs() -> tuple[Any, ...]:
@@ -94,8 +95,8 @@ def norm_case(streams: Streams, has_delta: bool, quantize: bool, moved: int) -> 
         def run(x: Tensor, delta: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:
             kept = x.to(dtype) if dtype == torch.float64 else x
             if dtype == torch.float64:
-                return function(kept, delta, table, offsets, streams, False, EPS, **extra)
-            return function(kept, delta, table, offsets, streams, quantize, EPS, **extra)
+                return function(kept, delta, table, offsets, streams, None, EPS, **extra)
+            return function(kept, delta, table, offsets, streams, codes, EPS, **extra)
 
         return run
 
@@ -108,7 +109,7 @@ def norm_case(streams: Streams, has_delta: bool, quantize: bool, moved: int) -> 
     )
 
 
-def gelu_case(streams: Streams, left: bool, right: bool, quantize: bool, moved: int) -> Case:
+def gelu_case(streams: Streams, left: bool, right: bool, codes: Codes, moved: int) -> Case:
     def inputs() -> tuple[Any, ...]:
         tokens = streams.text + streams.image
         attention = _random(streams.batch, tokens, WIDTH) if left else None
@@ -117,12 +118,12 @@ def gelu_case(streams: Streams, left: bool, right: bool, quantize: bool, moved: 
 
     def exact(attention: Tensor | None, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = [None if part is None else part.double() for part in (attention, hidden)]
-        return gelu_concat.reference(*wide, streams, False, torch.float64)
+        return gelu_concat.reference(*wide, streams, None, torch.float64)
 
     return Case(
         inputs,
-        lambda *given: gelu_concat.launch(*given, streams, quantize),
-        lambda *given: gelu_concat.reference(*given, streams, quantize),
+        lambda *given: gelu_concat.launch(*given, streams, codes),
+        lambda *given: gelu_concat.reference(*given, streams, codes),
         exact,
         moved,
     )
@@ -155,10 +156,10 @@ def measured(case: Case, bandwidth: float) -> dict[str, Any]:
     first, second = case.kernel(*_copies(given))
     plain, plain_scales = case.reference(*_copies(given))
     exact, _ = case.exact(*_copies(given))
-    fp8 = first.dtype == torch.float8_e4m3fn
-    values = first.double() * second if fp8 else first.double()
+    coded = first.dtype in LIMITS
+    values = first.double() * second if coded else first.double()
     result: dict[str, Any] = {"relative_error": _relative(values, exact)}
-    if fp8:
+    if coded:
         rounded = plain.double() * plain_scales
         result["relative_error_of_reference"] = _relative(rounded, exact)
         result["codes_that_differ"] = float((first.float() != plain.float()).double().mean())

@@ -156,24 +156,26 @@ def _kernel_problems(recipe: Recipe, transformer: Any, family: Family) -> list[P
     """Why this transformer cannot run on the fused kernels that the recipe insists on."""
     if recipe.fuse is None or recipe.fuse.kernels != "on":
         return []
-    linears = _to_be_fp8(recipe, transformer, family)
+    linears = _to_be(recipe, transformer, family)
     return [
         Problem(f'fuse.kernels = "on": {reason}', 'set fuse.kernels = "auto", or "off"')
         for reason in family.reasons_against_kernels(transformer, linears)[:3]
     ]
 
 
-def _to_be_fp8(recipe: Recipe, transformer: Any, family: Family) -> set[Any]:
-    """Linears that `[quantize]` will replace before the kernels take over, for good."""
+def _to_be(recipe: Recipe, transformer: Any, family: Family) -> dict[Any, type]:
+    """What `[quantize]` will put in the place of linears before the kernels take over."""
     if recipe.quantize is None or kernels_declined(recipe):
-        return set()
+        return {}
     if _linear_problems(recipe, transformer, family):
-        return set()
+        return {}
     linears = family.quantizable(transformer)
+    from hasten.quantization.linear import Fp8Linear, Int8Linear
     from hasten.quantization.plan import make_plan
 
+    kind = {"fp8": Fp8Linear, "int8": Int8Linear}[recipe.quantize.scheme]
     names = set(make_plan(transformer, linears, recipe.quantize).names)
-    return {linear for name, linear in linears if name in names}
+    return {linear: kind for name, linear in linears if name in names}
 
 
 def _text_and_decoder_problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:

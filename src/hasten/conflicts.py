@@ -26,9 +26,13 @@ def kernels_declined(recipe: Recipe) -> str | None:
         return "the blocks are compiled instead"
     if recipe.offload and recipe.offload.kind == "model":
         return 'offload.kind = "model" moves the weights that the kernels have merged'
-    if recipe.quantize and (recipe.quantize.scheme != "fp8" or recipe.quantize.emulate):
+    feeds = ("fp8", "int8")
+    if recipe.quantize and (recipe.quantize.scheme not in feeds or recipe.quantize.emulate):
         emulated = "emulated " if recipe.quantize.emulate else ""
-        return f'the kernels feed real "fp8" products, no {emulated}"{recipe.quantize.scheme}" ones'
+        return (
+            'the kernels feed real "fp8" and "int8" products, no '
+            f'{emulated}"{recipe.quantize.scheme}" ones'
+        )
     if recipe.quantize and recipe.quantize.granularity != "row":
         return 'the kernels quantise row by row: granularity = "row"'
     if recipe.quantize and recipe.quantize.activations != "dynamic":

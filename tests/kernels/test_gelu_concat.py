@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.kernels.gelu_concat import gelu_concat, launch, reference
+from hasten.kernels.quantize import FP8
 from hasten.kernels.streams import Streams
-from tests.kernels.cases import DEVICE, NO_SHRINKING, SEEDS, STREAMS, assert_codes_stand_for
+from tests.kernels.cases import CODES, DEVICE, NO_SHRINKING, SEEDS, STREAMS, assert_codes_stand_for
 
 WIDTHS = st.sampled_from([16, 48])
 PARTS = st.sampled_from(["both", "attention", "hidden"])
@@ -29,18 +30,18 @@ def inputs(
 
 
 @settings(max_examples=10, deadline=None, phases=NO_SHRINKING)
-@given(STREAMS, WIDTHS, PARTS, SEEDS)
+@given(STREAMS, WIDTHS, PARTS, SEEDS, CODES)
 def test_the_kernel_agrees_with_float64(
-    streams: Streams, width: int, parts: str, seed: int
+    streams: Streams, width: int, parts: str, seed: int, dtype: torch.dtype
 ) -> None:
     pytest.importorskip("triton")
     given_parts = inputs(streams, width, parts, seed)
     wide = [None if part is None else part.double() for part in given_parts]
-    exact, _ = reference(*wide, streams, False, torch.float64)
-    y, none = launch(*given_parts, streams, False)
+    exact, _ = reference(*wide, streams, None, torch.float64)
+    y, none = launch(*given_parts, streams, None)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
     assert none.numel() == 0
-    codes, scales = launch(*given_parts, streams, True)
+    codes, scales = launch(*given_parts, streams, dtype)
     assert_codes_stand_for(codes, scales, exact)
 
 
@@ -52,7 +53,7 @@ def test_attention_comes_first_and_in_the_order_of_the_streams(
     attention, hidden = inputs(streams, width, "both", seed)
     assert attention is not None
     assert hidden is not None
-    y, _ = gelu_concat(attention, hidden, streams, False)
+    y, _ = gelu_concat(attention, hidden, streams, None)
     assert torch.equal(y[:, :width], streams.by_stream(attention))
     assert torch.equal(y[:, width:], torch.nn.functional.gelu(hidden, approximate="tanh"))
 
@@ -60,6 +61,6 @@ def test_attention_comes_first_and_in_the_order_of_the_streams(
 def test_the_operator_passes_pytorchs_own_checks() -> None:
     streams = Streams(2, 1, 2)
     for parts in ("both", "attention", "hidden"):
-        for quantize in (False, True):
-            arguments = (*inputs(streams, 16, parts, 0), list(streams), quantize)
+        for codes in (None, FP8, torch.int8):
+            arguments = (*inputs(streams, 16, parts, 0), list(streams), codes)
             torch.library.opcheck(gelu_concat, arguments)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.kernels.norm_modulate import launch, norm_modulate, reference
+from hasten.kernels.quantize import FP8
 from hasten.kernels.streams import Streams
-from tests.kernels.cases import DEVICE, NO_SHRINKING, SEEDS, STREAMS, assert_codes_stand_for
+from tests.kernels.cases import CODES, DEVICE, NO_SHRINKING, SEEDS, STREAMS, assert_codes_stand_for
 
 WIDTHS = st.sampled_from([16, 48, 192])
 
@@ -44,33 +45,34 @@ def in_words(
 def test_the_reference_is_the_formula(streams: Streams, width: int, seed: int) -> None:
     x, delta, table, offsets = inputs(streams, width, seed)
     exact = in_words(x, delta, table, offsets, streams)
-    y, _ = reference(x.double(), delta, table, offsets, streams, False, 1e-6, torch.float64)
+    y, _ = reference(x.double(), delta, table, offsets, streams, None, 1e-6, torch.float64)
     torch.testing.assert_close(y, exact)
 
 
 @settings(max_examples=10, deadline=None, phases=NO_SHRINKING)
-@given(STREAMS, WIDTHS, SEEDS, st.booleans())
+@given(STREAMS, WIDTHS, SEEDS, st.booleans(), CODES)
 def test_the_kernel_agrees_with_float64(
-    streams: Streams, width: int, seed: int, has_delta: bool
+    streams: Streams, width: int, seed: int, has_delta: bool, dtype: torch.dtype
 ) -> None:
     pytest.importorskip("triton")
     x, delta, table, offsets = inputs(streams, width, seed)
     added = delta if has_delta else None
     exact_x, kernel_x = x.double(), x.clone()
-    exact, _ = reference(exact_x, added, table, offsets, streams, False, 1e-6, torch.float64)
-    y, none = launch(kernel_x, added, table, offsets, streams, False, 1e-6)
+    exact, _ = reference(exact_x, added, table, offsets, streams, None, 1e-6, torch.float64)
+    y, none = launch(kernel_x, added, table, offsets, streams, None, 1e-6)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kernel_x.double(), exact_x, rtol=1e-6, atol=1e-6)
     assert none.numel() == 0
-    codes, scales = launch(x.clone(), added, table, offsets, streams, True, 1e-6)
+    codes, scales = launch(x.clone(), added, table, offsets, streams, dtype, 1e-6)
     assert_codes_stand_for(codes, scales, exact)
 
 
-def test_a_row_of_zeros_has_codes_of_zero() -> None:
+@pytest.mark.parametrize("dtype", [FP8, torch.int8], ids=str)
+def test_a_row_of_zeros_has_codes_of_zero(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     streams = Streams(1, 1, 1)
     x, table = torch.zeros(2, 16, device=DEVICE), torch.zeros(1, 16, device=DEVICE)
-    codes, scales = launch(x, None, table, [0] * 6, streams, True, 1e-6)
+    codes, scales = launch(x, None, table, [0] * 6, streams, dtype, 1e-6)
     assert (codes.float() == 0).all()
     assert (scales > 0).all()
 
@@ -79,6 +81,6 @@ def test_the_operator_passes_pytorchs_own_checks() -> None:
     streams = Streams(2, 1, 2)
     x, delta, table, offsets = inputs(streams, 16, 0)
     for added in (None, delta):
-        for quantize in (False, True):
-            arguments = (x.clone(), added, table, offsets, list(streams), quantize, 1e-6)
+        for codes in (None, FP8, torch.int8):
+            arguments = (x.clone(), added, table, offsets, list(streams), codes, 1e-6)
             torch.library.opcheck(norm_modulate, arguments)

@@ -13,7 +13,7 @@ import hasten
 from hasten import CallError, Recipe
 from hasten.kernels.streams import Streams
 from hasten.models.projection import Projection, project, same_kind
-from hasten.quantization.linear import Fp8Linear
+from hasten.quantization.linear import Fp8Linear, Int8Linear
 from tests.passes.fuse.test_fuse import close
 
 KERNELS = Recipe.from_dict({"fuse": {"kernels": "on"}})
@@ -97,9 +97,13 @@ def test_kinds_that_do_not_go_together() -> None:
     assert "not torch.float32" in same_kind(fp8, torch.float32)[0]
     assert "Fp8Linear, Linear" in same_kind([plain[0], fp8[1]], torch.bfloat16)[0]
     assert "one scale a tensor" in same_kind(tensor, torch.bfloat16)[0]
+    int8 = [Int8Linear.from_linear(linear) for linear in plain]
+    assert same_kind(int8, torch.float32) == same_kind(int8, torch.bfloat16) == []
+    assert "Int8Linear, Linear" in same_kind([plain[0], int8[1]], torch.bfloat16)[0]
+    assert "different kinds" in same_kind(plain, torch.float32, {plain[0]: Int8Linear})[0]
     assert "Conv1d" in same_kind([nn.Conv1d(1, 1, 1)], torch.bfloat16)[0]
-    assert same_kind(plain, torch.bfloat16, set(plain)) == []
-    assert "different kinds" in same_kind(plain, torch.bfloat16, {plain[0]})[0]
+    assert same_kind(plain, torch.bfloat16, dict.fromkeys(plain, Fp8Linear)) == []
+    assert "different kinds" in same_kind(plain, torch.bfloat16, {plain[0]: Fp8Linear})[0]
 
 
 def test_two_pipelines_over_the_same_weights(

@@ -61,7 +61,7 @@ class Products(TorchDispatchMode):
     ("quantize", "kind", "product"),
     [
         ({"scheme": "fp8"}, Fp8Linear, "_scaled_mm"),
-        ({"scheme": "int8"}, Int8Linear, "_int_mm"),
+        ({"scheme": "int8"}, Int8Linear, "int8_product"),
         ({"scheme": "int8-weight"}, WeightOnlyLinear, None),
         ({"scheme": "fp8", "emulate": True}, EmulatedLinear, None),
     ],
@@ -75,8 +75,9 @@ def test_every_linear_is_replaced_and_the_fast_product_runs_for_each(
     assert classes(pipe) == {kind: LINEARS}
     with Products() as products:
         got = call(fast)
-    ran = {name: products.ran[name] for name in ("_scaled_mm", "_int_mm")}
-    assert ran == {"_scaled_mm": 0, "_int_mm": 0} | ({product: LINEARS * STEPS} if product else {})
+    ran = {name: products.ran[name] for name in ("_scaled_mm", "int8_product")}
+    expected_ran = {product: LINEARS * STEPS} if product else {}
+    assert ran == {"_scaled_mm": 0, "int8_product": 0} | expected_ran
     assert not torch.equal(got, expected)
     assert (got - expected).norm() < 0.15 * expected.norm()
 

@@ -1,10 +1,10 @@
 """Attention output beside gelu of the MLP's hidden row, quantised row by row, in one pass.
 
     y = [attention, gelu(hidden)]             (either may be absent; gelu's tanh approximation)
-    codes, row scale = y / (max|y| / 448)     (where asked; else y in the inputs' dtype)
+    codes, row scale = y / (max|y| / limit)   (where asked; else y in the inputs' dtype)
 
-tanh-gelu(x) = x · sigmoid(2 · sqrt(2/π) · (x + 0.044715 x³)) (Hendrycks & Gimpel 2016). Everything
-between load and store is float32.
+limit: 448 for FP8, 127 for int8. tanh-gelu(x) = x · sigmoid(2 · sqrt(2/π) · (x + 0.044715 x³))
+(Hendrycks & Gimpel 2016). Everything between load and store is float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hasten.kernels.quantize import FP8, TINY, quantize_rows
+from hasten.kernels.codes import to_codes
+from hasten.kernels.quantize import LIMITS, TINY, quantize_rows
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
 
@@ -27,33 +28,39 @@ NARROW_WARPS = 8  # without an MLP
 @torch.library.custom_op(
     "hasten::gelu_concat",
     mutates_args=(),
-    schema="(Tensor? attention, Tensor? hidden, SymInt[] streams, bool quantize) "
+    schema="(Tensor? attention, Tensor? hidden, SymInt[] streams, ScalarType? codes) "
     "-> (Tensor, Tensor)",
 )
 def gelu_concat(
-    attention: Tensor | None, hidden: Tensor | None, streams: Sequence[int], quantize: bool
+    attention: Tensor | None,
+    hidden: Tensor | None,
+    streams: Sequence[int],
+    codes: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """y and, where quantised, its row scales (else an empty tensor).
 
     attention: batch × tokens × D, sequence by sequence; hidden: rows × M in the order of
     `Streams(*streams)`, rows may be apart; one of them may be None. y: rows × (D + M) in their
-    dtype, or float8_e4m3fn codes with scales rows × 1 in float32.
+    dtype, or `codes` (float8_e4m3fn, int8) with scales rows × 1 in float32.
     """
-    return reference(attention, hidden, streams, quantize)
+    return reference(attention, hidden, streams, codes)
 
 
 @gelu_concat.register_fake
 def _(
-    attention: Tensor | None, hidden: Tensor | None, streams: Sequence[int], quantize: bool
+    attention: Tensor | None,
+    hidden: Tensor | None,
+    streams: Sequence[int],
+    codes: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(attention, hidden, Streams(*streams), quantize)
+    return _outputs(attention, hidden, Streams(*streams), codes)
 
 
 def reference(
     attention: Tensor | None,
     hidden: Tensor | None,
     streams: Sequence[int],
-    quantize: bool,
+    codes: torch.dtype | None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain torch, in `dtype` between input and output."""
@@ -63,31 +70,35 @@ def reference(
     if hidden is not None:
         parts.append(torch.nn.functional.gelu(hidden.to(dtype), approximate="tanh"))
     y = torch.cat(parts, dim=1)
-    if quantize:
-        return quantize_rows(y)
+    if codes is not None:
+        return quantize_rows(y, codes)
     given = _either(attention, hidden)
     return y.to(given.dtype), given.new_empty(0, dtype=torch.float32)
 
 
 @gelu_concat.register_kernel("cuda")
 def launch(
-    attention: Tensor | None, hidden: Tensor | None, streams: Sequence[int], quantize: bool
+    attention: Tensor | None,
+    hidden: Tensor | None,
+    streams: Sequence[int],
+    codes: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernel, one program a row."""
     rows = Streams(*streams)
-    y, scales = _outputs(attention, hidden, rows, quantize)
+    y, scales = _outputs(attention, hidden, rows, codes)
     given = _either(attention, hidden)
     left = 0 if attention is None else attention.shape[2]
     right = 0 if hidden is None else hidden.shape[1]
     _kernel[(rows.rows,)](
         given if attention is None else attention, given if hidden is None else hidden,
-        y, scales if quantize else given,
+        y, given if codes is None else scales,
         0 if attention is None else attention.stride(0),
         0 if attention is None else attention.stride(1),
         0 if hidden is None else hidden.stride(0),
         rows.text_rows, max(rows.text, 1), rows.image, left, right, TINY,
         LEFT=next_power_of_2(max(left, 1)), PART=next_power_of_2(max(-(-right // 3), 1)),
-        HAS_LEFT=left > 0, HAS_RIGHT=right > 0, QUANTIZE=quantize,
+        HAS_LEFT=left > 0, HAS_RIGHT=right > 0,
+        LIMIT=0.0 if codes is None else LIMITS[codes], INT8=codes == torch.int8,
         num_warps=WARPS if right else NARROW_WARPS,
     )  # fmt: skip
     return y, scales
@@ -100,12 +111,12 @@ def _either(attention: Tensor | None, hidden: Tensor | None) -> Tensor:
 
 
 def _outputs(
-    attention: Tensor | None, hidden: Tensor | None, rows: Streams, quantize: bool
+    attention: Tensor | None, hidden: Tensor | None, rows: Streams, codes: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     given = _either(attention, hidden)
     width = sum(part.shape[-1] for part in (attention, hidden) if part is not None)
-    y = given.new_empty((rows.rows, width), dtype=FP8 if quantize else given.dtype)
-    return y, given.new_empty((rows.rows, 1) if quantize else 0, dtype=torch.float32)
+    y = given.new_empty((rows.rows, width), dtype=codes or given.dtype)
+    return y, given.new_empty((rows.rows, 1) if codes else 0, dtype=torch.float32)
 
 
 @jit
@@ -114,7 +125,7 @@ def _kernel(
     sequence_stride, token_stride, right_stride,
     text_rows, text_tokens, image_tokens, left_width, right_width, tiny,
     LEFT: tl.constexpr, PART: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, QUANTIZE: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, LIMIT: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     out = y_ptr + row * (left_width + right_width)
@@ -139,16 +150,17 @@ def _kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(second), 0))
         largest = tl.maximum(largest, tl.max(tl.abs(third), 0))
     inverse = 1.0
-    if QUANTIZE:
-        tl.store(scales_ptr + row, largest / 448.0)
-        inverse = 448.0 / largest
+    if LIMIT > 0:
+        tl.store(scales_ptr + row, largest / LIMIT)
+        inverse = LIMIT / largest
     if HAS_LEFT:
-        tl.store(out + tl.arange(0, LEFT), (left * inverse).to(y_ptr.dtype.element_ty), in_left)
+        left = to_codes(left * inverse, INT8)
+        tl.store(out + tl.arange(0, LEFT), left.to(y_ptr.dtype.element_ty), in_left)
     if HAS_RIGHT:
         right = out + left_width
-        _store(right, first * inverse, columns, right_width)
-        _store(right, second * inverse, columns + PART, right_width)
-        _store(right, third * inverse, columns + 2 * PART, right_width)
+        _store(right, first * inverse, columns, right_width, INT8)
+        _store(right, second * inverse, columns + PART, right_width, INT8)
+        _store(right, third * inverse, columns + 2 * PART, right_width, INT8)
 
 
 @jit
@@ -158,5 +170,5 @@ def _gelu(at, columns, width):
 
 
 @jit
-def _store(row, values, columns, width):
-    tl.store(row + columns, values.to(row.dtype.element_ty), columns < width)
+def _store(row, values, columns, width, INT8: tl.constexpr):
+    tl.store(row + columns, to_codes(values, INT8).to(row.dtype.element_ty), columns < width)

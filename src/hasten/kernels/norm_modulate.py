@@ -1,10 +1,10 @@
-"""Gated residual + LayerNorm + modulation + row-wise FP8 quantisation, in one pass over a row.
+"""Gated residual + LayerNorm + modulation + row-wise quantisation, in one pass over a row.
 
     x ← x + gate · delta                      (where there is a delta; x changes in place)
     y = LayerNorm(x) · (1 + scale) + shift    (no affine weights; adaLN-Zero, Peebles & Xie 2023)
-    codes, row scale = y / (max|y| / 448)     (where asked; else y in x's dtype)
+    codes, row scale = y / (max|y| / limit)   (where asked; else y in x's dtype)
 
-Everything between load and store is float32.
+limit: 448 for FP8, 127 for int8. Everything between load and store is float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hasten.kernels.quantize import FP8, TINY, quantize_rows
+from hasten.kernels.codes import to_codes
+from hasten.kernels.quantize import LIMITS, TINY, quantize_rows
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
 
@@ -27,7 +28,7 @@ WARPS = 4  # a program; measured best on an H100 at D = 3072
     "hasten::norm_modulate",
     mutates_args=("x",),
     schema="(Tensor(a!) x, Tensor? delta, Tensor table, SymInt[] offsets, SymInt[] streams, "
-    "bool quantize, float eps) -> (Tensor, Tensor)",
+    "ScalarType? codes, float eps) -> (Tensor, Tensor)",
 )
 def norm_modulate(
     x: Tensor,
@@ -35,17 +36,17 @@ def norm_modulate(
     table: Tensor,
     offsets: Sequence[int],
     streams: Sequence[int],
-    quantize: bool,
+    codes: torch.dtype | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """y and, where quantised, its row scales (else an empty tensor).
 
     x, delta: rows × D in the order of `Streams(*streams)`. table: batch × columns, whose slices of
     width D begin at `offsets`: shift, scale and gate of the text rows, then of the image rows (the
-    gates are read with a delta only). y: rows × D in x's dtype, or float8_e4m3fn codes with scales
-    rows × 1 in float32.
+    gates are read with a delta only). y: rows × D in x's dtype, or `codes` (float8_e4m3fn, int8)
+    with scales rows × 1 in float32.
     """
-    return reference(x, delta, table, offsets, streams, quantize, eps)
+    return reference(x, delta, table, offsets, streams, codes, eps)
 
 
 @norm_modulate.register_fake
@@ -55,10 +56,10 @@ def _(
     table: Tensor,
     offsets: Sequence[int],
     streams: Sequence[int],
-    quantize: bool,
+    codes: torch.dtype | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(x, quantize)
+    return _outputs(x, codes)
 
 
 def reference(
@@ -67,7 +68,7 @@ def reference(
     table: Tensor,
     offsets: Sequence[int],
     streams: Sequence[int],
-    quantize: bool,
+    codes: torch.dtype | None,
     eps: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
@@ -84,8 +85,8 @@ def reference(
         x.copy_(exact)
     normed = torch.nn.functional.layer_norm(exact, (width,), eps=eps)
     y = normed * (1 + scale) + shift
-    if quantize:
-        return quantize_rows(y)
+    if codes is not None:
+        return quantize_rows(y, codes)
     return y.to(x.dtype), x.new_empty(0, dtype=torch.float32)
 
 
@@ -96,25 +97,26 @@ def launch(
     table: Tensor,
     offsets: Sequence[int],
     streams: Sequence[int],
-    quantize: bool,
+    codes: torch.dtype | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernel, one program a row."""
     rows = Streams(*streams)
-    y, scales = _outputs(x, quantize)
+    y, scales = _outputs(x, codes)
     _kernel[(rows.rows,)](
-        x, x if delta is None else delta, table, y, scales if quantize else table,
+        x, x if delta is None else delta, table, y, table if codes is None else scales,
         x.stride(0), x.stride(0) if delta is None else delta.stride(0), table.stride(0),
         *offsets, rows.text_rows, max(rows.text, 1), rows.image, x.shape[1], eps, TINY,
-        BLOCK=next_power_of_2(x.shape[1]), HAS_DELTA=delta is not None, QUANTIZE=quantize,
+        BLOCK=next_power_of_2(x.shape[1]), HAS_DELTA=delta is not None,
+        LIMIT=0.0 if codes is None else LIMITS[codes], INT8=codes == torch.int8,
         num_warps=WARPS,
     )  # fmt: skip
     return y, scales
 
 
-def _outputs(x: Tensor, quantize: bool) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=FP8 if quantize else x.dtype, device=x.device)
-    return y, x.new_empty((len(x), 1) if quantize else 0, dtype=torch.float32)
+def _outputs(x: Tensor, codes: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=codes or x.dtype, device=x.device)
+    return y, x.new_empty((len(x), 1) if codes else 0, dtype=torch.float32)
 
 
 @jit
@@ -123,7 +125,7 @@ def _kernel(
     x_stride, delta_stride, table_stride,
     text_shift, text_scale, text_gate, image_shift, image_scale, image_gate,
     text_rows, text_tokens, image_tokens, width, eps, tiny,
-    BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, QUANTIZE: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, LIMIT: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -145,9 +147,8 @@ def _kernel(
     scale = tl.load(modulation + tl.where(is_text, text_scale, image_scale), inside, 0.0)
     y = centred * inverse * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
     out = y_ptr + row * width + columns
-    if QUANTIZE:
+    if LIMIT > 0:
         largest = tl.maximum(tl.max(tl.abs(y), 0), tiny)
-        tl.store(scales_ptr + row, largest / 448.0)
-        tl.store(out, (y * (448.0 / largest)).to(tl.float8e4nv), inside)
-    else:
-        tl.store(out, y.to(y_ptr.dtype.element_ty), inside)
+        tl.store(scales_ptr + row, largest / LIMIT)
+        y = to_codes(y * (LIMIT / largest), INT8)
+    tl.store(out, y.to(y_ptr.dtype.element_ty), inside)

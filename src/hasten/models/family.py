@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -68,14 +69,15 @@ class Family(Protocol):
         """Norms with a modulation linear by name, in the order in which they run."""
 
     def reasons_against_kernels(
-        self, transformer: Any, to_be_fp8: Container[nn.Module] = ()
+        self, transformer: Any, to_be: Mapping[nn.Module, type] = MappingProxyType({})
     ) -> list[str]:
         """Why the blocks cannot run on the fused kernels, once these linears are FP8; empty where
         they can."""
 
     def fused(self, transformer: Any, modulations: Modulations, attend: Attend) -> Any:
         """The blocks on fused kernels: (latents, text, row, cos, sin) -> velocity; `changed` says
-        what was replaced since, `fp8` whether its products are FP8."""
+        what was replaced since, `codes` of which dtypes its products are, empty where all are
+        plain."""
 
     def quantizable(self, transformer: Any) -> list[tuple[str, nn.Linear]]:
         """Linears that may be quantised, by name: (name in the transformer, linear)."""

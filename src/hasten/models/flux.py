@@ -15,8 +15,9 @@ Shapes: B batch, S image tokens, T text tokens, D = heads x head_dim, C packed l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -140,11 +141,11 @@ class FluxFamily:
         return FusedFlux(transformer, modulations, attend)
 
     def reasons_against_kernels(
-        self, transformer: Any, to_be_fp8: Container[nn.Module] = ()
+        self, transformer: Any, to_be: Mapping[nn.Module, type] = MappingProxyType({})
     ) -> list[str]:
         """Why the blocks cannot run on the fused kernels, once these linears are FP8; empty where
         they can."""
-        return reasons_against(transformer, to_be_fp8)
+        return reasons_against(transformer, to_be)
 
     def blocks(self, transformer: Any, state: FluxState) -> Iterator[tuple[str, FluxState]]:
         """Run the double-stream, then the single-stream blocks; yield the state after each."""

@@ -3,14 +3,15 @@
 One residual stream holds the text rows and then the image rows of the batch (`Streams`), so that
 double and single blocks alike norm, rotate and activate both in one launch, and nothing is ever
 concatenated or split. The output of a projection is added to the stream by the *next* norm. Where
-the linears are FP8, every kernel before a projection writes codes and scales.
+the linears are FP8 or int8, every kernel before a projection writes codes and scales.
 
 Shapes: B batch, T text tokens, S image tokens, R = B·(T+S) rows, D = heads × head_dim, M = 4·D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class FusedFlux:
             SingleBlock(block, start[f"{name}.norm"], attend)
             for name, block in _named(transformer, "single_transformer_blocks")
         ]
-        self.fp8 = any(part.fp8 for block in self.blocks for part in block.projections)
+        self.codes = {part.codes for block in self.blocks for part in block.projections} - {None}
         self.layers = _layers(transformer)
         self.last = start["norm_out"]
 
@@ -66,7 +67,7 @@ class FusedFlux:
             block(stream, cos, sin)
         width = image.shape[-1]
         final = self.last + width, self.last  # this norm's linear gives the scale first
-        y, _ = stream.norm((*final, 0) * 2, quantize=False)
+        y, _ = stream.norm((*final, 0) * 2, codes=None)
         velocity: Tensor = self.transformer.proj_out(y[streams.text_rows :])
         return velocity.view(len(image), -1, velocity.shape[1])
 
@@ -91,16 +92,14 @@ class Residual:
         self.delta: Tensor | None = None
         self.gates = (0, 0)
 
-    def norm(self, offsets: Sequence[int], *, quantize: bool) -> tuple[Tensor, Tensor]:
+    def norm(self, offsets: Sequence[int], *, codes: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """Add what is due, then norm and modulate: R×D values, or codes and scales.
 
         offsets: shift and scale of the text rows and one column not read, then of the image rows.
         """
         text, image = self.gates
         columns = [offsets[0], offsets[1], text, offsets[3], offsets[4], image]
-        y, scales = norm_modulate(
-            self.x, self.delta, self.row, columns, self.streams, quantize, EPS
-        )
+        y, scales = norm_modulate(self.x, self.delta, self.row, columns, self.streams, codes, EPS)
         self.delta = None
         return y, scales
 
@@ -133,14 +132,14 @@ class DoubleBlock:
 
     def __call__(self, stream: Residual, cos: Tensor, sin: Tensor) -> None:
         streams, text, image = stream.streams, self.text, self.image
-        y = stream.norm((*text[:3], *image[:3]), quantize=self.qkv[0].fp8)
+        y = stream.norm((*text[:3], *image[:3]), codes=self.qkv[0].codes)
         qkv = project(self.qkv, y, streams)
         attention = _attention(qkv, self.weights, cos, sin, streams, self.attend)
-        y = gelu_concat(attention, None, streams, self.out[0].fp8)
+        y = gelu_concat(attention, None, streams, self.out[0].codes)
         stream.add(project(self.out, y, streams), text[2], image[2])
-        y = stream.norm((*text[3:], *image[3:]), quantize=self.up[0].fp8)
+        y = stream.norm((*text[3:], *image[3:]), codes=self.up[0].codes)
         hidden = project(self.up, y, streams)
-        y = gelu_concat(None, hidden, streams, self.down[0].fp8)
+        y = gelu_concat(None, hidden, streams, self.down[0].codes)
         stream.add(project(self.down, y, streams), text[5], image[5])
 
 
@@ -161,18 +160,20 @@ class SingleBlock:
 
     def __call__(self, stream: Residual, cos: Tensor, sin: Tensor) -> None:
         streams = stream.streams
-        y = stream.norm(self.columns * 2, quantize=self.into.fp8)
+        y = stream.norm(self.columns * 2, codes=self.into.codes)
         wide = self.into(*y)
         qkv, hidden = wide[:, : 3 * self.width], wide[:, 3 * self.width :]
         attention = _attention(qkv, self.weights, cos, sin, streams, self.attend)
-        y = gelu_concat(attention, hidden, streams, self.out.fp8)
+        y = gelu_concat(attention, hidden, streams, self.out.codes)
         stream.add(self.out(*y), self.columns[2], self.columns[2])
 
 
-def reasons_against(transformer: Any, to_be_fp8: Container[nn.Module] = ()) -> list[str]:
+def reasons_against(
+    transformer: Any, to_be: Mapping[nn.Module, type] = MappingProxyType({})
+) -> list[str]:
     """Why these blocks cannot run on the fused kernels; empty where they can.
 
-    to_be_fp8: linears that a recipe will quantise before.
+    to_be: what a recipe will put in the place of linears before.
     """
     reasons = []
     dtype = transformer.dtype
@@ -184,11 +185,11 @@ def reasons_against(transformer: Any, to_be_fp8: Container[nn.Module] = ()) -> l
         *_named(transformer, "transformer_blocks"),
         *_named(transformer, "single_transformer_blocks"),
     ):
-        reasons += [f"{name}: {reason}" for reason in _against(block, dtype, to_be_fp8)]
+        reasons += [f"{name}: {reason}" for reason in _against(block, dtype, to_be)]
     return reasons
 
 
-def _against(block: Any, dtype: torch.dtype, to_be_fp8: Container[nn.Module]) -> list[str]:
+def _against(block: Any, dtype: torch.dtype, to_be: Mapping[nn.Module, type]) -> list[str]:
     reasons = []
     attn = block.attn
     processor = type(attn.processor).__name__
@@ -211,7 +212,7 @@ def _against(block: Any, dtype: torch.dtype, to_be_fp8: Container[nn.Module]) ->
     if any(getattr(norm, "weight", None) is None or norm.eps != EPS for norm in norms):
         reasons.append("its query and key norms are not RMSNorm with weights and eps = 1e-6")
     for group in groups:
-        reasons += same_kind(group, dtype, to_be_fp8)
+        reasons += same_kind(group, dtype, to_be)
     return reasons
 
 

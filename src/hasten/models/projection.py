@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hasten.kernels.int8_product import int8_product
+from hasten.kernels.quantize import FP8
 from hasten.kernels.streams import Streams
-from hasten.quantization.linear import Fp8Linear
+from hasten.quantization.linear import Fp8Linear, Int8Linear
 
-__all__ = ["Projection", "project", "same_kind"]
+__all__ = ["CODES", "Projection", "project", "same_kind"]
+
+CODES: Mapping[type, torch.dtype] = MappingProxyType({Fp8Linear: FP8, Int8Linear: torch.int8})
+"""Linears that take codes and row scales, and of which dtype the codes are."""
 
 
 class Projection:
     """One weight of the linears' outputs, one below the other.
 
     The linears' own weights become views of it, so no memory is added and the modules still work.
-    `fp8`: whether it takes codes and row scales (from Fp8Linear) or values (from nn.Linear).
+    `codes`: the dtype of the codes that it takes with their row scales, None where it takes values
+    (from nn.Linear).
     """
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         self.linears = tuple(linears)
-        self.fp8 = isinstance(linears[0], Fp8Linear)
+        self.codes = CODES.get(type(linears[0]))
         first: Any = linears[0]
         if len(linears) == 1:
             self.weight = first.weight.detach()
@@ -36,23 +43,35 @@ class Projection:
                 self._share()
         self.bias = _bias(self.linears)
         self.scale: Tensor | None = None
-        if self.fp8:
-            self.scale = torch.cat([_scale(linear) for linear in linears]).t().contiguous()
+        if self.codes is not None:
+            self.scale = torch.cat([_scale(linear) for linear in linears])
         self.seen = [_state(linear) for linear in linears]
 
     def __call__(self, values: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
         """R×K -> R×N in the bias's dtype, into `out` where given.
 
-        values: codes with their row `scales` (R×1) if `fp8`, else plain values (scales unread).
+        values: codes with their row `scales` (R×1) where it takes them, else plain values.
         """
         if self.scale is None:
             if self.bias is None:
                 return torch.mm(values, self.weight.t(), out=out)
             return torch.addmm(self.bias, values, self.weight.t(), out=out)
+        if self.codes == torch.int8:
+            if out is None:
+                out = values.new_empty(len(values), len(self.weight), dtype=self.dtype)
+            int8_product(values, scales, self.weight, self.scale, self.bias, out)
+            return out
         return torch._scaled_mm(
-            values, self.weight.t(), scale_a=scales, scale_b=self.scale, bias=self.bias,
+            values, self.weight.t(), scale_a=scales, scale_b=self.scale.t(), bias=self.bias,
             out_dtype=torch.bfloat16, use_fast_accum=True, out=out,
         )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What comes out where codes go in: FP8 products give bfloat16 and nothing else."""
+        if self.codes == FP8 or self.bias is None:
+            return torch.bfloat16
+        return self.bias.dtype
 
     def changed(self) -> str | None:
         """Says so if a linear's weight or bias has been replaced since it was merged."""
@@ -81,35 +100,45 @@ def project(
     text, image = pair
     values, scales = rows
     cut = streams.text_rows
-    dtype = torch.bfloat16 if text.fp8 else values.dtype
+    dtype = text.dtype if text.codes else values.dtype
     out = torch.empty(len(values), len(text.weight), dtype=dtype, device=values.device)
     for projection, part in ((text, slice(None, cut)), (image, slice(cut, None))):
         if len(out[part]):
-            projection(values[part], scales[part] if projection.fp8 else scales, out=out[part])
+            projection(values[part], scales[part] if projection.codes else scales, out=out[part])
     return out
 
 
 def same_kind(
-    linears: Sequence[nn.Module], dtype: torch.dtype, to_be_fp8: Container[nn.Module] = ()
+    linears: Sequence[nn.Module],
+    dtype: torch.dtype,
+    to_be: Mapping[nn.Module, type] = MappingProxyType({}),
 ) -> list[str]:
     """Why these linears cannot be merged, or fed by one kernel; empty where they can.
 
-    to_be_fp8: those that will be an Fp8Linear of one scale a row, found each time, by then.
+    to_be: what will stand in for some of them by then, with one scale a row, found each time.
     """
-    kinds = {Fp8Linear if linear in to_be_fp8 else type(linear) for linear in linears}
+    kinds = {to_be.get(linear, type(linear)) for linear in linears}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     if len(kinds) > 1:
         return [f"linears that read one input are of different kinds: {names}"]
-    if kinds == {Fp8Linear}:
-        made = [linear for linear in linears if linear not in to_be_fp8]
-        if any(_scale(linear).numel() != len(_weight(linear)) for linear in made):
-            return ["its FP8 linears have one scale a tensor, the kernels want one a row"]
-        if any(_calibrated(linear) for linear in made):
-            return ["its FP8 linears have calibrated scales, the kernels find one for each row"]
-        return [] if dtype == torch.bfloat16 else [f"FP8 products give bfloat16, not {dtype}"]
     if kinds == {nn.Linear}:
         return []
-    return [f"its linears are {names}: the kernels know nn.Linear and Fp8Linear"]
+    if not kinds <= CODES.keys():
+        known = " and ".join(kind.__name__ for kind in (nn.Linear, *CODES))
+        return [f"its linears are {names}: the kernels know {known}"]
+    made = [linear for linear in linears if linear not in to_be]
+    if kinds == {Fp8Linear} and dtype != torch.bfloat16:
+        return [f"FP8 products give bfloat16, not {dtype}"]
+    return _foreign_scales(made)
+
+
+def _foreign_scales(linears: Sequence[nn.Module]) -> list[str]:
+    """Why codes with a scale for each row cannot feed these quantised linears; empty where not."""
+    if any(_scale(linear).numel() != len(_weight(linear)) for linear in linears):
+        return ["its linears have one scale a tensor, the kernels want one a row"]
+    if any(_calibrated(linear) for linear in linears):
+        return ["its linears have calibrated scales, the kernels find one for each row"]
+    return []
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor | None:

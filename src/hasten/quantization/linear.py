@@ -5,7 +5,7 @@
 | class            | weight codes | activations | product |
 | ---------------- | ------------ | ----------- | ------- |
 | Fp8Linear        | FP8          | FP8         | FP8, accumulated in float32 (`torch._scaled_mm`) |
-| Int8Linear       | int8         | int8        | int8, accumulated in int32 (`torch._int_mm`) |
+| Int8Linear       | int8         | int8        | int8, accumulated in int32 (`int8_product`) |
 | WeightOnlyLinear | FP8 or int8  | as they are | in the activations' dtype |
 | EmulatedLinear   | any of these, rounded alike | | in the activations' dtype, on any device |
 
@@ -26,6 +26,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from hasten.kernels.int8_product import int8_product
 from hasten.kernels.quantize import (
     FP8,
     LIMITS,
@@ -46,7 +47,6 @@ __all__ = [
 ]
 
 Granularity = Literal["row", "tensor"]
-FEWEST_INT8_ROWS = 17  # cuBLASLt's int8 product takes no fewer
 
 
 class QuantizedLinear(nn.Module):
@@ -159,12 +159,9 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Codes M × K and their scales (M × 1, or one value) -> M × N of `dtype`."""
-        rows = codes.shape[0]
-        if codes.is_cuda and rows < FEWEST_INT8_ROWS:
-            codes = nn.functional.pad(codes, (0, 0, 0, FEWEST_INT8_ROWS - rows))
-        sums = torch._int_mm(codes, self.weight.t())[:rows]
-        y = sums.to(torch.float32) * scale * self.weight_scale.t()
-        return (y if self.bias is None else y + self.bias).to(dtype)
+        y = torch.empty(len(codes), self.out_features, dtype=dtype, device=codes.device)
+        int8_product(codes, scale, self.weight, self.weight_scale, self.bias, y)
+        return y
 
 
 class WeightOnlyLinear(QuantizedLinear):

@@ -240,6 +240,18 @@ def test_half_precision_is_left_to_the_original_blocks(pipe: Any) -> None:
     assert reasons == ["float16 needs the clipping of the original blocks"]
 
 
+def test_int8_products_on_the_kernels(pipe: Any, call: Call) -> None:
+    """Other codes than the original blocks': there every row is rounded to float32 first."""
+    quantize = {"quantize": {"scheme": "int8"}}
+    blocks = hasten.optimize(pipe, Recipe.from_dict(quantize), copy=True)
+    expected, plain = call(blocks), call(pipe)
+    fast = hasten.optimize(pipe, Recipe.from_dict({"fuse": {"kernels": "on"}, **quantize}))
+    got = call(fast)
+    assert "fused kernels, int8 products" in fast.summary()
+    assert (got - expected).norm() < 0.01 * expected.norm()
+    assert 1e-5 < (got - plain).norm() / plain.norm() < 0.05
+
+
 def test_bfloat16_fp8_products_on_the_kernels(pipe: Any, call: Call) -> None:
     if not hasten.machine.machine().fp8_on_cpu:
         pytest.skip("no FP8 product on this CPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from hasten.driving import scheduler_of
@@ -17,6 +18,8 @@ from hasten.passes.fuse.forward import Body, FusedForward
 from hasten.recipe import Fuse
 
 __all__ = ["Attention", "fuse_forward"]
+
+NAMES = {torch.float8_e4m3fn: "FP8", torch.int8: "int8"}
 
 
 class Attention(Protocol):
@@ -58,7 +61,8 @@ def fuse_forward(
     else:
         fused = family.fused(transformer, modulations, attend)
         body, put_back, changed = fused, _nothing, fused.changed
-        what = f"fused kernels, {'FP8' if fused.fp8 else 'unquantised'} products"
+        kinds = [NAMES[codes] for codes in NAMES if codes in fused.codes] or ["unquantised"]
+        what = f"fused kernels, {' and '.join(kinds)} products"
     forward = FusedForward(transformer, family, constants, body, transformer.forward, changed)
     undo_forward = forward.put_in_place()
 

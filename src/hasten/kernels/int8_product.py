@@ -1,0 +1,151 @@
+"""Product of int8 codes with its scales and bias applied before anything is written.
+
+    y[m, n] = (Σ_k codes[m, k] · weight[n, k]) · scale[m] · weight_scale[n] + bias[n]
+
+The sum is exact in int32; what follows is float32, rounded once to y's dtype. torch's own product
+(`torch._int_mm`) writes the int32 sums, four bytes each, which another pass has to read.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.kernels.triton_or_none import jit, tl
+
+__all__ = ["TILES", "int8_product", "launch", "reference", "tile_within"]
+
+Tile = tuple[int, int, int, int, int]
+# Rows and columns of y a program makes, depth of a load, warps, loads in flight. The largest that
+# fits a processor's shared memory is taken.
+TILES: tuple[Tile, ...] = ((128, 256, 128, 8, 3), (128, 128, 64, 4, 4), (64, 64, 64, 4, 3))
+GROUP = 8  # row tiles that share their columns of the weight in cache
+
+
+@torch.library.custom_op("hasten::int8_product", mutates_args=("out",))
+def int8_product(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write y to `out`, M × N of any floating dtype, contiguous.
+
+    codes: M × K, weight: N × K, int8, the columns side by side; scale: M × 1, weight_scale: N × 1,
+    or one value (0-dim), float32; bias: N or None.
+    """
+    out.copy_(reference(codes, scale, weight, weight_scale, bias))
+
+
+@int8_product.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    return None
+
+
+def reference(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The same in plain torch, M × N in `dtype`, float32 or float64."""
+    sums = torch._int_mm(codes, weight.t())
+    y = sums.to(dtype) * scale.to(dtype) * weight_scale.to(dtype).t()
+    return y if bias is None else y + bias.to(dtype)
+
+
+@int8_product.register_kernel("cuda")
+def launch(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """The Triton kernel, one program a tile of y."""
+    rows, depth = codes.shape
+    columns = len(weight)
+    block_rows, block_columns, block_depth, warps, stages = tile or _tile_on(codes.device)
+    tiles = -(-rows // block_rows) * -(-columns // block_columns)
+    _kernel[(tiles,)](
+        codes, scale, weight, weight_scale, weight_scale if bias is None else bias, out,
+        rows, columns, depth, codes.stride(0), weight.stride(0),
+        int(scale.ndim > 0), int(weight_scale.ndim > 0),
+        HAS_BIAS=bias is not None, EVEN=depth % block_depth == 0,
+        BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, BLOCK_DEPTH=block_depth, GROUP=GROUP,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def tile_within(room: int) -> Tile:
+    """The largest tile whose loads in flight fit into so many bytes."""
+    return next(
+        (tile for tile in TILES if (tile[0] + tile[1]) * tile[2] * tile[4] <= room), TILES[-1]
+    )
+
+
+@cache
+def _tile_on(device: torch.device) -> Tile:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return tile_within(properties.shared_memory_per_block_optin)
+
+
+@jit
+def _kernel(
+    codes_ptr, scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, y_ptr,
+    rows, columns, depth, codes_stride, weight_stride, scale_stride, weight_scale_stride,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    in_group = GROUP * column_tiles
+    first = (tile // in_group) * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    row_tile = first + (tile % in_group) % height
+    column_tile = (tile % in_group) // height
+
+    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    k = tl.arange(0, BLOCK_DEPTH)
+    # Rows and columns beyond the edge read the first again and are not written.
+    left = codes_ptr + (row % rows).to(tl.int64)[:, None] * codes_stride + k[None, :]
+    right = weight_ptr + (column % columns).to(tl.int64)[None, :] * weight_stride + k[:, None]
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.int32)
+    for start in range(0, depth, BLOCK_DEPTH):
+        if EVEN:
+            a = tl.load(left)
+            b = tl.load(right)
+        else:
+            a = tl.load(left, k[None, :] < depth - start, 0)
+            b = tl.load(right, k[:, None] < depth - start, 0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        left += BLOCK_DEPTH
+        right += BLOCK_DEPTH
+
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    scale = tl.load(scale_ptr + row * scale_stride, row < rows, 0.0)
+    weight_scale = tl.load(weight_scale_ptr + column * weight_scale_stride, column < columns, 0.0)
+    y = sums.to(tl.float32) * scale[:, None] * weight_scale[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, column < columns, 0.0).to(tl.float32)[None, :]
+    out = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), inside)
