@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.kernels.int8_product import TILES, int8_product, launch, reference, tile_within
+from hasten.kernels.int8_product import TILES, int8_product, launch, reference, tile_for
 from tests.kernels.cases import DEVICE, NO_SHRINKING, SEEDS
 
 SMALL = (32, 32, 32, 4, 2)  # a tile that the interpreter makes in no time
@@ -84,9 +84,17 @@ def test_the_operator_passes_pytorchs_own_checks() -> None:
         torch.library.opcheck(int8_product, arguments)
 
 
-@pytest.mark.parametrize(("gpu", "kilobytes"), [("H100", 227), ("A100", 163), ("RTX 3090", 99)])
-def test_a_tile_fits_the_shared_memory(gpu: str, kilobytes: int) -> None:
-    rows, columns, depth, _, stages = tile_within(kilobytes * 1024)
+@pytest.mark.parametrize(
+    ("gpu", "kilobytes", "processors"), [("H100", 227, 132), ("RTX 3090", 99, 82), ("T4", 64, 40)]
+)
+def test_a_tile_fits_the_shared_memory(gpu: str, kilobytes: int, processors: int) -> None:
+    rows, columns, depth, _, stages = found = tile_for(4608, 3072, kilobytes * 1024, processors)
     assert (rows + columns) * depth * stages <= kilobytes * 1024, gpu
-    assert (tile_within(kilobytes * 1024) == TILES[0]) == (kilobytes > 144)
-    assert tile_within(0) == TILES[-1]
+    assert (found == TILES[0]) == (kilobytes >= 96)
+    assert tile_for(4608, 3072, 0, processors) == TILES[-1]
+
+
+def test_few_rows_are_cut_smaller_so_that_every_processor_has_a_tile() -> None:
+    assert tile_for(512, 3072, 2**18, 96) == TILES[0]
+    assert tile_for(512, 3072, 2**18, 97) == TILES[1]
+    assert tile_for(1, 16, 2**18, 97) == TILES[-1]

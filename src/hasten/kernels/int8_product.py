@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.kernels.triton_or_none import jit, tl
+from hasten.kernels.triton_or_none import available, jit, tl
 
-__all__ = ["TILES", "int8_product", "launch", "reference", "tile_within"]
+__all__ = ["TILES", "int8_product", "launch", "reference", "tile_for"]
 
 Tile = tuple[int, int, int, int, int]
-# Rows and columns of y a program makes, depth of a load, warps, loads in flight. The largest that
-# fits a processor's shared memory is taken.
-TILES: tuple[Tile, ...] = ((128, 256, 128, 8, 3), (128, 128, 64, 4, 4), (64, 64, 64, 4, 3))
-GROUP = 8  # row tiles that share their columns of the weight in cache
+# Rows and columns of y a program makes, depth of a load, warps, loads in flight: those that were
+# quickest on an H100 at FLUX.1's shapes, then smaller ones for less shared memory.
+TILES: tuple[Tile, ...] = (
+    (128, 128, 128, 4, 3),
+    (64, 128, 128, 4, 4),
+    (128, 128, 64, 4, 4),
+    (64, 64, 64, 4, 3),
+)
+GROUP = 16  # row tiles that share their columns of the weight in cache
 
 
 @torch.library.custom_op("hasten::int8_product", mutates_args=("out",))
@@ -68,7 +73,6 @@ def reference(
     return y if bias is None else y + bias.to(dtype)
 
 
-@int8_product.register_kernel("cuda")
 def launch(
     codes: Tensor,
     scale: Tensor,
@@ -81,9 +85,9 @@ def launch(
     """The Triton kernel, one program a tile of y."""
     rows, depth = codes.shape
     columns = len(weight)
-    block_rows, block_columns, block_depth, warps, stages = tile or _tile_on(codes.device)
-    tiles = -(-rows // block_rows) * -(-columns // block_columns)
-    _kernel[(tiles,)](
+    tile = tile or tile_for(rows, columns, *_room_and_processors(codes.device))
+    block_rows, block_columns, block_depth, warps, stages = tile
+    _kernel[(_programs(rows, columns, tile),)](
         codes, scale, weight, weight_scale, weight_scale if bias is None else bias, out,
         rows, columns, depth, codes.stride(0), weight.stride(0),
         int(scale.ndim > 0), int(weight_scale.ndim > 0),
@@ -93,17 +97,28 @@ def launch(
     )  # fmt: skip
 
 
-def tile_within(room: int) -> Tile:
-    """The largest tile whose loads in flight fit into so many bytes."""
-    return next(
-        (tile for tile in TILES if (tile[0] + tile[1]) * tile[2] * tile[4] <= room), TILES[-1]
-    )
+def tile_for(rows: int, columns: int, room: int, processors: int) -> Tile:
+    """The first tile whose loads in flight fit into `room` bytes of shared memory and of which there
+    is one for each processor; else the smallest."""
+    fitting = [
+        tile for tile in TILES if (tile[0] + tile[1]) * tile[2] * tile[4] <= room
+    ] or TILES[-1:]
+    busy = (tile for tile in fitting if _programs(rows, columns, tile) >= processors)
+    return next(busy, fitting[-1])
+
+
+def _programs(rows: int, columns: int, tile: Tile) -> int:
+    return -(-rows // tile[0]) * -(-columns // tile[1])
+
+
+if available():  # else the product that torch has
+    int8_product.register_kernel("cuda")(launch)
 
 
 @cache
-def _tile_on(device: torch.device) -> Tile:
+def _room_and_processors(device: torch.device) -> tuple[int, int]:
     properties: Any = torch.cuda.get_device_properties(device)
-    return tile_within(properties.shared_memory_per_block_optin)
+    return properties.shared_memory_per_block_optin, properties.multi_processor_count
 
 
 @jit
