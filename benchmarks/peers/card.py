@@ -21,22 +21,29 @@ RESULTS = Path(__file__).parents[1] / "results"
 SPEED = RESULTS / "peers" / "h100-presets.json"
 PEER = RESULTS / "peers" / "h100-fastest-peer.json"
 FP8_PEER = RESULTS / "peers" / "h100-fp8-peer.json"
+INT8 = RESULTS / "peers" / "h100-int8.json"
+FLUX_FAST = RESULTS / "peers" / "h100-flux-fast.json"
 MEMORY = RESULTS / "peers" / "h100-memory.json"
-QUALITY = RESULTS / "tiny-h100" / "results.json"
+QUALITY = [RESULTS / name / "results.json" for name in ("tiny-h100", "tiny-h100-int8")]
 SIZES = ("512", "1024")
 BALANCED = ("hasten:balanced", "cache-dit-fp8-untuned:17")
 COMPUTING = ("hasten:fp8", "diffusers-torchao-fp8:untuned")
+WHOLE = ("hasten:fp8", "flux-fast:quick")
+CODES = ("hasten:int8", "hasten:fp8")
+SCORED = ("lossless", "int8", "int8-balanced", "fp8", "balanced", "max")
 HEAD = """| {size}×{size} | computed | s / image | × | × quickest | ms / computed step | of eager |
 | :-- | --: | --: | --: | --: | --: | --: |"""
 
 
 def card() -> str:
-    """The tables: each size, the fastest peers, memory, quality."""
+    """The tables: each size, the fastest peers, int8, memory, quality."""
     speed = json.loads(SPEED.read_text("utf-8"))["rows"]
     tables = [_at_size(speed, size) for size in SIZES]
     skipping = _against("17 of 50 computed", PEER, BALANCED)
     computing = _against("50 of 50 computed", FP8_PEER, COMPUTING)
-    return "\n\n".join([*tables, skipping, computing, _memory(), _quality()])
+    whole = _against("50 of 50 computed", FLUX_FAST, WHOLE)
+    codes = _against("50 of 50 computed", INT8, CODES)
+    return "\n\n".join([*tables, skipping, computing, whole, codes, _memory(), _quality()])
 
 
 def _at_size(rows: list[dict[str, Any]], size: str) -> str:
@@ -62,13 +69,12 @@ def _at_size(rows: list[dict[str, Any]], size: str) -> str:
 def _against(title: str, path: Path, names: Sequence[str]) -> str:
     """Rows of one group; × is how many times the last one's seconds."""
     rows = {row["row"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
-    lines = [
-        f"| {title} | s / image, 512×512 | × | s / image, 1024×1024 | × |",
-        "| :-- | --: | --: | --: | --: |",
-    ]
+    sizes = [size for size in SIZES if size in rows[names[0]]["sizes"]]
+    heads = "".join(f" s / image, {size}×{size} | × |" for size in sizes)
+    lines = [f"| {title} |{heads}", "| :-- |" + " --: | --: |" * len(sizes)]
     for name in names:
         cells = [_name(rows[name])]
-        for size in SIZES:
+        for size in sizes:
             own, peer = (rows[one]["sizes"][size]["seconds"]["median"] for one in (name, names[-1]))
             cells += [f"{own:.2f}", f"{peer / own:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -89,18 +95,18 @@ def _memory() -> str:
 
 
 def _quality() -> str:
-    rows = json.loads(QUALITY.read_text("utf-8"))["rows"]
+    found = [row for path in QUALITY for row in json.loads(path.read_text("utf-8"))["rows"]]
+    rows = {row["recipe"]: row for row in found}
     lines = [
         "| bundled model | LPIPS | SSIM | PSNR dB | prompts |",
         "| :-- | --: | --: | --: | --: |",
     ]
-    for row in rows:
-        if row["status"] == "ok" and row["recipe"] in ("lossless", "fp8", "balanced", "max"):
-            quality = row["quality"][0]
-            lines.append(
-                f"| `{row['recipe']}` | {quality['lpips']:.5f} | {quality['ssim']:.4f} "
-                f"| {quality['psnr']:.1f} | {quality['n']} |"
-            )
+    for name in SCORED:
+        quality = rows[name]["quality"][0]
+        lines.append(
+            f"| `{name}` | {quality['lpips']:.5f} | {quality['ssim']:.4f} "
+            f"| {quality['psnr']:.1f} | {quality['n']} |"
+        )
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ def test_its_recipes_are_valid() -> None:
 
 def test_its_presets_exist() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \|", TEXT.partition("## Measured")[0], re.MULTILINE)
-    assert rows == ["lossless", "fp8", "balanced", "max"]
+    assert rows == ["lossless", "int8", "fp8", "balanced", "max"]
     assert set(rows) <= set(preset_names())
 
 

@@ -98,13 +98,16 @@ def launch(
 
 
 def tile_for(rows: int, columns: int, room: int, processors: int) -> Tile:
-    """The first tile whose loads in flight fit into `room` bytes of shared memory and of which there
-    is one for each processor; else the smallest."""
-    fitting = [
-        tile for tile in TILES if (tile[0] + tile[1]) * tile[2] * tile[4] <= room
-    ] or TILES[-1:]
+    """The first tile of which there is one for each processor and whose loads in flight fit into
+    `room` bytes of its shared memory; else the smallest."""
+    fitting = [tile for tile in TILES if _loads_in_flight(tile) <= room] or TILES[-1:]
     busy = (tile for tile in fitting if _programs(rows, columns, tile) >= processors)
     return next(busy, fitting[-1])
+
+
+def _loads_in_flight(tile: Tile) -> int:
+    rows, columns, depth, _, loads = tile
+    return (rows + columns) * depth * loads
 
 
 def _programs(rows: int, columns: int, tile: Tile) -> int:
