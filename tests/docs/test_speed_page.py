@@ -80,3 +80,21 @@ def test_the_readmes_peer_comes_from_the_results() -> None:
     peers = card().split("\n\n")[2]
     (row,) = re.findall(r"\| `balanced` \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|", peers)
     assert found.groups() == row
+
+
+def test_the_readmes_int8_comes_from_the_results() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text("utf-8")
+    beside = re.search(
+        r"Beside `fp8`'s ([\d.]+) s in a run of their own,\n`int8` took ([\d.]+) s", readme
+    )
+    lpips = re.search(
+        r"a twelfth of its LPIPS on the bundled model \(([\d.]+) against ([\d.]+)\)", readme
+    )
+    assert beside is not None
+    assert lpips is not None
+    *_, codes, _, quality = card().split("\n\n")
+    seconds = dict(re.findall(r"\| `(\w+)` \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", codes))
+    assert beside.groups() == (seconds["fp8"], seconds["int8"])
+    scores = {name: float(value) for name, value in re.findall(r"\| `(\w+)` \| ([\d.]+)", quality)}
+    assert lpips.groups() == (f"{scores['int8']:.4f}", f"{scores['fp8']:.4f}")
+    assert round(scores["fp8"] / scores["int8"]) == 12
