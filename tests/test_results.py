@@ -105,7 +105,7 @@ def test_the_contract_is_read_and_written_back_key_for_key(tmp_path: Path) -> No
     results = read_results(written(tmp_path, CONTRACT))
     write_results(tmp_path / "again.json", results)
     again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
-    assert again["rows"][0] == CONTRACT["rows"][0]
+    assert CONTRACT["rows"][0].items() <= again["rows"][0].items()
     assert CONTRACT["workload"].items() <= again["workload"].items()
     assert CONTRACT["environment"].items() <= again["environment"].items()
     assert read_results(tmp_path / "again.json") == results

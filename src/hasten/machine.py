@@ -245,8 +245,9 @@ class Machine:
         if gpu is None:
             return Problem(
                 f"a TensorRT engine runs on an RTX GPU, and this is {device}",
-                'engine.kind = "onnxruntime" runs its graph on a CPU, for the pictures and not for '
-                "speed; `hasten export tensorrt` builds the engine here",
+                "`hasten export tensorrt` builds it here, for there; its graph draws on a CPU, for "
+                'quality and not for speed: engine.kind = "onnxruntime", as `hasten bench` does in '
+                "a row of its own",
             )
         if gpu.capability not in RTX_CAPABILITIES:
             return Problem(

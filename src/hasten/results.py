@@ -186,6 +186,7 @@ class Row(_Record):
     `speedup` is the baseline's median over this row's. `setup_seconds` is loading, optimising and
     compiling; `first_image_seconds` the first call, warm-up included. `calibrated` is None where no
     schedule is involved. `images` has one path per prompt, in order, relative to the results file.
+    `quality_only`: it is there for its pictures, what it took says nothing and is not compared.
     """
 
     recipe: str
@@ -194,6 +195,7 @@ class Row(_Record):
     reason: str | None = None
     notes: tuple[str, ...] = ()
     calibrated: bool | None = None
+    quality_only: bool = False
     seconds_per_image: Seconds | None = None
     speedup: Duration | None = None
     transformer_ms_per_step: Duration | None = None

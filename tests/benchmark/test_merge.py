@@ -66,6 +66,13 @@ def test_speed_ups_and_drift_follow_the_first_baseline() -> None:
     assert json.loads(results.model_dump_json(by_alias=True))["rows"][1]["speedup"] == 2.0
 
 
+def test_a_row_for_its_quality_only_has_no_speed_up() -> None:
+    graph = row("graph", [1.0]).model_copy(update={"quality_only": True})
+    results = assemble(make_plan([]).workload, ENVIRONMENT, [[row("baseline", [2.0])], [graph]])
+    assert [r.speedup for r in results.rows] == [1.0, None]
+    assert results.rows[1].quality_only
+
+
 def test_without_a_baseline_there_is_no_speed_up() -> None:
     bad = Row(recipe="baseline", status="failed", reason="no")
     rows = [bad, row("fast", [1.0])]

@@ -16,7 +16,7 @@ from hasten.benchmark.job import Job
 from hasten.benchmark.render import denoise_seconds
 from hasten.benchmark.row import measure
 from hasten.benchmark.workload import settings_of
-from hasten.recipe import Recipe, ScheduleCache, resolve
+from hasten.recipe import Engine, Recipe, ScheduleCache, resolve
 from tests.benchmark import fake_engine, small_engine
 from tests.benchmark.plans import FAKE, make_plan, odd
 
@@ -78,6 +78,14 @@ def test_a_real_pipeline_cached_and_scored(tmp_path: Path) -> None:
         "score against baseline",
     ]
     assert "random weights" in " ".join(baseline.notes)
+
+
+@pytest.mark.parametrize(("kind", "only"), [("onnxruntime", True), ("tensorrt", False)])
+def test_a_graph_on_a_cpu_is_there_for_its_quality_only(
+    tmp_path: Path, kind: Any, only: bool
+) -> None:
+    recipe = Recipe(name="graph", engine=Engine(kind=kind))
+    assert measure(job_for(tmp_path, recipe), fake_engine, quiet).quality_only is only
 
 
 def test_a_schedule_of_another_model_is_used_by_force_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hasten.report import html, write_report
 from hasten.report.kinds import BASELINE_KIND, FEWER_STEPS, PEER, RECIPE
 from hasten.report.pictures import Album
 from hasten.results import Results, Row
-from tests.report.builders import make_results, measured_row
+from tests.report.builders import make_results, measured_row, quality
 
 HOSTILE = [
     "<script>alert('prompt')</script>",
@@ -129,19 +129,39 @@ def test_results_without_pictures_or_quality_still_make_a_page(tmp_path: Path) -
     rows = tuple(row.model_copy(update={"quality": ()}) for row in full.rows)
     text = html.render(full.model_copy(update={"rows": rows}), Album("no pictures"))
     assert "No pictures were saved with these results." in text
-    assert "Not drawn: no recipe has an LPIPS" in text
+    assert "Not drawn: no timed recipe has an LPIPS" in text
 
 
 def test_a_failed_baseline_still_makes_a_page(tmp_path: Path) -> None:
     full = make_results(tmp_path, count=1, pictures=False)
     failed = Row(recipe="baseline", status="failed", reason="out of memory")
     text = html.render(full.model_copy(update={"rows": (failed,)}), Album("no pictures"))
-    assert "No recipe was measured against the baseline." in text
+    assert "No recipe was timed against the baseline." in text
     assert "failed: out of memory" in text
 
 
 def test_the_lede_names_this_library_s_fastest_and_its_cost(results: Results) -> None:
     assert html.lede(results) == "Fastest: max, 6.56× (0.610 s, LPIPS 0.148, calibrated: false)."
+
+
+def test_a_graph_drawn_for_its_quality_is_neither_fastest_nor_in_a_chart(tmp_path: Path) -> None:
+    scored = (quality(1, 0.011, 0.977, 32.0),)
+    row = measured_row(
+        "graph", 0.1, 50, 1, (), quality=scored, quality_only=True, speedup=None, setup_seconds=77.7
+    )
+    full = make_results(tmp_path, count=1, pictures=False, extra_rows=(row,))
+    assert "max" in html.lede(full)
+    baseline, again = full.rows[0], full.rows[-1]
+    alone = full.model_copy(update={"rows": (baseline, row, again)})
+    assert html.lede(alone) == (
+        "No recipe was timed against the baseline. For its quality only: graph, LPIPS 0.0110."
+    )
+    text = html.render(alone, Album("no pictures"))
+    assert "Not drawn: graph, for its quality only: onnxruntime draws" in text
+    assert "77.7" not in text
+    assert '<tr class="kind-quality"' in text
+    assert 'class="bar"' in text
+    assert text.count('<g class="kind-quality"') == 0
 
 
 def test_kinds_follow_name_and_peer(results: Results) -> None:

@@ -49,6 +49,17 @@ def test_a_row_that_cannot_run_keeps_its_line_and_its_reason(results: Results) -
     assert found[-1].startswith("unsupported: no TensorRT runtime")
 
 
+def test_a_row_for_its_quality_only_shows_no_time_and_says_why(tmp_path: Path) -> None:
+    scored = (quality(1, 0.011, 0.977, 32.0),)
+    row = measured_row("graph", 0.1, 50, 1, (), quality=scored, quality_only=True, speedup=None)
+    results = make_results(tmp_path, count=1, pictures=False, extra_rows=(row,))
+    found = cells(table.to_markdown(results), "graph")
+    assert found[1:-1] == ["–", "–", "50", "0.0110", "0.977", "32.0", "–"]
+    assert found[-1].startswith("for its quality only: onnxruntime")
+    shown = {column.key: column.cell(row).text for column in table.columns(results)}
+    assert (shown["step"], shown["setup"]) == ("–", "–")
+
+
 def test_every_line_has_as_many_cells_as_the_head(results: Results) -> None:
     lines = [line for line in table.to_markdown(results).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(results.rows)

@@ -48,14 +48,16 @@ def pooled(rounds: Sequence[Row]) -> Row:
 def assemble(
     workload: Workload, environment: Environment, measured: Sequence[Sequence[Row]]
 ) -> Results:
-    """Results from each row's rounds, in the table's order, the baseline first; speed-ups added."""
+    """Results from each row's rounds, in the table's order, the baseline first; speed-ups added,
+    but none to a row that is there for its quality only."""
     rows = [pooled(rounds) for rounds in measured]
     baseline = rows[0].seconds_per_image
     finished = []
     for row in rows:
         changes = {}
-        if baseline and row.seconds_per_image and row.seconds_per_image.median:
-            changes["speedup"] = baseline.median / row.seconds_per_image.median
+        timed = None if row.quality_only else row.seconds_per_image
+        if baseline and timed and timed.median:
+            changes["speedup"] = baseline.median / timed.median
         finished.append(Row.model_validate({**dict(row), **changes}))
     return Results(workload=workload, environment=environment, rows=tuple(finished))
 

@@ -110,6 +110,7 @@ def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -
         status="ok",
         notes=(*engine.fast.notes, counted, *_switched_off(recipe)),
         calibrated=engine.fast.calibrated,
+        quality_only=recipe.engine is not None and recipe.engine.kind == "onnxruntime",
         seconds_per_image=summarize_seconds(seconds),
         transformer_ms_per_step=1000 * step_seconds,
         steps_computed=StepsComputed(

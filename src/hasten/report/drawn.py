@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hasten.report import numbers
-from hasten.report.table import metric
+from hasten.report.table import QUALITY_ONLY, metric
 from hasten.results import BASELINE_AGAIN, Results, Row
 
 
@@ -36,5 +36,7 @@ def facts(row: Row) -> list[str]:
 
 def not_drawn(results: Results) -> list[str]:
     return [
-        f"{row.recipe}, {row.status}: {row.reason}" for row in results.rows if row.status != "ok"
+        f"{row.recipe}, {QUALITY_ONLY if row.quality_only else f'{row.status}: {row.reason}'}"
+        for row in results.rows
+        if row.status != "ok" or row.quality_only
     ]

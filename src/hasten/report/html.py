@@ -93,7 +93,11 @@ def _context(results: Results, album: Album) -> dict[str, Any]:
         "without_pictures": without_pictures(results),
         "hidden_at_first": {BASELINE_AGAIN},
         "has_baseline": rows[0] in pictured,
-        "has_lpips": len(scored_rows(results)) > 1,
+        "has_lpips": any(
+            table.metric(row, "lpips").value is not None
+            for row in rows
+            if row.recipe != BASELINE_AGAIN
+        ),
         "encoding": album.encoding,
     }
 
@@ -103,14 +107,23 @@ def lede(results: Results) -> str:
     steps and other libraries, are not what the page is about."""
     rows = [row for row in drawn_rows(results) if kind_of(row) is RECIPE]
     if not rows:
-        return "No recipe was measured against the baseline."
+        return " ".join(["No recipe was timed against the baseline.", *_scored_only(results)])
     best = max(rows, key=lambda row: row.speedup or 0.0)
     return f"Fastest: {best.recipe}, {numbers.speedup(best.speedup)} ({', '.join(facts(best))})."
 
 
+def _scored_only(results: Results) -> list[str]:
+    return [
+        f"For its quality only: {row.recipe}, LPIPS {table.metric(row, 'lpips').text}."
+        for row in results.rows
+        if row.quality_only and table.metric(row, "lpips").value is not None
+    ]
+
+
 def timed_images(results: Results) -> str:
     """How many images each median stands on, if all stand on as many."""
-    counts = {row.seconds_per_image.n for row in results.rows if row.seconds_per_image}
+    timed = [row for row in results.rows if not row.quality_only]
+    counts = {row.seconds_per_image.n for row in timed if row.seconds_per_image}
     return f"{min(counts)} images" if len(counts) == 1 else ""
 
 

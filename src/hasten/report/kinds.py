@@ -19,12 +19,15 @@ class Kind:
 BASELINE_KIND = Kind("baseline", "baseline", "#767676")
 RECIPE = Kind("recipe", "recipe", "#0072B2")
 FEWER_STEPS = Kind("fewer", "fewer steps, nothing cached", "#E69F00", "//")
+QUALITY_ONLY = Kind("quality", "graph on a CPU, for its quality only", "#CC79A7")
 PEER = Kind("peer", "other library", "#009E73", "..")
 
 
 def kind_of(row: Row) -> Kind:
     if row.recipe in (BASELINE, BASELINE_AGAIN):
         return BASELINE_KIND
+    if row.quality_only:
+        return QUALITY_ONLY
     if row.peer:
         return PEER
     return FEWER_STEPS if "fewer-steps" in row.recipe else RECIPE
@@ -33,4 +36,5 @@ def kind_of(row: Row) -> Kind:
 def present_kinds(rows: list[Row]) -> list[Kind]:
     """The kinds among `rows`, in the order of a legend."""
     found = {kind_of(row) for row in rows}
-    return [kind for kind in (BASELINE_KIND, RECIPE, FEWER_STEPS, PEER) if kind in found]
+    order = (BASELINE_KIND, RECIPE, FEWER_STEPS, QUALITY_ONLY, PEER)
+    return [kind for kind in order if kind in found]

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from hasten.report import numbers
 from hasten.results import BASELINE, Environment, Results, Row, Workload
 
+QUALITY_ONLY = (
+    "for its quality only: onnxruntime draws with the engine's graph on a CPU, and what it takes "
+    "there says nothing of an engine"
+)
 # A baseline that moved by more than this makes every speed-up doubtful.
 STEADY = 0.05
 
@@ -35,7 +39,7 @@ class Column:
 def columns(results: Results) -> list[Column]:
     """The columns these results can fill, without the recipe's name and the notes."""
     chosen = [
-        Column("seconds", "s / image", _seconds, "low"),
+        Column("seconds", "s / image", _if_timed(_seconds), "low"),
         Column("speedup", "speed-up", _speedup, "high"),
         Column("steps", "steps computed", _steps, "low"),
         Column("lpips", "LPIPS", lambda row: metric(row, "lpips"), "low"),
@@ -46,11 +50,11 @@ def columns(results: Results) -> list[Column]:
         chosen.append(Column("ms_ssim", "MS-SSIM", lambda row: metric(row, "ms_ssim"), "high"))
     for reference in other_references(results):
         chosen.append(_reference_column(reference))
-    chosen.append(Column("memory", "peak memory", _memory, "low"))
+    chosen.append(Column("memory", "peak memory", _if_timed(_memory), "low"))
     if any(row.transformer_ms_per_step is not None for row in results.rows):
-        chosen.append(Column("step", "ms / step", _step, "low", wide=True))
+        chosen.append(Column("step", "ms / step", _if_timed(_step), "low", wide=True))
     if any(row.setup_seconds is not None for row in results.rows):
-        chosen.append(Column("setup", "setup s", _setup, "low", wide=True))
+        chosen.append(Column("setup", "setup s", _if_timed(_setup), "low", wide=True))
     return chosen
 
 
@@ -82,6 +86,8 @@ def notes(row: Row, results: Results) -> list[str]:
     found = []
     if row.status != "ok":
         found.append(f"{row.status}: {row.reason}")
+    if row.quality_only:
+        found.append(QUALITY_ONLY)
     if row.peer:
         found.append(f"peer: {row.peer}")
     if row.calibrated is False:
@@ -180,6 +186,11 @@ def _any_quality(results: Results, reference: str, name: str) -> bool:
 def _reference_column(reference: str) -> Column:
     title = f"LPIPS vs {reference}"
     return Column(f"lpips-{reference}", title, lambda row: metric(row, "lpips", reference), "low")
+
+
+def _if_timed(cell: Callable[[Row], Cell]) -> Callable[[Row], Cell]:
+    """Nothing of a row that is there for its quality only."""
+    return lambda row: Cell(numbers.MISSING) if row.quality_only else cell(row)
 
 
 def _seconds(row: Row) -> Cell:
