@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -188,6 +189,30 @@ def test_recipe_files(tmp_path: Path) -> None:
         resolve(tmp_path / "missing.toml")
     with pytest.raises(InputError, match="directory"):
         read_recipe(tmp_path)
+
+
+def test_a_path_in_a_recipe_file_starts_at_the_file(tmp_path: Path) -> None:
+    def path_of(written: str) -> str | None:
+        (tmp_path / "engine.toml").write_text(f'[engine]\npath = "{written}"\n')
+        engine = read_recipe(tmp_path / "engine.toml").engine
+        return engine and engine.path
+
+    assert path_of("flux") == str(tmp_path / "flux")
+    assert path_of("/opt/flux") == "/opt/flux"
+    assert path_of("~/flux") == "~/flux"
+    plain = Recipe.from_dict({"engine": {"path": "flux"}}).engine
+    assert plain is not None
+    assert plain.path == "flux"
+
+
+@pytest.mark.parametrize(
+    "making", [{"max_size": "512x512"}, {"calibration": "smoothquant"}, {"verify": False}]
+)
+def test_a_finished_engine_is_not_told_how_to_be_made(making: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=f"engine: {next(iter(making))}: for making an engine"):
+        Recipe.from_dict({"engine": {"path": "flux", **making}})
+    Recipe.from_dict({"engine": making})
+    Recipe.from_dict({"engine": {"path": "flux", "calibration": "max", "verify": True}})
 
 
 @pytest.mark.parametrize("text", ["512x512", "512X768", " 16×8192 "])

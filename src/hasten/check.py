@@ -26,7 +26,12 @@ def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem
         rest = "the preset 'cache'" if recipe.cache else "the preset 'baseline'"
         found.append(Problem(fault, f"{fix}; or use {rest}, which needs no compiler"))
     if recipe.engine is not None:
-        found += machine.engine_problems(device_type, recipe.engine.kind, recipe.engine.precision)
+        found += machine.engine_problems(
+            device_type,
+            recipe.engine.kind,
+            recipe.engine.precision,
+            exported=recipe.engine.path is not None,
+        )
     found += _text_and_decoder_problems(recipe, machine, device_type)
     found += conflicts(recipe, device_type)
     return found

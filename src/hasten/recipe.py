@@ -337,10 +337,23 @@ class Engine(Section):
     )
     path: str | None = Field(
         default=None,
-        description="what `hasten export tensorrt` wrote; absent: exported once, then kept",
+        description="what `hasten export tensorrt` wrote, from a recipe file's own folder on; "
+        "absent: exported once, then kept",
     )
     verify: bool = Field(default=True, description="hold the graph to torch when it is exported")
     release: bool = Field(default=False, description="free the torch weights of the blocks")
+
+    @model_validator(mode="after")
+    def _is_made_or_brought(self) -> Self:
+        making = ("max_size", "calibration", "verify")
+        fields = type(self).model_fields
+        settled = [name for name in making if getattr(self, name) != fields[name].default]
+        if self.path is not None and settled:
+            raise ValueError(
+                f"{', '.join(settled)}: for making an engine, and path brings a finished one: "
+                "leave out one or the other"
+            )
+        return self
 
 
 class Recipe(Section):
@@ -442,7 +455,7 @@ def resolve(recipe: str | Path | Recipe) -> Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe file; its name defaults to the file's stem."""
+    """Read a recipe file. Its name defaults to its stem; `engine.path` starts at its folder."""
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
@@ -453,8 +466,16 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"{path}: {error.strerror or error}", "check the path") from None
     recipe = Recipe.from_toml(text, source=str(path))
     if "name" not in recipe.model_fields_set and re.fullmatch(r"[A-Za-z0-9][\w.-]*", path.stem):
-        return recipe.but(name=path.stem)
-    return recipe
+        recipe = recipe.but(name=path.stem)
+    return _found_from(path.parent, recipe)
+
+
+def _found_from(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe with an `engine.path` that can be followed from where we are."""
+    engine = recipe.engine
+    if engine is None or engine.path is None or engine.path.startswith("~"):
+        return recipe
+    return recipe.but(engine=engine.model_copy(update={"path": str(folder / engine.path)}))
 
 
 def _fault(detail: Any) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hasten.machine import Machine
+from hasten.machine import Gpu, Machine
 from hasten.recipe import Recipe, preset_names, resolve
 from tests.cli.conftest import Run
+from tests.engines.tensorrt.test_manifest import made
 
 NO_COMPILER = Machine(
     python="3.12", os="Linux", cpu="a CPU", cores=2, ram_bytes=None, torch="2.13.0+cpu"
@@ -96,3 +97,39 @@ def test_check_collects_several_problems_in_one_fix(
     assert ended.code == 1
     assert len(ended.errors) == 2
     assert len(ended.fixes) == 1
+
+
+RTX = dataclasses.replace(
+    NO_COMPILER, cuda="13.0", tensorrt="1.7", gpus=(Gpu(0, "RTX 5090", (12, 0), 1 << 35),)
+)
+
+
+@pytest.mark.parametrize(
+    ("targets", "precision", "fault"),
+    [
+        (None, "fp8", "no manifest.json, so no export is there"),
+        (("sm120",), "fp8", None),
+        (("sm120",), "bf16", "holds fp8, and engine.precision is 'bf16'"),
+        (("sm89",), "fp8", "has an engine for sm89, and this GPU is sm120"),
+    ],
+)
+def test_check_looks_at_the_export_that_a_recipe_names(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    targets: tuple[str, ...] | None,
+    precision: str,
+    fault: str | None,
+) -> None:
+    monkeypatch.setattr("hasten.machine.machine", lambda: RTX)
+    folder = tmp_path / "deep" / "flux"
+    folder.mkdir(parents=True)
+    if targets is not None:
+        made(targets=targets).write(folder / "manifest.json")
+    text = f'[engine]\nprecision = "{precision}"\npath = "flux"\n'
+    (tmp_path / "deep" / "mine.toml").write_text(text)
+    ended = run("recipes", "check", "deep/mine.toml")
+    assert ended.code == (0 if fault is None else 1)
+    assert [fault in line for line in ended.errors] == ([] if fault is None else [True])
+    assert len(ended.fixes) == len(ended.errors)
+    assert run("recipes", "check", "deep/mine.toml", "--schema-only").code == 0

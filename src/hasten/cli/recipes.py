@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hasten.cli.options import Debug, Device, Json
-from hasten.errors import RecipeError, UnsupportedError, join_fixes
+from hasten.errors import HastenError, RecipeError, UnsupportedError, join_fixes
 
 if TYPE_CHECKING:
+    from hasten.machine import Machine
     from hasten.recipe import Recipe
 
 recipes = typer.Typer(
@@ -102,4 +103,20 @@ def _problems_here(recipe: Recipe, device: str) -> tuple[str, list[tuple[str, st
     if missing is not None:
         return device, [missing]
     kind = device.partition(":")[0]
-    return device, [(fault, fix) for fault, fix in problems(recipe, here, kind)]
+    found = [*problems(recipe, here, kind), *_export_problems(recipe, here, device)]
+    return device, [(fault, fix) for fault, fix in found]
+
+
+def _export_problems(recipe: Recipe, here: Machine, device: str) -> list[tuple[str, str]]:
+    """What is wrong with what lies at `engine.path`, as far as its manifest says."""
+    if recipe.engine is None or recipe.engine.path is None:
+        return []
+    from hasten.engines.load import read_export
+
+    gpu = here.gpu(device) if recipe.engine.kind == "tensorrt" else None
+    target = None if gpu is None else "sm{}{}".format(*gpu.capability)
+    try:
+        read_export(recipe.engine, target)
+    except HastenError as error:
+        return [(fault, error.fix) for fault in error.faults]
+    return []

@@ -20,7 +20,7 @@ from hasten.engines.tensorrt.versions import STAGES
 from hasten.errors import EngineError, InputError
 from hasten.recipe import Engine, Sampling, parse_size
 
-__all__ = ["load_body"]
+__all__ = ["load_body", "read_export"]
 
 
 def load_body(
@@ -49,7 +49,7 @@ def load_body(
             tell=tell,
         )
     else:
-        manifest = _written(Path(recipe.path).expanduser(), pipe, recipe, target)
+        manifest = _written(pipe, recipe, target)
     assert manifest.folder is not None  # it was read from there
     driver = _driver(recipe.kind, manifest, manifest.folder, pipe.device, tell)
     tokens = manifest.shapes
@@ -75,8 +75,13 @@ def _driver(
     return OnnxRuntime(Store(tell=tell).stage("twin", key, make).folder / GRAPH)
 
 
-def _written(folder: Path, pipe: Any, recipe: Engine, target: str | None) -> Manifest:
-    """What `hasten export tensorrt` wrote, held to the recipe, the model and its own files."""
+def read_export(recipe: Engine, target: str | None) -> Manifest:
+    """What lies at the recipe's path, by its manifest alone.
+
+    target: of the GPU that is to run it, None where there is none. Raises InputError or EngineError
+    where no export is there, or one of another precision or for other GPUs.
+    """
+    folder = Path(recipe.path or "").expanduser()
     manifest = Manifest.read(folder)
     if manifest.precision != recipe.precision:
         raise InputError(
@@ -89,6 +94,14 @@ def _written(folder: Path, pipe: Any, recipe: Engine, target: str | None) -> Man
             f"{folder} has an engine for {built}, and this GPU is {target}",
             f"export anew with --target {target}",
         )
+    return manifest
+
+
+def _written(pipe: Any, recipe: Engine, target: str | None) -> Manifest:
+    """What `hasten export tensorrt` wrote, held to the recipe, the model and its own files."""
+    manifest = read_export(recipe, target)
+    folder = manifest.folder
+    assert folder is not None  # it was read from there
     if damaged := manifest.damaged(folder):
         raise EngineError(
             [f"{folder / name}: missing or damaged" for name in damaged], "export anew"

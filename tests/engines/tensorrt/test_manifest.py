@@ -73,7 +73,7 @@ def test_what_is_no_manifest(tmp_path: Path, text: Any, fault: str) -> None:
         Manifest.read(tmp_path)
     (line,) = caught.value.faults
     assert fault in line
-    assert "export again" in caught.value.fix
+    assert "hasten export tensorrt" in caught.value.fix
 
 
 @pytest.mark.parametrize(

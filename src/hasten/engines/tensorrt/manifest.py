@@ -119,7 +119,10 @@ class Manifest(_Record):
         try:
             found = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
-            raise InputError(f"{folder}: no {MANIFEST}, so no export is there", AGAIN) from None
+            raise InputError(
+                f"{folder}: no {MANIFEST}, so no export is there",
+                f"check the path, or export there: `hasten export tensorrt --out {folder}`",
+            ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read: {_first_line(error)}", AGAIN) from None
         version = found.get("schema") if isinstance(found, Mapping) else None
