@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from hasten.check import check, refuse_optimized
 from hasten.conflicts import graphs_declined, kernels_declined
 from hasten.copying import structural_copy
+from hasten.hearing import logger
 from hasten.machine import machine
 from hasten.models.family import Family, family_of
 from hasten.models.fingerprint import fingerprint
@@ -31,8 +31,6 @@ from hasten.pipeline import OptimizedPipeline, undo_all
 from hasten.recipe import Cache, Decoder, Engine, Recipe, ResidualCache, Sampling, Text, resolve
 
 __all__ = ["optimize"]
-
-logger = logging.getLogger("hasten")
 
 
 def optimize(
@@ -97,7 +95,7 @@ def _run_on_engine(pipe: Any, family: Family, recipe: Engine, sampling: Sampling
     """The blocks as an engine, exported first where it is not yet there; the log says how far."""
     from hasten.engines.load import load_body
 
-    body = load_body(pipe, recipe, sampling, logger.info)
+    body = load_body(pipe, recipe, sampling, tell=logger.info, show=logger.debug)
     what = f"the blocks in {recipe.precision} by {body.driver.what}"
     close = body.driver.close
     return run_on_engine(pipe, family, body, what, close=close, release=recipe.release)

@@ -15,6 +15,7 @@ import torch
 
 from hasten.benchmark.job import Job
 from hasten.errors import ModelError, UnsupportedError
+from hasten.hearing import logger
 from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import Recipe
 
@@ -65,6 +66,8 @@ def load(job: Job) -> SimpleNamespace:
     if recipe.description == "leak and die":
         os.environ[LEAK] = "1"
         torch.set_default_dtype(torch.float64)
+    logger.info("export     1.0 s")
+    logger.debug("tracing")
     if recipe.description == "find the leak":
         assert LEAK not in os.environ
         assert torch.get_default_dtype() is torch.float32

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import hasten
+from hasten import hearing
 from hasten.benchmark.environment import Surroundings
 from hasten.benchmark.run import _job, _run_row, run_plan
 from hasten.benchmark.store import Store
@@ -32,6 +33,7 @@ class Finished(NamedTuple):
     out: Path
     results: Results
     heard: list[tuple[str, int, int]]
+    lines: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     out = tmp_path_factory.mktemp("bench")
     recipes = [resolve("cache"), odd("leak and die"), odd("find the leak"), odd("unsupported")]
     heard: list[tuple[str, int, int]] = []
-    results = run_plan(
-        make_plan(recipes), Store(out), engine=FAKE, progress=lambda *message: heard.append(message)
-    )
-    return Finished(out, results, heard)
+    lines: list[str] = []
+    with hearing.heard(lines.append, lines.append):
+        results = run_plan(
+            make_plan(recipes), Store(out), engine=FAKE, progress=lambda *said: heard.append(said)
+        )
+    return Finished(out, results, heard, lines)
 
 
 def test_every_row_is_there_with_its_status(finished: Finished) -> None:
@@ -117,6 +121,8 @@ def test_pictures_exist_and_the_unrounded_ones_are_gone(finished: Finished) -> N
 
 def test_progress_says_which_row_and_how_far(finished: Finished) -> None:
     assert ("cache (2/7): render", 1, 2) in finished.heard
+    assert ("cache (2/7): load, tracing", 0, 1) in finished.heard
+    assert "cache (2/7): export     1.0 s" in finished.lines
     assert finished.heard[-1] == ("baseline-again (7/7): score against baseline", 2, 2)
 
 

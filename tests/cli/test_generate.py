@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import hasten
 from hasten.cli.generate import Request, _save
+from hasten.hearing import logger
 from hasten.recipe import Recipe, resolve
 from hasten.settings import Settings
 from tests.cli.conftest import Run
@@ -72,6 +74,18 @@ def test_options_win_over_the_recipe_and_the_recipe_over_the_model(
 def test_verbose_prints_the_summary(run: Run) -> None:
     ended = run("generate", "x", *SMALL, "--verbose")
     assert "recipe cache" in ended.out.splitlines()[1]
+
+
+def test_stages_of_an_export_are_lines_on_stderr(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimize = hasten.optimize
+
+    def exporting(*given: Any, **options: Any) -> Any:
+        logger.debug("calibrating: prompt 1 of 4")
+        logger.info("calibrate     9.0 s")
+        return optimize(*given, **options)
+
+    monkeypatch.setattr("hasten.engine.optimize", exporting)
+    assert run("generate", "x", *SMALL).err == "calibrate     9.0 s\n"
 
 
 FOREIGN = (

@@ -28,6 +28,7 @@ from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes
 from hasten.benchmark.workload import settings_of
 from hasten.chatter import quiet_libraries
 from hasten.errors import HastenError, InputError, ModelError, UnsupportedError
+from hasten.hearing import heard
 from hasten.passes.text.embeddings import cache_off
 from hasten.recipe import Recipe
 from hasten.results import (
@@ -49,11 +50,15 @@ def main(job_file: str, progress_descriptor: str) -> None:
     descriptor = int(progress_descriptor)
     os.set_inheritable(descriptor, False)
 
-    def tell(stage: str, done: int, total: int) -> None:
-        line = json.dumps({"stage": stage, "done": done, "total": total})
-        os.write(descriptor, f"{line}\n".encode())
+    def send(message: dict[str, Any]) -> None:
+        os.write(descriptor, f"{json.dumps(message)}\n".encode())
 
-    write_text(Path(job.outcome), _outcome(job, tell).model_dump_json())
+    def tell(stage: str, done: int, total: int) -> None:
+        send({"stage": stage, "done": done, "total": total})
+
+    with heard(lambda line: send({"line": line}), lambda now: tell(f"load, {now}", 0, 1)):
+        outcome = _outcome(job, tell)
+    write_text(Path(job.outcome), outcome.model_dump_json())
 
 
 def _outcome(job: Job, tell: Told) -> Outcome:

@@ -15,6 +15,7 @@ from hasten.benchmark.rows import DEFAULT_RECIPES
 from hasten.benchmark.store import Store
 from hasten.benchmark.workload import Options
 from hasten.errors import Faults, HastenError
+from hasten.hearing import logger
 from hasten.process import how_it_ended, run_module
 from hasten.recipe import Recipe
 from hasten.results import BASELINE, Results, Row, write_results
@@ -56,7 +57,7 @@ def bench(
     own row. `references` are the rows whose pictures the others are scored against. `force` runs
     schedules learned on another model too, and their rows say so. `resume` keeps the rows that
     `out` already has; otherwise an earlier benchmark's files there are replaced. `progress` hears
-    what is happening, how much of it is done, and of how much.
+    what is happening, how much of it is done, and of how much; the stages of an export are logged.
 
     Raises InputError, RecipeError or ModelError before anything is rendered; a row that fails does
     not raise, it has a status and a reason. After KeyboardInterrupt the finished rows are on disk.
@@ -212,7 +213,9 @@ def _write(plan: Plan, store: Store, done: Done) -> Results:
 
 def _shown(progress: Progress | None, title: str) -> Callable[[dict[str, Any]], None]:
     def show(message: dict[str, Any]) -> None:
-        if progress is not None:
+        if "line" in message:
+            logger.info("%s: %s", title, message["line"])
+        elif progress is not None:
             progress(f"{title}: {message['stage']}", message["done"], message["total"])
 
     return show

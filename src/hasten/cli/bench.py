@@ -50,9 +50,10 @@ def bench(
 ) -> None:
     """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
     from hasten import bench as run
-    from hasten.cli.progress import ProgressBar
+    from hasten.cli.progress import ProgressBar, print_line
+    from hasten.hearing import heard
 
-    with ProgressBar() as progress:
+    with ProgressBar() as progress, heard(print_line, progress.stage):
         progress.stage("starting")
         results = run(
             model=model,

@@ -1,4 +1,4 @@
-"""Progress on a terminal's stderr; silence everywhere else."""
+"""Progress on stderr: a bar where that is a terminal, lines for what takes minutes everywhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def silence_library_bars() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def print_line(line: str) -> None:
+    """One line that stays, on stderr, whether it is a terminal or not; above a bar."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class ProgressBar:

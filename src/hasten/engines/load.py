@@ -24,15 +24,21 @@ __all__ = ["load_body", "read_export"]
 
 
 def load_body(
-    pipe: Any, recipe: Engine, sampling: Sampling | None, tell: Callable[[str], None]
+    pipe: Any,
+    recipe: Engine,
+    sampling: Sampling | None,
+    *,
+    tell: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> EngineBody:
     """The engine that `[engine]` asks for, on the pipeline's device.
 
     sampling: steps to calibrate at and the text length of every call, the model's own by default.
 
     Without a path, what is missing of the export is made, which takes minutes for a large model,
-    and kept for the next time; `tell` hears each stage. Raises EngineError or InputError where the
-    export is of another model or precision, damaged, or has no engine for this GPU.
+    and kept for the next time; `tell` hears each finished stage, `show` what goes on inside one.
+    Raises EngineError or InputError where the export is of another model or precision, damaged, or
+    has no engine for this GPU.
     """
     target = _target(pipe.device) if recipe.kind == "tensorrt" else None
     if recipe.path is None:
@@ -47,6 +53,7 @@ def load_body(
             max_sequence_length=None if sampling is None else sampling.max_sequence_length,
             verify=recipe.verify,
             tell=tell,
+            show=show,
         )
     else:
         manifest = _written(pipe, recipe, target)
