@@ -16,6 +16,7 @@ import pytest
 
 from hasten.engines.tensorrt.hashes import facts_of_file
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
+from hasten.engines.tensorrt.targets import TARGETS
 from tests.cli.conftest import Run
 from tests.cli.test_app import PROGRAM
 from tests.engines.tensorrt.test_manifest import made
@@ -255,3 +256,9 @@ def test_the_command_calibrates_as_the_function_does() -> None:
     from hasten.engines.tensorrt import stages
 
     assert export.PROMPTS == stages.PROMPTS
+
+
+def test_the_help_names_every_target_and_its_gpus(run: Run) -> None:
+    shown = " ".join(run("export", "tensorrt", "--help").out.split())
+    for target, gpus in TARGETS.items():
+        assert f"{target}: {gpus.partition(': ')[2]};" in shown

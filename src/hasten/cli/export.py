@@ -35,7 +35,9 @@ def tensorrt(
         str | None,
         typer.Option(
             metavar="SM,SM",
-            help="GPUs to build one engine for, such as sm86,sm89,sm120; none: the graph alone.",
+            help="GPUs to build one engine for, such as sm89,sm120. sm75: RTX 20, T4; sm80: A100; "
+            "sm86: RTX 30, A10, A40; sm89: RTX 40, L4, L40S; sm120: RTX 50, RTX PRO; sm121: GB10; "
+            "none: the graph alone.",
         ),
     ] = None,
     precision: Annotated[

@@ -21,8 +21,10 @@ from hasten.engines.tensorrt.digests import weights_digest
 from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, default_root
 from hasten.engines.tensorrt.hashes import facts_of_file
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
+from hasten.engines.tensorrt.preflight import Asked
 from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.errors import EngineError, HastenError, InputError
+from hasten.models.defaults import ModelDefaults
 from hasten.models.flux import FluxFamily
 from hasten.models.shape import build_shape
 from tests.conftest import SMALL
@@ -81,6 +83,16 @@ def quick_export(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             shutil.copyfile(first / "engine" / name, given[-1] / name)
 
     monkeypatch.setattr("hasten.engines.tensorrt.export.export_onnx", copy)
+
+
+def test_an_engine_too_small_for_the_model_s_own_size_is_noted() -> None:
+    asked = Asked("bf16", (), max_size=(64, 64))
+    said: list[str] = []
+    for width in (64, 80):
+        stages._note_own_size(asked, ModelDefaults(width=width, height=64), said.append)
+    (line,) = said
+    assert "up to 64x64, and the model's own size is 80x64" in line
+    assert "--max-size 80x64 (engine.max_size)" in line
 
 
 def made_before(said: list[str]) -> list[str]:

@@ -79,11 +79,14 @@ def test_fp8_before_ada() -> None:
     assert "export it apart in fp16" in refused(("sm75",), "bf16").fix
 
 
-def test_hopper_is_named_with_what_runs_there() -> None:
-    error = refused(("sm90",), "fp16")
+@pytest.mark.parametrize(
+    ("precision", "recipe"), [("fp8", "fp8"), ("bf16", "lossless"), ("fp16", "lossless")]
+)
+def test_hopper_is_named_with_what_runs_there(precision: str, recipe: str) -> None:
+    error = refused(("sm90",), precision)
     assert isinstance(error, UnsupportedError)
     assert "sm90 (Hopper: H100, H200): TensorRT for RTX does not build" in error.faults[0]
-    assert 'the recipe "fp8" in torch' in error.fix
+    assert f'leave sm90 out; there, run the recipe "{recipe}" in torch' in error.fix
 
 
 def test_an_unknown_target_and_the_nearest() -> None:

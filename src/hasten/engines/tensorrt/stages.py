@@ -99,6 +99,7 @@ def export_tensorrt(
         tell=tell,
         show=show,
     )
+    _note_own_size(asked, defaults, tell)
     export.weights = weights_digest(pipe.transformer)
     _report(tell, "preflight", time.perf_counter() - started)
     return export.run(model or _name(pipe), out)
@@ -327,6 +328,18 @@ class _Export:
 
 def _report(tell: Tell, name: str, seconds: float, *, cached: bool = False) -> None:
     tell(f"{name:<10}{seconds:7.1f} s{'  (made before)' if cached else ''}")
+
+
+def _note_own_size(asked: Asked, defaults: ModelDefaults, tell: Tell) -> None:
+    """Tell where the pictures that the model draws unasked are too large for the engine."""
+    width, height = defaults.width, defaults.height
+    if (width // 16) * (height // 16) > asked.most_tokens:
+        most = "x".join(map(str, asked.max_size))
+        tell(
+            f"note: the engine takes pictures up to {most}, and the model's own size is "
+            f"{width}x{height}: ask for smaller ones, or for --max-size {width}x{height} "
+            "(engine.max_size)"
+        )
 
 
 def _family(pipe: Any, faults: Faults) -> Any:

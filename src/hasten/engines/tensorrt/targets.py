@@ -72,10 +72,11 @@ def capability_of(target: str) -> tuple[int, int]:
 
 def _check(target: str, precision: str) -> None:
     if target in DATACENTER:
+        instead = "fp8" if precision == "fp8" else "lossless"
         raise UnsupportedError(
             f"target {target} ({DATACENTER[target]}): TensorRT for RTX does not build for "
             "datacenter GPUs of this generation",
-            'leave it out; there, run the recipe "fp8" in torch instead of an engine',
+            f'leave {target} out; there, run the recipe "{instead}" in torch instead of an engine',
         )
     if target not in TARGETS:
         raise InputError(f"there is no target {target}", _nearest(target))
