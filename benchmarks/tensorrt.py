@@ -31,11 +31,11 @@ from hasten.benchmark.environment import look
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.export import export_onnx, in_precision
 from hasten.engines.tensorrt.files import DATA, GRAPH
-from hasten.engines.tensorrt.memory import PeakMemory, status_bytes
 from hasten.engines.tensorrt.preflight import graph_bytes
 from hasten.engines.tensorrt.qdq import Amax
 from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
 from hasten.engines.tensorrt.verify import verify
+from hasten.memory import PeakMemory, status_bytes
 from hasten.models.architecture import FLUX_1_DEV
 from hasten.models.flux import FluxFamily
 from hasten.models.shape import variance_preserving_

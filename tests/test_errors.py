@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
-from hasten.errors import Faults, InputError, RecipeError, join_fixes
+from hasten.errors import (
+    EngineError,
+    Faults,
+    HastenError,
+    InputError,
+    ModelError,
+    RecipeError,
+    UnsupportedError,
+    join_fixes,
+)
 
 
 def test_nothing_wrong_raises_nothing() -> None:
@@ -22,7 +33,55 @@ def test_one_error_keeps_its_kind_and_several_become_one_without_repeats() -> No
     with pytest.raises(InputError) as caught:
         faults.raise_any()
     assert caught.value.faults == ("a", "b", "c")
-    assert caught.value.fix == "mend a; mend b"
+    assert caught.value.fix == "mend a"
+
+
+def several() -> HastenError:
+    """Two faults with one fix, around one with another."""
+    faults = Faults()
+    for fault, fix in (("a", "mend a"), ("b", "mend b"), ("c", "mend a"), ("d", "")):
+        faults.add(fault, fix)
+    with pytest.raises(InputError) as caught:
+        faults.raise_any()
+    return caught.value
+
+
+def test_each_fault_keeps_its_own_fix() -> None:
+    error = several()
+    assert str(error) == "a\nc\nfix: mend a\nb\nfix: mend b\nd"
+    assert error.faults == ("a", "c", "b", "d")
+    assert error.fix == "mend a; mend b"
+    outer = Faults()
+    outer.add("b", "mend b")
+    outer.errors.append(error)
+    with pytest.raises(InputError) as caught:
+        outer.raise_any()
+    assert str(caught.value) == "b\nfix: mend b\na\nc\nfix: mend a\nd"
+
+
+def test_an_error_goes_from_one_process_to_another() -> None:
+    error = pickle.loads(pickle.dumps(several()))
+    assert (type(error), str(error)) == (InputError, str(several()))
+    assert error.parts == several().parts
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kind"),
+    [
+        ((UnsupportedError, UnsupportedError), UnsupportedError),
+        ((UnsupportedError, EngineError), UnsupportedError),
+        ((UnsupportedError, InputError), InputError),
+        ((RecipeError, ModelError), InputError),
+    ],
+)
+def test_several_are_bad_input_where_one_is(
+    kinds: tuple[type[HastenError], ...], kind: type[HastenError]
+) -> None:
+    faults = Faults()
+    faults.errors += [each(f"{each.__name__} {n}") for n, each in enumerate(kinds)]
+    with pytest.raises(HastenError) as caught:
+        faults.raise_any()
+    assert type(caught.value) is kind
 
 
 def test_other_exceptions_pass() -> None:

@@ -228,6 +228,17 @@ def test_sizes_that_are_refused(text: str) -> None:
     assert caught.value.fix
 
 
+@pytest.mark.parametrize(
+    ("text", "nearest", "no_smaller"),
+    [("100x518", "96x512", "112x528"), ("9000x1", "8192x16", "8192x16")],
+)
+def test_the_nearest_size(text: str, nearest: str, no_smaller: str) -> None:
+    for at_most, size in ((False, nearest), (True, no_smaller)):
+        with pytest.raises(InputError) as caught:
+            parse_size(text, at_most=at_most)
+        assert caught.value.fix == f"the nearest size that works is {size}"
+
+
 def test_the_json_schema_describes_every_section() -> None:
     schema = Recipe.json_schema()
     assert set(schema["properties"]) == set(Recipe.model_fields)

@@ -10,14 +10,16 @@ HastenError                 base: one message, one fix
 └── CallError               an optimised pipeline was driven in a way that cannot be followed
 
 An error carries its faults, one line each, and one fix. The command line prints exactly these
-lines; from Python `str(error)` is the same text. `Faults` gathers errors of bad input, so that a
-user sees all of them at once.
+lines; from Python `str(error)` is the same text. `Faults` gathers errors, so that a user sees all
+of them at once, each with its own fix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 __all__ = [
     "AlreadyOptimizedError",
@@ -27,24 +29,44 @@ __all__ = [
     "HastenError",
     "InputError",
     "ModelError",
+    "Part",
     "RecipeError",
     "UnsupportedError",
+    "causes",
     "join_fixes",
 ]
 
 
+class Part(NamedTuple):
+    """Faults and what mends them."""
+
+    faults: tuple[str, ...]
+    fix: str
+
+    def lines(self, before: str = "") -> list[str]:
+        """As they are read; before: what stands before each fault."""
+        lines = [f"{before}{fault}" for fault in self.faults]
+        return [*lines, f"fix: {self.fix}"] if self.fix else lines
+
+
 class HastenError(Exception):
-    """Base of all of them: `faults` (one line each) and `fix` (one line, may be empty)."""
+    """Base of all of them: `faults` (one line each) and `fix` (one line, may be empty).
+
+    parts: faults with the fix that is theirs; several where errors were gathered.
+    """
 
     exit_code = 1
 
-    def __init__(self, faults: str | Sequence[str], fix: str = "") -> None:
+    def __init__(
+        self, faults: str | Sequence[str], fix: str = "", *, parts: Sequence[Part] = ()
+    ) -> None:
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         self.fix = fix
-        super().__init__("\n".join([*self.faults, *([f"fix: {fix}"] if fix else [])]))
+        self.parts = tuple(parts) or (Part(self.faults, fix),)
+        super().__init__("\n".join(line for part in self.parts for line in part.lines()))
 
-    def __reduce__(self) -> tuple[type[HastenError], tuple[tuple[str, ...], str]]:
-        return type(self), (self.faults, self.fix)
+    def __reduce__(self) -> Any:
+        return partial(type(self), parts=self.parts), (self.faults, self.fix)
 
 
 class RecipeError(HastenError):
@@ -80,6 +102,16 @@ class CallError(HastenError):
     """The transformer was called in an order or with shapes the step cache cannot follow."""
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """The error, what led to it, what led to that, and so on."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return chain
+
+
 class Faults:
     """What is wrong so far. `gather()` notes an error of the block and goes on behind it."""
 
@@ -97,12 +129,28 @@ class Faults:
             self.errors.append(error)
 
     def raise_any(self) -> None:
-        """A lone error as it was; several as one InputError, each line of theirs once."""
+        """A lone error as it was; several as one, each line of theirs once: an InputError where
+        any is of bad input, else an UnsupportedError."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            faults = dict.fromkeys(fault for error in self.errors for fault in error.faults)
-            raise InputError(list(faults), join_fixes(error.fix for error in self.errors))
+            bad_input = any(error.exit_code == InputError.exit_code for error in self.errors)
+            kind = InputError if bad_input else UnsupportedError
+            parts = _by_fix(part for error in self.errors for part in error.parts)
+            faults = [fault for part in parts for fault in part.faults]
+            raise kind(faults, join_fixes(part.fix for part in parts), parts=parts)
+
+
+def _by_fix(parts: Iterable[Part]) -> list[Part]:
+    """Each fault once, and what has the same fix together."""
+    seen: set[str] = set()
+    found: dict[str, list[str]] = {}
+    for part in parts:
+        new = [fault for fault in part.faults if fault not in seen]
+        seen.update(new)
+        if new:
+            found.setdefault(part.fix, []).extend(new)
+    return [Part(tuple(faults), fix) for fix, faults in found.items()]
 
 
 def join_fixes(fixes: Iterable[str]) -> str:

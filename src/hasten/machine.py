@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hasten.errors import InputError
+from hasten.memory import memory_limits
 
 __all__ = ["DTYPES", "Gpu", "Machine", "Problem", "check_dtype", "machine"]
 
@@ -461,9 +462,11 @@ def _cores() -> int:
 
 
 def _ram_bytes() -> int | None:
+    """The memory there is, or what of it a container may have."""
     if not hasattr(os, "sysconf"):
         return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *memory_limits()])
 
 
 def _nvidia_driver() -> str | None:

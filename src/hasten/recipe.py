@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -407,8 +408,11 @@ class Recipe(Section):
         return Recipe.model_validate({**dict(self), **changes})
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`"512x768"` -> (width, height) in pixels; both positive multiples of 16, at most 8192."""
+def parse_size(text: str, *, at_most: bool = False) -> tuple[int, int]:
+    """`"512x768"` -> (width, height) in pixels; both positive multiples of 16, at most 8192.
+
+    at_most: it is the largest of several, so that InputError names no smaller one instead.
+    """
     match = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text.strip())
     if match is None:
         raise InputError(f"size {text!r} is not WIDTHxHEIGHT", "write for example 512x512")
@@ -419,8 +423,9 @@ def parse_size(text: str) -> tuple[int, int]:
         if value % 16 or not 16 <= value <= 8192
     ]
     if faults:
+        rounded = math.ceil if at_most else round
         nearest = "x".join(
-            str(min(8192, max(16, round(value / 16) * 16))) for value in (width, height)
+            str(min(8192, max(16, rounded(value / 16) * 16))) for value in (width, height)
         )
         raise InputError(faults, f"the nearest size that works is {nearest}")
     return width, height

@@ -21,7 +21,7 @@ def test_every_fault_at_once_and_nothing_written(
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 6
-    assert [line.startswith("fix: ") for line in lines] == [False] * 6 + [True]
+    assert [line.startswith("fix: ") for line in lines] == [False, True] * 6
     parts = ("budget = 60", "limit = 0", "seed = -1", "not a .toml", "objective =", "climb = -1")
     for part in parts:
         assert any(part in line for line in errors)

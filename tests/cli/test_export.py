@@ -40,8 +40,12 @@ def test_every_fault_at_once_and_nothing_written(run: Run, tmp_path: Path) -> No
     for part in (*parts, "none.txt"):
         assert [line for line in ended.errors if part in line], part
     assert len(ended.errors) == len(parts) + 1
-    assert len(ended.fixes) == 1
-    assert ended.err.splitlines() == [*ended.errors, *ended.fixes]
+    lines = ended.err.splitlines()
+    assert len(lines) == len(ended.errors) + len(ended.fixes)
+    for target in ("sm86", "sm90"):  # each is followed by what mends it
+        (at,) = (number for number, line in enumerate(lines) if f"target {target}" in line)
+        assert lines[at + 1].startswith(f"fix: leave {target} out")
+    assert "fix: the nearest size that works is 112x112" in lines
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,6 +56,7 @@ def test_every_fault_at_once_and_nothing_written(run: Run, tmp_path: Path) -> No
         (["--target", "ada"], 2, "'ada' is not a target", "sm89"),
         (["--target", "sm88"], 2, "no target sm88", "did you mean"),
         (["--target", "sm90"], 1, "datacenter", 'recipe "fp8"'),
+        (["--target", "sm90,sm100"], 1, "sm90 (Hopper", "leave sm90 out"),
         (["--target", "sm86"], 1, "sm86 (Ampere: RTX 30, A10, A40) has no fp8", "bf16"),
         (["--target", "sm89", "--precision", "int4"], 2, "'int4' is not one of", "fp8"),
         (["--target", "sm89", "--model", "./none"], 1, "no such model directory", "path"),
@@ -62,8 +67,7 @@ def test_bad_options(
 ) -> None:
     ended = run("export", "tensorrt", *arguments)
     assert (ended.code, ended.out) == (code, "")
-    (error,) = ended.errors
-    assert fault in error
+    assert fault in ended.errors[0]
     assert fix in ended.fixes[0]
     assert list(tmp_path.iterdir()) == []
 
@@ -156,6 +160,21 @@ def test_a_model_that_changes_meanwhile_is_exported_again(
     assert len(exports) == 1 + changes
 
 
+def test_ctrl_c_says_that_stages_are_kept(
+    saved_model: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hasten.models.load_pipeline", interrupted)
+    done = run("export", "tensorrt", "--model", str(saved_model), "--target", "none")
+    assert done.code == 130
+    assert done.err.splitlines() == [
+        "error: interrupted",
+        "fix: the same command goes on: finished stages are kept",
+    ]
+
+
 @pytest.mark.slow
 def test_export_repeat_and_rebuild(saved_model: Path, tmp_path: Path, cache: Path) -> None:
     done = ended(saved_model, tmp_path, "--json")
@@ -173,7 +192,7 @@ def test_export_repeat_and_rebuild(saved_model: Path, tmp_path: Path, cache: Pat
     assert (again.returncode, again.stderr) == (0, "")
     assert seconds < 5
     assert re.fullmatch(
-        r"engine: bf16 engine for sm89 of small_model0, \d\.\d MB; "
+        r"engine: bf16 engine for sm89 of small_model0; graph \d+ KiB, engine \d+ MiB; "
         r"error against torch at most \d\.\de-0\d\n",
         again.stdout,
     )
@@ -209,7 +228,7 @@ def test_a_repeat_for_a_model_of_the_hub_loads_no_torch(
     )  # fmt: skip
     assert (again.returncode, again.stderr) == (0, "")
     assert again.stdout == done.stdout
-    assert again.stdout.startswith("engine: bf16 graph of someone/small, ")
+    assert again.stdout.startswith("engine: bf16 graph of someone/small; graph ")
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_all_that_is_wrong_is_said_at_once(run: Run) -> None:
     assert len(ended.errors) == 2
     assert "quantises nothing" in ended.errors[0]
     assert "no such model directory" in ended.errors[1]
-    assert len(ended.fixes) == 1
+    assert len(ended.fixes) == 2
 
 
 def test_a_scheme_that_cannot_run_here_names_one_that_can(

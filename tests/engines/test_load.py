@@ -147,7 +147,7 @@ def test_a_damaged_export_is_named(pipe: Any, written: Path, tmp_path: Path) -> 
     data = bytearray((folder / "model.onnx.data").read_bytes())
     data[100] ^= 1
     (folder / "model.onnx.data").write_bytes(data)
-    with pytest.raises(EngineError, match=r"model\.onnx\.data: missing or damaged"):
+    with pytest.raises(EngineError, match=r"model\.onnx\.data: damaged"):
         hasten.optimize(pipe, recipe(folder))
 
 
@@ -161,7 +161,7 @@ def test_calls_outside_of_the_profile_are_refused(pipe: Any, call: Call, written
     fast = hasten.optimize(pipe, recipe(written))
     with pytest.raises(EngineError, match="exported for 8 text tokens, and this call has 12"):
         call(fast, **SIZE, max_sequence_length=12)
-    with pytest.raises(EngineError, match="pixels, and the engine takes") as caught:
+    with pytest.raises(EngineError, match="pixels\\), and the engine takes") as caught:
         call(fast, width=512, height=256)
     assert "--max-size" in caught.value.fix
     assert call(fast, **SIZE).isfinite().all(), "the pipeline still works"

@@ -100,11 +100,12 @@ def raising(error: Exception) -> Callable[..., Any]:
         (GatedRepoError, "the model is gated", "HF_TOKEN"),
         (RepositoryNotFoundError, "no such pipeline on the hub", "spelling"),
         (LocalEntryNotFoundError, "hub cannot be reached", "HF_HUB_OFFLINE"),
+        (MemoryError, "not enough memory to load it", "--dtype bfloat16"),
         (ConnectionError, "hub cannot be reached", "local directory"),
         (RuntimeError, "cannot be loaded: OSError", "from_pretrained"),
     ],
 )
-def test_hub_failures_each_get_their_fix(
+def test_failures_each_get_their_fix(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception], fault: str, fix: str
 ) -> None:
     made = error.__new__(error)

@@ -21,6 +21,7 @@ import typer
 
 from hasten.cli.options import Debug, Device, Dtype, Json, Model
 from hasten.errors import HastenError, InputError, UnsupportedError, join_fixes
+from hasten.sizes import in_units
 
 if TYPE_CHECKING:
     from hasten.machine import Machine, Problem
@@ -198,7 +199,7 @@ def _kept_engines() -> str:
     except InputError:
         return ""
     taken = bytes_below(root)
-    return f"; {root} holds {taken / 2**20:.0f} MiB, safe to delete" if taken else ""
+    return f"; {root} holds {in_units(taken)}, safe to delete" if taken else ""
 
 
 def _sum_of_cosines(x: Any) -> Any:
@@ -244,16 +245,16 @@ def _bundled_model(*, thorough: bool) -> Finding:
                 tensors.keys()
     except SafetensorError as error:
         return Finding(what, "no", f"{file.name}: {error}", REINSTALL, True)
-    size = sum(file.stat().st_size for file in files) / 2**20
+    size = in_units(sum(file.stat().st_size for file in files))
     if not thorough:
-        return Finding(what, "ok", f"{size:.0f} MiB", required=True)
+        return Finding(what, "ok", size, required=True)
     from hasten import load_pipeline, optimize
     from hasten.cli.progress import silence_library_bars
 
     silence_library_bars()
     fast = optimize(load_pipeline("tiny"), "baseline")
     fast("a red circle", num_inference_steps=2)
-    return Finding(what, "ok", f"{size:.0f} MiB, rendered two steps", required=True)
+    return Finding(what, "ok", f"{size}, rendered two steps", required=True)
 
 
 def _preset_names() -> list[str]:

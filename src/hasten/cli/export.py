@@ -11,6 +11,7 @@ import typer
 
 from hasten.cli import options
 from hasten.errors import Faults, InputError
+from hasten.sizes import in_units
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.manifest import Manifest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 export = typer.Typer(help="Engines for runtimes other than torch.", rich_markup_mode=None)
 
 PROMPTS = 4
+RESUME = "the same command goes on: finished stages are kept"
 
 
 @export.callback(invoke_without_command=True)
@@ -72,7 +74,10 @@ def tensorrt(
     graph = Graph(precision, target, max_size, calibration, verify=not no_verify)
     request = _request(called, graph, out, prompts, limit)
     key = _key(request)
-    manifest = _before(request, key) or _exported(request, key)
+    try:
+        manifest = _before(request, key) or _exported(request, key)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(RESUME) from None
     _print_result(manifest, out, as_json=as_json)
 
 
@@ -122,7 +127,7 @@ def _request(
             )
         targets = parse_targets(graph.target)
     with faults.gather():
-        size = LARGEST if graph.max_size is None else parse_size(graph.max_size)
+        size = LARGEST if graph.max_size is None else parse_size(graph.max_size, at_most=True)
     count = whole_number("limit", limit, PROMPTS, (1, 1000), faults)
     with faults.gather():
         texts = read_prompts(prompts or defaults.prompts, limit=count)
@@ -208,9 +213,17 @@ def _print_result(manifest: Manifest, out: Path, *, as_json: bool) -> None:
         print(manifest.model_dump_json(by_alias=True, indent=2))
         return
     what = f"engine for {', '.join(manifest.targets)}" if manifest.targets else "graph"
-    size = sum(entry.bytes for entry in manifest.files.values())
-    seen = _seen(manifest)
-    print(f"{out}: {manifest.precision} {what} of {manifest.model}, {size / 1e6:.1f} MB; {seen}")
+    size = _sizes(manifest)
+    print(f"{out}: {manifest.precision} {what} of {manifest.model}; {size}; {_seen(manifest)}")
+
+
+def _sizes(manifest: Manifest) -> str:
+    """What the graph takes, and the engine."""
+    from hasten.engines.tensorrt.files import DATA, ENGINE, GRAPH
+
+    sizes = {name: entry.bytes for name, entry in manifest.files.items()}
+    graph = f"graph {in_units(sizes.get(GRAPH, 0) + sizes.get(DATA, 0))}"
+    return f"{graph}, engine {in_units(sizes[ENGINE])}" if ENGINE in sizes else graph
 
 
 def _seen(manifest: Manifest) -> str:

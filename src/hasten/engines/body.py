@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from hasten.errors import EngineError
 
 __all__ = ["Driver", "EngineBody"]
 
-PIXELS_A_TOKEN = 256  # 16×16
+SIDE = 16  # pixels of a token
 
 
 class Driver(Protocol):
@@ -57,9 +58,16 @@ class EngineBody:
             )
         if not shapes.least <= image <= shapes.most:
             raise EngineError(
-                f"this picture has {image * PIXELS_A_TOKEN} pixels, and the engine takes "
-                f"{shapes.least * PIXELS_A_TOKEN} to {shapes.most * PIXELS_A_TOKEN}",
+                f"this picture is as large as {_size(image)}, and the engine takes "
+                f"{_size(shapes.least)} to {_size(shapes.most)}",
                 "export anew with --max-size WIDTHxHEIGHT (engine.max_size)"
                 if image > shapes.most
                 else "ask for a larger picture",
             )
+
+
+def _size(tokens: int) -> str:
+    """A size of so many image tokens, as square as can be, and its pixels."""
+    width = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
+    height = tokens // width
+    return f"{width * SIDE}x{height * SIDE} ({tokens * SIDE**2} pixels)"

@@ -47,7 +47,7 @@ def load_body(
             None,
             precision=recipe.precision,
             targets=() if target is None else (target,),
-            max_size=None if recipe.max_size is None else parse_size(recipe.max_size),
+            max_size=None if recipe.max_size is None else parse_size(recipe.max_size, at_most=True),
             method=recipe.calibration,
             steps=None if sampling is None else sampling.steps,
             max_sequence_length=None if sampling is None else sampling.max_sequence_length,
@@ -111,7 +111,7 @@ def _written(pipe: Any, recipe: Engine, target: str | None) -> Manifest:
     assert folder is not None  # it was read from there
     if damaged := manifest.damaged(folder):
         raise EngineError(
-            [f"{folder / name}: missing or damaged" for name in damaged], "export anew"
+            [f"{folder / name}: {fault}" for name, fault in damaged.items()], "export anew"
         )
     if manifest.weights != weights_digest(pipe.transformer):
         raise EngineError(

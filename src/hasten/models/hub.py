@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["cached_snapshot"]
+__all__ = ["cached_snapshot", "kept_snapshot"]
 
 SECONDS = 3.0  # that the hub has for its answer
 
@@ -16,6 +16,12 @@ def cached_snapshot(model: str) -> Path | None:
     says that the branch has moved on. A hub that cannot be reached, gives no answer within three
     seconds or refuses one has no say.
     """
+    folder = kept_snapshot(model)
+    return folder if folder is not None and _commit(model) in (folder.name, None) else None
+
+
+def kept_snapshot(model: str) -> Path | None:
+    """The directory of a hub id's main branch as it was last fetched, if it was. Asks nobody."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -23,10 +29,7 @@ def cached_snapshot(model: str) -> Path | None:
         index = try_to_load_from_cache(model, "model_index.json")
     except HFValidationError:  # no name that the hub could have
         return None
-    if not isinstance(index, str):
-        return None
-    folder = Path(index).parent
-    return folder if _commit(model) in (folder.name, None) else None
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def _commit(model: str) -> str | None:

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
-from hasten.errors import HastenError, ModelError
+from hasten.errors import HastenError, ModelError, causes
 from hasten.machine import check_dtype, machine
+from hasten.memory import ran_out
 from hasten.models.architecture import shape_named
 from hasten.models.defaults import check_model, defaults_for, model_directory
+from hasten.models.hub import kept_snapshot
+from hasten.models.room import check_room, converted_bytes
 
 __all__ = ["has_random_weights", "load_pipeline", "model_notes"]
 
@@ -23,8 +26,8 @@ def load_pipeline(model: str = "tiny", *, device: str = "auto", dtype: str = "au
     architecture under random weights, for timing). device and dtype: torch's names; `auto` takes
     the fastest device here and the dtype that suits it.
 
-    Raises ModelError (missing, incomplete, gated, unreadable) or InputError (an unknown shape,
-    device or dtype).
+    Raises ModelError (missing, incomplete, gated, unreadable), InputError (an unknown shape,
+    device or dtype) or UnsupportedError (more memory than there is, before anything is loaded).
     """
     check_model(model)
     check_dtype(dtype)
@@ -33,9 +36,14 @@ def load_pipeline(model: str = "tiny", *, device: str = "auto", dtype: str = "au
     precision: torch.dtype = getattr(torch, name)
     defaults = defaults_for(model)
     if model.startswith("shape:"):
-        from hasten.models.shape import build_shape
+        from hasten.models.shape import build_shape, shape_bytes
 
-        return build_shape(shape_named(model.removeprefix("shape:")), target, precision)
+        shape = shape_named(model.removeprefix("shape:"))
+        if target.type != "cuda":  # there it is made in the GPU's memory
+            check_room(model, precision, lambda dtype: shape_bytes(shape, dtype))
+        return build_shape(shape, target, precision)
+    if folder := model_directory(model) or kept_snapshot(model):
+        check_room(model, precision, lambda dtype: converted_bytes(folder, dtype))
     pipe = _from_pretrained(model, precision)
     pipe.default_sample_size = defaults.height // pipe.vae_scale_factor
     pipe.set_progress_bar_config(disable=True)
@@ -88,19 +96,18 @@ _REMEDIES = (
         "a file of the model is truncated or corrupt",
         "download or copy it again: compare the sizes of its .safetensors files with the source",
     ),
-    (("OutOfMemoryError",), "not enough memory to load it", "add [offload] kind = \"model\""),
 )  # fmt: skip
 
 
 def _model_error(model: str, error: BaseException) -> ModelError:
     """Name the cause of a failed load, looking through the chain of exceptions."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
+    if ran_out(error):
+        return ModelError(
+            f"{model}: not enough memory to load it",
+            "free some memory, raise its limit (ulimit, container), or use --dtype bfloat16",
+        )
     for names, fault, fix in _REMEDIES:
-        for link in chain:
+        for link in causes(error):
             if any(kind.__name__ in names for kind in type(link).__mro__):
                 return ModelError(f"{model}: {fault} ({_first_line(link)})", fix)
     return ModelError(

@@ -21,7 +21,7 @@ from hasten.errors import ModelError
 from hasten.models.architecture import Shape
 from hasten.models.flux import FluxFamily
 
-__all__ = ["RandomTokenizer", "activation_std", "build_shape"]
+__all__ = ["RandomTokenizer", "activation_std", "build_shape", "shape_bytes"]
 
 SEED = 0
 
@@ -33,19 +33,10 @@ def build_shape(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     activations after the first and the last block and of the output, from one trial pass.
     Raises ModelError where an activation is not finite.
     """
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        FluxPipeline,
-        FluxTransformer2DModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
     with _seeded(device), _constructing(device, dtype):
-        transformer = variance_preserving_(FluxTransformer2DModel(**shape.transformer))
-        vae = variance_preserving_(AutoencoderKL(**shape.vae))
-        clip = CLIPTextModel(CLIPTextConfig(**shape.clip))
-        t5 = T5EncoderModel(T5Config(**shape.t5))
+        transformer, vae, clip, t5 = _components(shape)
         spread = activation_std(transformer)
     for component in (transformer, vae, clip, t5):
         component.eval().requires_grad_(False)
@@ -64,6 +55,26 @@ def build_shape(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def shape_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of all weights of a shape in a dtype, none of which are made."""
+    with torch.device("meta"):
+        weights = [weight for part in _components(shape) for weight in part.parameters()]
+    return int(sum(weight.numel() for weight in weights)) * dtype.itemsize
+
+
+def _components(shape: Shape) -> tuple[Any, Any, Any, Any]:
+    """Transformer, VAE, CLIP and T5."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    return (
+        variance_preserving_(FluxTransformer2DModel(**shape.transformer)),
+        variance_preserving_(AutoencoderKL(**shape.vae)),
+        CLIPTextModel(CLIPTextConfig(**shape.clip)),
+        T5EncoderModel(T5Config(**shape.t5)),
+    )
 
 
 def variance_preserving_(module: nn.Module) -> Any:

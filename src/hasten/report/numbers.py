@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hasten.results import StepsComputed
+from hasten.sizes import in_units
 
 MISSING = "–"
 
@@ -44,9 +45,7 @@ def decibels(value: float | None) -> str:
 
 
 def memory(value: int | None) -> str:
-    if value is None:
-        return MISSING
-    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    return MISSING if value is None else in_units(value)
 
 
 def steps(value: StepsComputed | None) -> str:

@@ -76,6 +76,12 @@ def test_what_is_no_manifest(tmp_path: Path, text: Any, fault: str) -> None:
     assert "hasten export tensorrt" in caught.value.fix
 
 
+def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "engine").write_text("")
+    with pytest.raises(InputError, match="engine: a file, not the folder of an export"):
+        Manifest.read(tmp_path / "engine")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"precision": "int4"}, {"weights": "abc"}, {"surprise": 1}, {"channels": 0}],
@@ -106,8 +112,14 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"content")
     files = {p.name: FileEntry(**facts_of_file(p)._asdict()) for p in sorted(tmp_path.iterdir())}
     manifest = made(files=files)
-    assert manifest.damaged(tmp_path) == []
+    assert manifest.damaged(tmp_path) == {}
     (tmp_path / "longer").write_bytes(b"content!")
     (tmp_path / "flipped").write_bytes(b"cOntent")
     (tmp_path / "gone").unlink()
-    assert manifest.damaged(tmp_path) == ["flipped", "gone", "longer"]
+    assert manifest.damaged(tmp_path) == {
+        "flipped": "damaged",
+        "gone": "missing",
+        "longer": "damaged",
+    }
+    (tmp_path / "gone").mkdir()
+    assert manifest.damaged(tmp_path)["gone"] == "damaged"

@@ -101,30 +101,6 @@ def test_image_tokens() -> None:
     assert Asked("bf16", ()).most_tokens == 16384
 
 
-@pytest.mark.parametrize("content", [(), ("manifest.json", "model.onnx")], ids=["empty", "ours"])
-def test_a_folder_that_may_be_replaced(tmp_path: Path, content: tuple[str, ...]) -> None:
-    for name in content:
-        (tmp_path / name).write_text("")
-    assert faults_of(ASKED, tmp_path) == []
-
-
-@pytest.mark.parametrize("beside", [(), ("manifest.json",)], ids=["alone", "beside a manifest"])
-def test_a_folder_of_someone_s(tmp_path: Path, beside: tuple[str, ...]) -> None:
-    for name in ("thesis.tex", *beside):
-        (tmp_path / name).write_text("")
-    (error,) = faults_of(ASKED, tmp_path)
-    assert "files in it that no export wrote, such as thesis.tex" in error.faults[0]
-    (error,) = faults_of(ASKED, tmp_path / "thesis.tex" / "engine")
-    assert "thesis.tex" in error.faults[0]
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight.os, "access", lambda path, _: path != tmp_path)
-    for out in (tmp_path / "engine", tmp_path / "deep" / "engine"):
-        (error,) = faults_of(ASKED, out)
-        assert error.faults == (f"{tmp_path}: cannot be written",)
-
-
 def test_unfused_lora(pipe: Any) -> None:
     pipe.transformer.proj_out.base_layer = nn.Linear(2, 2)
     (error,) = model_faults(pipe.transformer)
@@ -207,7 +183,7 @@ def test_not_enough_memory(
     (error,) = model_faults(pipe.transformer, asked, replace(ROOMY, ram_bytes=GIB // 4))
     assert isinstance(error, UnsupportedError)
     assert error.faults[0].startswith(f"{what} takes about ")
-    assert error.faults[0].endswith("this machine has 0.2")
+    assert error.faults[0].endswith("this machine has 256 MiB")
     assert ("--no-verify" in error.fix) == (what == "checking the graph")
     assert model_faults(pipe.transformer, asked, replace(ROOMY, ram_bytes=None)) == []
 
@@ -231,5 +207,5 @@ def test_not_enough_disk(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert model_faults(pipe.transformer, **{store: 4.0, out: 2.0}) == []
     (error,) = model_faults(pipe.transformer, **{store: 6.0, out: 2.0})
     assert "takes about 8.0 GiB" in error.faults[0]
-    assert "has 7.0 free" in error.faults[0]
+    assert "has 7.0 GiB free" in error.faults[0]
     assert "HASTEN_CACHE" in error.fix

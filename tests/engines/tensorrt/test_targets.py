@@ -74,7 +74,7 @@ def test_fp8_before_ada() -> None:
     error = refused(("sm86", "sm89"), "fp8")
     assert error.faults == ("target sm86 (Ampere: RTX 30, A10, A40) has no fp8",)
     assert error.fix == (
-        "leave it out (fp8 works on sm89, sm120, sm121), or export it apart in bf16"
+        "leave sm86 out (fp8 works on sm89, sm120, sm121), or export it apart in bf16"
     )
     assert "export it apart in fp16" in refused(("sm75",), "bf16").fix
 

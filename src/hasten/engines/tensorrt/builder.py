@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hasten.engines.tensorrt.memory import status_bytes
+from hasten.memory import status_bytes
 
 __all__ = ["main"]
 

@@ -123,6 +123,8 @@ class Manifest(_Record):
                 f"{folder}: no {MANIFEST}, so no export is there",
                 f"check the path, or export there: `hasten export tensorrt --out {folder}`",
             ) from None
+        except NotADirectoryError:
+            raise InputError(f"{folder}: a file, not the folder of an export", AGAIN) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read: {_first_line(error)}", AGAIN) from None
         version = found.get("schema") if isinstance(found, Mapping) else None
@@ -137,17 +139,21 @@ class Manifest(_Record):
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"{path}: {where}: {first['msg']}", AGAIN) from None
 
-    def damaged(self, folder: Path) -> list[str]:
-        """Names of its files that are missing from a folder or differ. Reads all of them."""
-        return [name for name, entry in self.files.items() if not _is(folder / name, entry)]
+    def damaged(self, folder: Path) -> dict[str, str]:
+        """Its files that are not in a folder as they were, by name, and why: `missing` or
+        `damaged`. Reads all of them."""
+        found = {name: _fault(folder / name, entry) for name, entry in self.files.items()}
+        return {name: fault for name, fault in found.items() if fault is not None}
 
 
-def _is(path: Path, entry: FileEntry) -> bool:
+def _fault(path: Path, entry: FileEntry) -> str | None:
     try:
-        same_size = path.is_file() and path.stat().st_size == entry.bytes
-        return same_size and facts_of_file(path).sha256 == entry.sha256
-    except OSError:  # it cannot be read, or was removed meanwhile
-        return False
+        same_size = path.stat().st_size == entry.bytes
+        return None if same_size and facts_of_file(path).sha256 == entry.sha256 else "damaged"
+    except FileNotFoundError:
+        return "missing"
+    except OSError:  # it cannot be read, or is a folder
+        return "damaged"
 
 
 def _first_line(error: Exception) -> str:

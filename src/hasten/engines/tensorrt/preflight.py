@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hasten.check import empty_weights
-from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, RUNTIME_CACHE
-from hasten.engines.tensorrt.manifest import MANIFEST
-from hasten.engines.tensorrt.memory import status_bytes
+from hasten.engines.tensorrt.folder import check_folder, nearest
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import Faults, InputError, UnsupportedError
 from hasten.machine import Machine
+from hasten.memory import status_bytes
 from hasten.recipe import Engine, parse_size
+from hasten.sizes import in_units
 
 __all__ = ["METHODS", "Asked", "check_draws", "check_model", "check_request", "graph_bytes"]
 
@@ -28,11 +27,9 @@ PIXELS_A_TOKEN = 16  # along each side
 FEWEST_TOKENS = 4  # of the largest picture: a profile needs room
 
 TEXT_TO_IMAGE = ("FluxPipeline", "FluxKontextPipeline")
-OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE}  # what an export is made of
 
-GIB = 1 << 30
 BUILD_FACTOR = 2.5  # peak of the builder by the bytes of the graph's weights, measured
-BUILD_BASE = GIB // 2
+BUILD_BASE = 2**29  # bytes
 SINGLE = 4  # bytes: the check runs in float32, once in onnxruntime and once in torch
 
 
@@ -63,7 +60,7 @@ def check_request(asked: Asked, out: Path | None, faults: Faults) -> None:
         check_targets(asked.targets, asked.precision)
     if out is not None:
         with faults.gather():
-            _check_out(out)
+            check_folder(out)
 
 
 def check_model(
@@ -185,7 +182,7 @@ def _installed(module: str) -> bool:
 
 def _check_size(asked: Asked) -> None:
     width, height = asked.max_size
-    parse_size(f"{width}x{height}")
+    parse_size(f"{width}x{height}", at_most=True)
     if asked.most_tokens < FEWEST_TOKENS:
         raise InputError(
             f"the largest size {width}x{height} is too small for an engine",
@@ -197,32 +194,6 @@ def _check_method(asked: Asked) -> None:
     if asked.method not in METHODS:
         raise InputError(
             f"no calibration is called {asked.method!r}", f"one of {', '.join(METHODS)}"
-        )
-
-
-def resolved(out: Path) -> Path:
-    """Where a link leads to, which is what an export replaces. InputError where that has no end."""
-    try:
-        return out.resolve()
-    except (OSError, RuntimeError):
-        raise InputError(f"{out}: a link that leads to itself", "choose another --out") from None
-
-
-def _check_out(given: Path) -> None:
-    """It can be made, or replaced without losing what no export wrote."""
-    out = resolved(given)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: a file, not a folder", "choose another --out")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    around = existing.absolute().parent if existing == out else existing
-    if not os.access(around, os.W_OK | os.X_OK):
-        raise InputError(f"{around}: cannot be written", "choose another --out")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    strange = sorted(names - OURS if MANIFEST in names else names)
-    if strange:
-        raise InputError(
-            f"{out}: there are files in it that no export wrote, such as {strange[0]}",
-            "choose another --out, or move them away",
         )
 
 
@@ -242,8 +213,8 @@ def _check_memory(asked: Asked, weights: int, parameters: int, machine: Machine)
     if what == "checking the graph":
         fewer = ", or leave the check out: --no-verify (engine.verify = false)"
     raise UnsupportedError(
-        f"{what} takes about {needs[what] / GIB:.1f} GiB of memory, "
-        f"this machine has {machine.ram_bytes / GIB:.1f}",
+        f"{what} takes about {in_units(needs[what])} of memory, "
+        f"this machine has {in_units(machine.ram_bytes)}",
         f"use a machine with more memory, or the model in bfloat16 (--dtype){fewer}",
     )
 
@@ -253,7 +224,7 @@ def _check_disk(weights: int, places: Mapping[Path, float]) -> None:
     needed: dict[int, float] = {}
     sample: dict[int, Path] = {}
     for place, times in places.items():
-        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        existing = nearest(place)
         device = existing.stat().st_dev
         needed[device] = needed.get(device, 0) + times * weights
         sample[device] = existing
@@ -261,7 +232,7 @@ def _check_disk(weights: int, places: Mapping[Path, float]) -> None:
         free = shutil.disk_usage(sample[device]).free
         if free < bytes_needed:
             raise UnsupportedError(
-                f"the export takes about {bytes_needed / GIB:.1f} GiB on the disk of "
-                f"{sample[device]}, which has {free / GIB:.1f} free",
+                f"the export takes about {in_units(bytes_needed)} on the disk of "
+                f"{sample[device]}, which has {in_units(free)} free",
                 "free some space, or choose another --out, or set HASTEN_CACHE to another disk",
             )

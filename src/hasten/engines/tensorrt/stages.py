@@ -17,23 +17,23 @@ from hasten.check import refuse_optimized
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.digests import config_of, pipeline_digest, weights_digest
 from hasten.engines.tensorrt.files import AMAX, ENGINE, GRAPH
+from hasten.engines.tensorrt.folder import resolved
 from hasten.engines.tensorrt.hashes import content_key
 from hasten.engines.tensorrt.manifest import Calibration, FileEntry, Manifest, Stage, Tokens
-from hasten.engines.tensorrt.memory import PeakMemory
 from hasten.engines.tensorrt.preflight import (
     METHODS,
     Asked,
     check_draws,
     check_model,
     check_request,
-    resolved,
 )
 from hasten.engines.tensorrt.store import Done, Store, Tell
 from hasten.engines.tensorrt.verification import Verification
 from hasten.engines.tensorrt.versions import STAGES, versions
 from hasten.engines.tensorrt.write import write_export
-from hasten.errors import Faults
+from hasten.errors import EngineError, Faults
 from hasten.machine import machine, version_of
+from hasten.memory import PeakMemory, ran_out
 from hasten.models.defaults import ModelDefaults, defaults_for
 from hasten.prompts import read_prompts
 
@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PROMPTS", "export_tensorrt"]
 
+FIX_MEMORY = (
+    "free some memory, use a machine with more, or raise its limit (ulimit, container); then run "
+    "it again: finished stages are kept"
+)
 PROMPTS = 4  # to calibrate on, where nobody says which
 FEW_STEPS = 4
 LEAST_TOKENS = 64  # image tokens of the smallest picture, where the model is not smaller: 128x128
@@ -261,7 +265,12 @@ class _Export:
 
         def watched(folder: Path) -> dict[str, Any]:
             with PeakMemory() as peak:
-                facts = make(folder)
+                try:
+                    facts = make(folder)
+                except Exception as error:
+                    if ran_out(error):
+                        raise EngineError(f"{name}: out of memory", FIX_MEMORY) from error
+                    raise
             return {"peak_bytes": peak.bytes, **facts}
 
         self.show(name)

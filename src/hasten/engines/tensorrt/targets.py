@@ -90,7 +90,8 @@ def _too_old(target: str, precision: str) -> HastenError:
     other = "bf16" if capability_of(target) >= FIRST["bf16"] else "fp16"
     return UnsupportedError(
         f"target {target} ({TARGETS[target]}) has no {precision}",
-        f"leave it out ({precision} works on {', '.join(works)}), or export it apart in {other}",
+        f"leave {target} out ({precision} works on {', '.join(works)}), or export it apart in "
+        f"{other}",
     )
 
 

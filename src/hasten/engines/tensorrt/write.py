@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from hasten.engines.tensorrt.files import ENGINE
+from hasten.engines.tensorrt.files import ENGINE, RUNTIME_CACHE
+from hasten.engines.tensorrt.folder import OURS, SCRATCH
 from hasten.engines.tensorrt.hashes import FileFacts, content_key, note_facts
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.store import FIX_SPACE, Store, out_of_space
@@ -28,10 +30,12 @@ def write_export(
     folder = out if out is not None else _unnamed(manifest, store)
     with store.locked("exports", content_key({"folder": str(folder)})):
         try:
-            if _is_there(manifest, folder, store):
-                manifest.write(folder / MANIFEST)
-            else:
-                _replace(folder, manifest, files, shared=out is None)
+            missing = manifest.damaged(folder)
+            if missing and _is_of(folder, manifest):
+                faults = ", ".join(f"{name} {fault}" for name, fault in missing.items())
+                store.tell(f"write: {faults} in {folder}, so it is written again")
+            wanted = {name: files[name] for name in missing}
+            _put(folder, manifest, wanted, shared=out is None)
         except OSError as error:
             if out_of_space(error):
                 raise EngineError(f"{folder}: no space left for the export", FIX_SPACE) from error
@@ -40,17 +44,6 @@ def write_export(
             ) from error
         _note(manifest, folder, files)
     return manifest.model_copy(update={"folder": folder})
-
-
-def _is_there(manifest: Manifest, folder: Path, store: Store) -> bool:
-    """Whether a folder holds these very files, whole; says so where some are damaged."""
-    there = _there(folder)
-    if there is None or (there.files, there.shapes) != (manifest.files, manifest.shapes):
-        return False
-    damaged = manifest.damaged(folder)
-    if damaged:
-        store.tell(f"write: {', '.join(damaged)} in {folder} damaged, so it is written again")
-    return not damaged
 
 
 def _note(manifest: Manifest, folder: Path, files: Mapping[str, Path]) -> None:
@@ -66,35 +59,51 @@ def _unnamed(manifest: Manifest, store: Store) -> Path:
     return (store.root / "exports" / content_key({**content, "shapes": shapes})).absolute()
 
 
-def _replace(folder: Path, manifest: Manifest, files: Mapping[str, Path], *, shared: bool) -> None:
-    """Copy beside it, then rename; what was there goes last. The caller holds the folder's lock, so
-    what a killed export left there can be removed."""
-    draft, before = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if before.exists() and not folder.exists():
-        os.replace(before, folder)  # killed between the two renames
-    for path in (draft, before):
-        shutil.rmtree(path, ignore_errors=True)
+def _put(folder: Path, manifest: Manifest, files: Mapping[str, Path], *, shared: bool) -> None:
+    """Copy what is not there yet into a folder within, then move each file to its place.
+
+    The manifest is removed first and comes last, so that nothing without one is taken for an export
+    and nothing with one is half an export. From when the one within is written until it has moved,
+    that one says that what lies in the folder is ours, whoever was killed meanwhile. The caller
+    holds the folder's lock.
+    """
+    kept = {MANIFEST, *manifest.files}
+    if ENGINE in manifest.files and ENGINE not in files:
+        kept.add(RUNTIME_CACHE)  # of this very engine
+    made, scratch = not folder.exists(), folder / SCRATCH
+    scratch.mkdir(parents=True, exist_ok=True)
     try:
-        draft.mkdir()
         for name, path in files.items():
-            _place(path, draft / name, shared=shared and name == ENGINE)
-        manifest.write(draft / MANIFEST)
-        if folder.exists():
-            os.replace(folder, before)
-        os.replace(draft, folder)
+            _place(path, scratch / name, shared=shared and name == ENGINE)
+        manifest.write(scratch / MANIFEST)
     except BaseException:
-        if before.exists():
-            os.replace(before, folder)
+        _empty(scratch, made=made)
         raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(before, ignore_errors=True)
+    others = [folder / name for name in OURS - kept if (folder / name).exists()]
+    if files or others:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    for path in others:
+        path.unlink()
+    for name in (*files, MANIFEST):
+        os.replace(scratch / name, folder / name)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _empty(scratch: Path, *, made: bool) -> None:
+    """Leave the folder around as it was; a manifest of a run that was killed before stays."""
+    with suppress(OSError):
+        for path in scratch.iterdir():
+            if path.name != MANIFEST:
+                path.unlink()
+        scratch.rmdir()
+        if made:
+            scratch.parent.rmdir()
 
 
 def _place(source: Path, target: Path, *, shared: bool) -> None:
     """A second name for the file where that is wanted and can be, else a copy. Not of a graph's
     files: the onnx packages take a second name for an attack."""
+    target.unlink(missing_ok=True)  # what a run that was killed left
     if shared:
         try:
             os.link(source, target)
@@ -106,8 +115,9 @@ def _place(source: Path, target: Path, *, shared: bool) -> None:
     sync(target)
 
 
-def _there(folder: Path) -> Manifest | None:
+def _is_of(folder: Path, manifest: Manifest) -> bool:
+    """Whether a folder says that it holds these very files."""
     try:
-        return Manifest.read(folder)
+        return Manifest.read(folder).files == manifest.files
     except InputError:
-        return None
+        return False
