@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "writing": set(),
     "sizes": set(),
     "chatter": set(),
+    "hearing": set(),
     "quality": {"errors"},
     "report": {"errors", "results", "sizes"},
     "kernels": {"errors"},
@@ -64,6 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "check",
         "conflicts",
         "copying",
+        "hearing",
         "pipeline",
     },
 }
