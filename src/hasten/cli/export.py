@@ -74,11 +74,12 @@ def tensorrt(
     graph = Graph(precision, target, max_size, calibration, verify=not no_verify)
     request = _request(called, graph, out, prompts, limit)
     key = _key(request)
+    before = _before(request, key)
     try:
-        manifest = _before(request, key) or _exported(request, key)
+        manifest = before or _exported(request, key)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(RESUME) from None
-    _print_result(manifest, out, as_json=as_json)
+    _print_result(manifest, out, before=before is not None, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -208,13 +209,13 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _print_result(manifest: Manifest, out: Path, *, as_json: bool) -> None:
+def _print_result(manifest: Manifest, out: Path, *, before: bool, as_json: bool) -> None:
     if as_json:
         print(manifest.model_dump_json(by_alias=True, indent=2))
         return
     what = f"engine for {', '.join(manifest.targets)}" if manifest.targets else "graph"
-    size = _sizes(manifest)
-    print(f"{out}: {manifest.precision} {what} of {manifest.model}; {size}; {_seen(manifest)}")
+    facts = [_sizes(manifest), _seen(manifest), *(["made before"] if before else [])]
+    print(f"{out}: {manifest.precision} {what} of {manifest.model}; {'; '.join(facts)}")
 
 
 def _sizes(manifest: Manifest) -> str:

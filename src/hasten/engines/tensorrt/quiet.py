@@ -10,7 +10,10 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 
 __all__ = ["quiet"]
 
-LOGGERS = "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "modelopt", "transformers"
+LOGGERS = (
+    "torch.onnx", "torch.export", "torch.utils.cpp_extension",  # which misses a GPU on import
+    "onnxscript", "onnx_ir", "modelopt", "transformers",
+)  # fmt: skip
 
 
 @contextmanager
