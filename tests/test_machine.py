@@ -243,7 +243,7 @@ RTX_3090 = Gpu(0, "NVIDIA GeForce RTX 3090", (8, 6), 24 * GIB)
             "tensorrt",
             "fp8",
             "runs on an RTX GPU, and this is cpu",
-            "its graph draws on a CPU",
+            "draw with its graph on the CPU",
         ),
         (H100, "tensorrt", "bf16", "no engines for NVIDIA H100", "preset fp8"),
         (RTX_3090, "tensorrt", "fp8", "needs compute capability 8.9", '"bf16"'),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hasten.conflicts import conflicts, kernels_declined
-from hasten.errors import AlreadyOptimizedError, UnsupportedError, join_fixes
+from hasten.errors import AlreadyOptimizedError, unsupported
 from hasten.machine import Machine, Problem
 from hasten.recipe import Quantize, Recipe, ResidualCache
 
@@ -58,8 +58,7 @@ def check(
         *_schedule_problems(recipe, fingerprint),
     ]
     if found:
-        faults, fixes = zip(*found, strict=True)
-        raise UnsupportedError(faults, join_fixes(fixes))
+        raise unsupported(found)
 
 
 def learned_elsewhere(recipe: Recipe, fingerprint: str | None) -> str | None:

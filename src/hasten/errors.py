@@ -34,6 +34,7 @@ __all__ = [
     "UnsupportedError",
     "causes",
     "join_fixes",
+    "unsupported",
 ]
 
 
@@ -136,9 +137,18 @@ class Faults:
         if self.errors:
             bad_input = any(error.exit_code == InputError.exit_code for error in self.errors)
             kind = InputError if bad_input else UnsupportedError
-            parts = _by_fix(part for error in self.errors for part in error.parts)
-            faults = [fault for part in parts for fault in part.faults]
-            raise kind(faults, join_fixes(part.fix for part in parts), parts=parts)
+            raise _gathered(kind, (part for error in self.errors for part in error.parts))
+
+
+def unsupported(problems: Iterable[tuple[str, str]]) -> HastenError:
+    """One error of all that cannot work: faults, each with its fix."""
+    return _gathered(UnsupportedError, (Part((fault,), fix) for fault, fix in problems))
+
+
+def _gathered(kind: type[HastenError], parts: Iterable[Part]) -> HastenError:
+    parts = _by_fix(parts)
+    faults = [fault for part in parts for fault in part.faults]
+    return kind(faults, join_fixes(part.fix for part in parts), parts=parts)
 
 
 def _by_fix(parts: Iterable[Part]) -> list[Part]:

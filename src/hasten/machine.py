@@ -246,9 +246,9 @@ class Machine:
         if gpu is None:
             return Problem(
                 f"a TensorRT engine runs on an RTX GPU, and this is {device}",
-                "`hasten export tensorrt` builds it here, for there; its graph draws on a CPU, for "
-                'quality and not for speed: engine.kind = "onnxruntime", as `hasten bench` does in '
-                "a row of its own",
+                "build one for such a GPU with `hasten export tensorrt`, or draw with its graph on "
+                'the CPU, for quality and not for speed: engine.kind = "onnxruntime", which '
+                "`hasten bench` adds as a row of its own",
             )
         if gpu.capability not in RTX_CAPABILITIES:
             return Problem(

@@ -87,7 +87,7 @@ def test_check_asks_about_the_device_that_is_named(run: Run) -> None:
     assert "built without CUDA" in ended.errors[0]
 
 
-def test_check_collects_several_problems_in_one_fix(
+def test_check_gives_each_of_several_problems_its_fix(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = dataclasses.replace(NO_COMPILER, python_headers=True)
@@ -96,7 +96,7 @@ def test_check_collects_several_problems_in_one_fix(
     ended = run("recipes", "check", "two.toml")
     assert ended.code == 1
     assert len(ended.errors) == 2
-    assert len(ended.fixes) == 1
+    assert len(ended.fixes) == 2
 
 
 RTX = dataclasses.replace(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hasten.cli.options import Debug, Device, Dtype, Json, Model
-from hasten.errors import HastenError, InputError, UnsupportedError, join_fixes
+from hasten.errors import HastenError, InputError, join_fixes, unsupported
 from hasten.sizes import in_units
 
 if TYPE_CHECKING:
@@ -101,10 +101,7 @@ def doctor(
         _print(here, findings)
     broken = [found for found in findings if found.required and found.status == "no"]
     if broken:
-        raise UnsupportedError(
-            [f"{found.what}: {found.detail}" for found in broken],
-            join_fixes(found.fix for found in broken),
-        )
+        raise unsupported((f"{found.what}: {found.detail}", found.fix) for found in broken)
 
 
 Look = Callable[[], Finding]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hasten.cli.options import Debug, Device, Json
-from hasten.errors import HastenError, RecipeError, UnsupportedError, join_fixes
+from hasten.errors import HastenError, RecipeError, unsupported
 
 if TYPE_CHECKING:
     from hasten.machine import Machine
@@ -77,9 +77,7 @@ def check(
         faults = [fault for fault, _ in found]
         print(json.dumps({"valid": True, "works_here": works, "faults": faults}))
     if found:
-        raise UnsupportedError(
-            [f"{name}: {fault}" for fault, _ in found], join_fixes(fix for _, fix in found)
-        )
+        raise unsupported((f"{name}: {fault}", fix) for fault, fix in found)
     if not as_json:
         print(f"{name}: valid{f', and works here on {where}' if where else ''}")
 

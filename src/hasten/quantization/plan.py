@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import UnsupportedError, join_fixes
+from hasten.errors import unsupported
 from hasten.machine import Problem
 from hasten.recipe import Quantize
 
@@ -47,8 +47,7 @@ def make_plan(transformer: nn.Module, linears: Linears, recipe: Quantize) -> Pla
     Raises UnsupportedError with everything that `plan_problems` finds.
     """
     if found := plan_problems(transformer, linears, recipe):
-        faults, fixes = zip(*found, strict=True)
-        raise UnsupportedError(faults, join_fixes(fixes))
+        raise unsupported(found)
     skipped, misfits, chosen = _sorted_out(linears, recipe)
     return Plan(
         names=tuple(chosen),
