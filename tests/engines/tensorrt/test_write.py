@@ -142,6 +142,17 @@ def test_what_is_wrong_is_said(tmp_path: Path, old: Source) -> None:
     assert old.is_whole_in(out)
 
 
+def test_what_is_replaced_is_said(tmp_path: Path, old: Source, new: Source) -> None:
+    said = list[str]()
+    out = old.write(tmp_path / "out", said)
+    old.write(out, said)
+    assert said == []
+    engine = f"the {old.manifest.precision} engine for {', '.join(old.manifest.targets)}"
+    new.write(out, said)
+    assert said == [f"write: {engine} of old in {out} is replaced"]
+    assert new.is_whole_in(out)
+
+
 def test_no_space(tmp_path: Path, old: Source, new: Source) -> None:
     out = old.write(tmp_path / "out")
     with files_up_to(1000), pytest.raises(EngineError, match="no space left"):

@@ -31,9 +31,8 @@ def write_export(
     with store.locked("exports", content_key({"folder": str(folder)})):
         try:
             missing = manifest.damaged(folder)
-            if missing and _is_of(folder, manifest):
-                faults = ", ".join(f"{name} {fault}" for name, fault in missing.items())
-                store.tell(f"write: {faults} in {folder}, so it is written again")
+            if before := _export_in(folder):
+                _tell_of(before, manifest, missing, store)
             wanted = {name: files[name] for name in missing}
             _put(folder, manifest, wanted, shared=out is None)
         except OSError as error:
@@ -115,9 +114,22 @@ def _place(source: Path, target: Path, *, shared: bool) -> None:
     sync(target)
 
 
-def _is_of(folder: Path, manifest: Manifest) -> bool:
-    """Whether a folder says that it holds these very files."""
+def _export_in(folder: Path) -> Manifest | None:
     try:
-        return Manifest.read(folder).files == manifest.files
+        return Manifest.read(folder)
     except InputError:
-        return False
+        return None
+
+
+def _tell_of(
+    before: Manifest, manifest: Manifest, missing: Mapping[str, str], store: Store
+) -> None:
+    """Say what happens to an export that is there already, unless it stays."""
+    if before.files != manifest.files:
+        what = f"engine for {', '.join(before.targets)}" if before.targets else "graph"
+        store.tell(
+            f"write: the {before.precision} {what} of {before.model} in {before.folder} is replaced"
+        )
+    elif missing:
+        faults = ", ".join(f"{name} {fault}" for name, fault in missing.items())
+        store.tell(f"write: {faults} in {before.folder}, so it is written again")
