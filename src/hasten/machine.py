@@ -317,11 +317,13 @@ def _old_gpu_problem(gpu: Gpu, scheme: str) -> Problem | None:
     needed = OLDEST_FP8_CAPABILITY if scheme == "fp8" else OLDEST_INT8_CAPABILITY
     if gpu.capability >= needed:
         return None
-    nearest = "int8" if gpu.capability >= OLDEST_INT8_CAPABILITY else "int8-weight"
+    nearest = 'scheme = "int8-weight"'
+    if gpu.capability >= OLDEST_INT8_CAPABILITY:
+        nearest = 'scheme = "int8", as the preset "int8" has it'
     return Problem(
         f'quantize.scheme = "{scheme}" needs a GPU of compute capability {_dotted(needed)} or '
         f"later; {gpu.name} has {_dotted(gpu.capability)}",
-        f'set scheme = "{nearest}", or emulate = true for the same pictures at no gain in speed',
+        f"set {nearest}, or emulate = true for the same pictures at no gain in speed",
     )
 
 
