@@ -225,7 +225,8 @@ class Machine:
                     "pip install 'hasten[tensorrt]'",
                 )
             )
-        if kind == "tensorrt" and (trouble := self._rtx_problem(device, precision)):
+        get_one = "run it" if exported else "build one with `hasten export tensorrt` and run it"
+        if kind == "tensorrt" and (trouble := self._rtx_problem(device, precision, get_one)):
             found.append(trouble)
         if kind == "onnxruntime" and device != "cpu":
             found.append(
@@ -240,15 +241,14 @@ class Machine:
         """Packages of `hasten[tensorrt]` that are not installed."""
         return [name for name in ENGINE_PACKAGES if getattr(self, name) is None]
 
-    def _rtx_problem(self, device: str, precision: str) -> Problem | None:
-        """Why TensorRT for RTX has no engine for `device`."""
+    def _rtx_problem(self, device: str, precision: str, get_one: str) -> Problem | None:
+        """Why TensorRT for RTX has no engine for `device`. get_one: what to do elsewhere."""
         gpu = self.gpu(device)
         if gpu is None:
             return Problem(
                 f"a TensorRT engine runs on an RTX GPU, and this is {device}",
-                "build one for such a GPU with `hasten export tensorrt`, or draw with its graph on "
-                'the CPU, for quality and not for speed: engine.kind = "onnxruntime", which '
-                "`hasten bench` adds as a row of its own",
+                f"{get_one} on such a GPU, or draw with its graph on the CPU, for quality and not "
+                'for speed: engine.kind = "onnxruntime" (in `hasten bench` a row of its own)',
             )
         if gpu.capability not in RTX_CAPABILITIES:
             return Problem(

@@ -125,7 +125,11 @@ class OptimizedPipeline:
         if hasattr(self.pipe.transformer, MARK):
             delattr(self.pipe.transformer, MARK)
         if stuck:
-            raise HastenError(stuck, "load the pipeline again to have it as it was")
+            raise HastenError(
+                stuck,
+                "load the pipeline again to have it as it was; after copy=True the one that you "
+                "passed in is still whole",
+            )
         return self.pipe
 
     def _model_notes(self) -> tuple[str, ...]:

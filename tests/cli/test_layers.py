@@ -60,6 +60,9 @@ def test_outliers_become_a_skip_list(run: Run, int8: str, monkeypatch: pytest.Mo
     names = json.loads(suggested)
     assert names[0] == "*.to_q"
     assert len(names) > 10
+    Path(int8).write_text(f"{INT8}[fuse]\n")
+    fused = run("doctor", "--layers", "--recipe", int8, "--device", "cpu")
+    assert fused.out.splitlines()[-1].startswith("with [fuse], skip a whole block")
 
 
 def test_all_that_is_wrong_is_said_at_once(run: Run) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hasten.engines.tensorrt.manifest import FileEntry
 from hasten.machine import Gpu, Machine
 from hasten.recipe import Recipe, preset_names, resolve
 from tests.cli.conftest import Run
@@ -109,6 +110,8 @@ RTX = dataclasses.replace(
     [
         (None, "fp8", "no manifest.json, so no export is there"),
         (("sm120",), "fp8", None),
+        (("sm120",), "fp8", "flux/model.onnx: missing"),
+        (("sm120",), "fp8", "flux/model.onnx: damaged"),
         (("sm120",), "bf16", "holds fp8, and engine.precision is 'bf16'"),
         (("sm89",), "fp8", "has an engine for sm89, and this GPU is sm120"),
     ],
@@ -125,7 +128,11 @@ def test_check_looks_at_the_export_that_a_recipe_names(
     folder = tmp_path / "deep" / "flux"
     folder.mkdir(parents=True)
     if targets is not None:
-        made(targets=targets).write(folder / "manifest.json")
+        graph = {"model.onnx": FileEntry(bytes=3, sha256="0" * 64)}
+        listed = graph if fault is not None and "model.onnx" in fault else {}
+        made(targets=targets, files=listed).write(folder / "manifest.json")
+    if fault is not None and "damaged" in fault:
+        (folder / "model.onnx").write_text("shorter" * 2)
     text = f'[engine]\nprecision = "{precision}"\npath = "flux"\n'
     (tmp_path / "deep" / "mine.toml").write_text(text)
     ended = run("recipes", "check", "deep/mine.toml")

@@ -129,8 +129,9 @@ def test_devices_and_dtypes() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_torchs(saved_model: Path, dtype: str) -> None:
-    pipe = load_pipeline(str(saved_model), device="cpu", dtype=dtype)
-    assert pipe.transformer.dtype is getattr(torch, dtype)
+    for given in (dtype, getattr(torch, dtype)):
+        pipe = load_pipeline(str(saved_model), device="cpu", dtype=given)
+        assert pipe.transformer.dtype is getattr(torch, dtype)
 
 
 def test_defaults(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hasten.cli import options
-from hasten.errors import HastenError
+from hasten.errors import HastenError, UnsupportedError
 
 if TYPE_CHECKING:
     from hasten.results import Results
@@ -85,6 +85,8 @@ def bench(
             [f"row {row.recipe} failed: {row.reason}" for row in failed],
             f"each row's log is in {out / 'logs'}; `--resume` renders only what is missing",
         )
+    if all(row.status != "ok" for row in results.rows):
+        raise UnsupportedError("no row could be measured", "the notes above say why")
 
 
 def _names(text: str) -> tuple[str, ...]:

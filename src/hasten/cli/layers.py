@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 STEPS = 4  # of the one run that is measured: from pure noise to almost none
 SHOWN = 20
+TOGETHER = (
+    "with [fuse], skip a whole block, or all linears that read one input (in FLUX's attention: "
+    "to_q, to_k, to_v and add_*_proj or proj_mlp): else all blocks leave the kernels, which costs "
+    "more than it gains"
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Measured:
     prompt: str
     errors: list[LayerError]
     skip: list[str]
+    fused: bool
 
     @property
     def median_db(self) -> float:
@@ -111,7 +117,9 @@ def _measure(
     if not errors:
         raise InputError(f"none of the linears of {model} ran", "give a model whose blocks run")
     where = str(pipe.device), str(pipe.transformer.dtype).removeprefix("torch.")
-    return Measured(model, recipe.name, quantize, *where, prompt, errors, worth_skipping(errors))
+    fused = recipe.fuse is not None and recipe.fuse.kernels != "off"
+    skip = worth_skipping(errors)
+    return Measured(model, recipe.name, quantize, *where, prompt, errors, skip, fused)
 
 
 def _as_data(measured: Measured) -> dict[str, Any]:
@@ -161,3 +169,5 @@ def _print(measured: Measured) -> None:
         return
     print("these stand out by twice the median's error or more; to leave them alone:")
     print(f"  [quantize]\n  skip = {json.dumps([*scheme.skip, *measured.skip])}")
+    if measured.fused:
+        print(TOGETHER)

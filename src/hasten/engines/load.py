@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,17 @@ def read_export(recipe: Engine, target: str | None) -> Manifest:
             f"{folder} has an engine for {built}, and this GPU is {target}",
             f"export anew with --target {target}",
         )
+    _refuse(folder, manifest.other_size(folder))
     return manifest
+
+
+def _refuse(folder: Path, faults: Mapping[str, str]) -> None:
+    """EngineError where files of an export are missing or damaged."""
+    if faults:
+        raise EngineError(
+            [f"{folder / name}: {fault}" for name, fault in faults.items()],
+            f"export again: `hasten export tensorrt --out {folder}`",
+        )
 
 
 def _written(pipe: Any, recipe: Engine, target: str | None) -> Manifest:
@@ -109,14 +119,12 @@ def _written(pipe: Any, recipe: Engine, target: str | None) -> Manifest:
     manifest = read_export(recipe, target)
     folder = manifest.folder
     assert folder is not None  # it was read from there
-    if damaged := manifest.damaged(folder):
-        raise EngineError(
-            [f"{folder / name}: {fault}" for name, fault in damaged.items()], "export anew"
-        )
+    _refuse(folder, manifest.damaged(folder))
     if manifest.weights != weights_digest(pipe.transformer):
         raise EngineError(
             f"{folder} was exported from other weights than this pipeline's",
-            "export anew from this model, with its LoRA adapters fused",
+            "load it in the dtype that it was exported in, or export anew from this model, with "
+            "its LoRA adapters fused",
         )
     return manifest
 

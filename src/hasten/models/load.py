@@ -19,17 +19,20 @@ __all__ = ["has_random_weights", "load_pipeline", "model_notes"]
 NOTES = "_hasten_notes"  # on the transformer of a shape: model: what a reader of figures must know
 
 
-def load_pipeline(model: str = "tiny", *, device: str = "auto", dtype: str = "auto") -> Any:
+def load_pipeline(
+    model: str = "tiny", *, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> Any:
     """A Diffusers pipeline on a device, ready to call or to optimise.
 
     model: `tiny` (bundled), a local directory, a hub id, or `shape:flux.1-dev` (the true
-    architecture under random weights, for timing). device and dtype: torch's names; `auto` takes
-    the fastest device here and the dtype that suits it.
+    architecture under random weights, for timing). device and dtype: torch's names, or a dtype
+    itself; `auto` takes the fastest device here and the dtype that suits it.
 
     Raises ModelError (missing, incomplete, gated, unreadable), InputError (an unknown shape,
     device or dtype) or UnsupportedError (more memory than there is, before anything is loaded).
     """
     check_model(model)
+    dtype = str(dtype).removeprefix("torch.")
     check_dtype(dtype)
     target = torch.device(machine().usable_device(device))
     name = machine().default_dtype(str(target)) if dtype == "auto" else dtype

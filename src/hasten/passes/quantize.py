@@ -58,7 +58,7 @@ def quantize_linears(
         undo=None,
         left_alone=plan.left_alone,
         notes=_notes(recipe, fingerprint),
-        cannot_undo="the original weights were freed as they were replaced (copy=True keeps them)",
+        cannot_undo="the original weights were freed as they were replaced",
     )
 
 

@@ -31,7 +31,6 @@ SCHEMA: Literal[1] = 1
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-AGAIN = "export again: `hasten export tensorrt`"
 
 
 class _Record(BaseModel):
@@ -116,6 +115,7 @@ class Manifest(_Record):
         The files that it lists are not looked at: see `damaged`.
         """
         path = folder / MANIFEST
+        again = f"delete the folder, then `hasten export tensorrt --out {folder}`"
         try:
             found = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
@@ -124,20 +124,28 @@ class Manifest(_Record):
                 f"check the path, or export there: `hasten export tensorrt --out {folder}`",
             ) from None
         except NotADirectoryError:
-            raise InputError(f"{folder}: a file, not the folder of an export", AGAIN) from None
+            raise InputError(
+                f"{folder}: a file, not the folder of an export", "check the path"
+            ) from None
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read: {_first_line(error)}", AGAIN) from None
+            raise InputError(f"{path}: cannot be read: {_first_line(error)}", again) from None
         version = found.get("schema") if isinstance(found, Mapping) else None
         if version != SCHEMA:
             raise InputError(
-                f"{path}: its schema is {version!r}, this hasten reads {SCHEMA}", AGAIN
+                f"{path}: its schema is {version!r}, this hasten reads {SCHEMA}", again
             )
         try:
             return cls.model_validate({**found, "folder": folder})
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path}: {where}: {first['msg']}", AGAIN) from None
+            raise InputError(f"{path}: {where}: {first['msg']}", again) from None
+
+    def other_size(self, folder: Path) -> dict[str, str]:
+        """Its files that are missing from a folder or of another size, by name, and why: `missing`
+        or `damaged`. Reads none."""
+        found = {name: _fault_of_size(folder / name, entry) for name, entry in self.files.items()}
+        return {name: fault for name, fault in found.items() if fault is not None}
 
     def damaged(self, folder: Path) -> dict[str, str]:
         """Its files that are not in a folder as they were, by name, and why: `missing` or
@@ -147,12 +155,20 @@ class Manifest(_Record):
 
 
 def _fault(path: Path, entry: FileEntry) -> str | None:
+    if fault := _fault_of_size(path, entry):
+        return fault
     try:
-        same_size = path.stat().st_size == entry.bytes
-        return None if same_size and facts_of_file(path).sha256 == entry.sha256 else "damaged"
+        return None if facts_of_file(path).sha256 == entry.sha256 else "damaged"
+    except OSError:  # it cannot be read, or is a folder
+        return "damaged"
+
+
+def _fault_of_size(path: Path, entry: FileEntry) -> str | None:
+    try:
+        return None if path.stat().st_size == entry.bytes else "damaged"
     except FileNotFoundError:
         return "missing"
-    except OSError:  # it cannot be read, or is a folder
+    except OSError:
         return "damaged"
 
 

@@ -62,7 +62,7 @@ def store_in_eight_bits(encoder: Any, scheme: Scheme) -> Applied:
         f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB",
         undo=None,
         left_alone=(("embeddings, relative position bias, norms", "few weights or no product"),),
-        cannot_undo="the original weights were freed as they were replaced (copy=True keeps them)",
+        cannot_undo="the original weights were freed as they were replaced",
     )
 
 
