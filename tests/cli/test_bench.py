@@ -108,3 +108,12 @@ def test_a_failed_row_is_an_error_after_the_table(
     assert ended.errors == ["error: row broken failed: its process was ended by SIGKILL"]
     assert len(ended.fixes) == 1
     assert "--resume" in ended.fixes[0]
+
+
+def test_nothing_measured_is_an_error(run: Run, benchmark: Benchmark, tmp_path: Path) -> None:
+    made = make_results(tmp_path / "made", pictures=False)
+    rows = [Row(recipe=row.recipe, status="unsupported", reason="no room") for row in made.rows]
+    benchmark.results = made.model_copy(update={"rows": tuple(rows)})
+    ended = run("bench")
+    assert ended.code == 1
+    assert ended.errors == ["error: no row could be measured"]

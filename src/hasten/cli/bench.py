@@ -86,7 +86,7 @@ def bench(
             f"each row's log is in {out / 'logs'}; `--resume` renders only what is missing",
         )
     if all(row.status != "ok" for row in results.rows):
-        raise UnsupportedError("no row could be measured", "the notes above say why")
+        raise UnsupportedError("no row could be measured", "each row's reason says what to do")
 
 
 def _names(text: str) -> tuple[str, ...]:
