@@ -83,10 +83,10 @@ def _driver(
 
 
 def read_export(recipe: Engine, target: str | None) -> Manifest:
-    """What lies at the recipe's path, by its manifest alone.
+    """What lies at the recipe's path, by its manifest and the sizes of its files.
 
     target: of the GPU that is to run it, None where there is none. Raises InputError or EngineError
-    where no export is there, or one of another precision or for other GPUs.
+    where no whole export is there, or one of another precision or for other GPUs.
     """
     folder = Path(recipe.path or "").expanduser()
     manifest = Manifest.read(folder)
