@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hasten.models.architecture import Shape
-from hasten.models.shape import build_shape
+from hasten.models.random_weights import build_shape
 
 SMALL = Shape(
     name="small",

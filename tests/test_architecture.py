@@ -22,56 +22,40 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"errors"},
     "machine": {"errors", "memory"},
     "process": set(),
-    "writing": set(),
-    "sizes": set(),
-    "chatter": set(),
-    "hearing": set(),
+    "atomic": set(),
+    "sealed": set(),
+    "units": set(),
+    "library_logging": set(),
+    "log": set(),
     "quality": {"errors"},
-    "report": {"errors", "results", "sizes"},
+    "report": {"errors", "results", "units"},
     "kernels": {"errors"},
     "quantization": {"errors", "recipe", "machine", "kernels"},
-    "models": {"errors", "machine", "memory", "sizes", "kernels", "quantization"},
+    "families": {"errors", "kernels", "quantization"},
+    "models": {"errors", "machine", "memory", "units", "families"},
     "settings": {"errors", "recipe", "machine", "models"},
     "schedules": {"recipe"},
-    "driving": {"errors"},
-    "passes": {"errors", "recipe", "schedules", "driving", "kernels", "models", "quantization"},
+    "step": {"errors"},
+    "passes": {
+        "errors", "recipe", "schedules", "step", "kernels", "families", "models", "quantization",
+    },
     "engines": {
-        "errors",
-        "recipe",
-        "machine",
-        "memory",
-        "process",
-        "sizes",
-        "writing",
-        "kernels",
-        "models",
-        "quantization",
-        "prompts",
-        "chatter",
-        "copying",
+        "errors", "recipe", "machine", "memory", "process", "units", "atomic", "kernels",
+        "families", "models", "quantization", "prompts", "library_logging", "structural_copy",
         "check",
     },
-    "copying": {"errors"},
+    "structural_copy": {"errors"},
     "conflicts": {"recipe", "machine"},
-    "check": {"errors", "recipe", "machine", "models", "quantization", "conflicts"},
-    "pipeline": {"errors", "recipe", "models", "passes", "check", "driving"},
-    "engine": {
-        "errors",
-        "recipe",
-        "machine",
-        "models",
-        "passes",
-        "engines",
-        "check",
-        "conflicts",
-        "copying",
-        "hearing",
-        "pipeline",
+    "check": {"errors", "recipe", "machine", "families", "models", "quantization", "conflicts"},
+    "pipeline": {"errors", "recipe", "models", "passes", "check", "step"},
+    "apply": {
+        "errors", "recipe", "machine", "families", "models", "passes", "engines", "check",
+        "conflicts", "structural_copy", "log", "pipeline",
     },
-}
-MAY_IMPORT["calibration"] = {
-    "errors", "recipe", "quality", "kernels", "models", "passes", "quantization", "engine",
-    "pipeline",
+    "calibration": {
+        "errors", "recipe", "quality", "kernels", "families", "models", "passes", "quantization",
+        "apply", "pipeline",
+    },
 }  # fmt: skip
 LOWER = set(MAY_IMPORT)
 MAY_IMPORT["benchmark"] = LOWER | {""}
@@ -147,4 +131,4 @@ def test_public_names_exist_and_are_listed() -> None:
     assert set(hasten.__all__) == set(hasten._HOME)
     for name in hasten.__all__:
         assert getattr(hasten, name) is not None
-    assert hasten.optimize.__module__ == "hasten.engine"
+    assert hasten.optimize.__module__ == "hasten.apply"

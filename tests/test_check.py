@@ -10,9 +10,9 @@ from diffusers import FluxImg2ImgPipeline
 import hasten
 from hasten.check import check, problems
 from hasten.errors import UnsupportedError
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.machine import Machine, machine
 from hasten.models.fingerprint import fingerprint
-from hasten.models.flux import FluxFamily
 from hasten.recipe import Recipe, resolve
 
 

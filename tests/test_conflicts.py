@@ -9,7 +9,7 @@ import pytest
 from hasten.check import check
 from hasten.conflicts import conflicts, graphs_declined, kernels_declined
 from hasten.errors import UnsupportedError
-from hasten.models.flux import FluxFamily
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.recipe import Recipe, preset_names, resolve
 from tests.test_check import Capable
 

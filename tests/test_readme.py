@@ -63,7 +63,7 @@ TABLES = re.findall(
 
 @pytest.mark.parametrize(("name", "shown"), TABLES, ids=[name for name, _ in TABLES])
 def test_the_table_is_the_committed_one(name: str, shown: str) -> None:
-    committed = README.parent / "benchmarks" / "results" / name / "table.md"
+    committed = README.parent / "studies" / "results" / name / "table.md"
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     lines = committed.read_text("utf-8").splitlines()
     assert len(rows) > 5

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hasten import quality
+    from hasten.apply import optimize
     from hasten.benchmark import bench
     from hasten.calibration.activations import calibrate_activations
     from hasten.calibration.learn import calibrate
-    from hasten.engine import optimize
     from hasten.errors import (
         AlreadyOptimizedError,
         CallError,
@@ -43,7 +43,7 @@ _HOME = {
     "calibrate": "hasten.calibration.learn",
     "calibrate_activations": "hasten.calibration.activations",
     "load_pipeline": "hasten.models",
-    "optimize": "hasten.engine",
+    "optimize": "hasten.apply",
     "quality": "hasten.quality",
 }
 

@@ -10,7 +10,7 @@ from hasten.machine import Machine, Problem
 from hasten.recipe import Quantize, Recipe, ResidualCache
 
 if TYPE_CHECKING:
-    from hasten.models.family import Family
+    from hasten.families.family import Family
 
 __all__ = ["Problem", "check", "empty_weights", "learned_elsewhere", "problems", "refuse_optimized"]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hasten.check import MARK, learned_elsewhere
-from hasten.driving import driven_by
 from hasten.errors import HastenError
 from hasten.models.defaults import defaults_for
 from hasten.models.load import model_notes
@@ -17,6 +16,7 @@ from hasten.passes.cache.state import RunCounts
 from hasten.passes.cache.step import StepCache
 from hasten.passes.compile import compiler_errors
 from hasten.recipe import Recipe, parse_size
+from hasten.step.scheduler import driven_by
 
 __all__ = ["OptimizedPipeline", "undo_all"]
 

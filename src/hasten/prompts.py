@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 
 from hasten.errors import InputError
 
-__all__ = ["BUNDLED", "read_prompts"]
+__all__ = ["BUNDLED", "prompt_hash", "read_prompts"]
 
 BUNDLED = ("tiny", "general")
 """`tiny` is written for the bundled model, `general` for models that know the world."""
@@ -41,6 +42,15 @@ def read_prompts(
     if faults:
         raise InputError(faults, f"{source} has {len(prompts)} prompts: ask for 1 or more of them")
     return prompts[-last if last else None :][:limit]
+
+
+def prompt_hash(prompt: str) -> str:
+    """Twelve hexadecimal digits that name a prompt, whatever white space surrounds it.
+
+    Learned schedules list those of their prompts, so that a benchmark can tell whether it scores
+    a schedule on what it was learned from.
+    """
+    return hashlib.sha256(prompt.strip().encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def _text_of(source: str | Path) -> str:

@@ -128,6 +128,9 @@ class ScheduleCache(Section):
     weights: Annotated[tuple[Weights, ...], Field(strict=False)] | None = None
     sigmas: Annotated[tuple[Sigma, ...], Field(strict=False)] | None = None
     fingerprint: str | None = None
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
+        default=None, description="hashes of the prompts that it was learned and checked on"
+    )
     expected_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None, description="relative error of the final latents on held-back prompts"
     )

@@ -15,7 +15,7 @@ import torch
 
 from hasten.benchmark.job import Job
 from hasten.errors import ModelError, UnsupportedError
-from hasten.hearing import logger
+from hasten.log import logger
 from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import Recipe
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hasten.benchmark.engine import Engine
+from hasten.apply import optimize
 from hasten.benchmark.job import Job
-from hasten.engine import optimize
-from hasten.models.shape import build_shape
+from hasten.benchmark.subject import Engine
+from hasten.models.random_weights import build_shape
 from hasten.recipe import Recipe
 from tests.conftest import SMALL
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import hasten
-from hasten import hearing
+from hasten import log
 from hasten.benchmark.environment import Surroundings
 from hasten.benchmark.run import _job, _run_row, run_plan
 from hasten.benchmark.store import Store
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     recipes = [resolve("cache"), odd("leak and die"), odd("find the leak"), odd("unsupported")]
     heard: list[tuple[str, int, int]] = []
     lines: list[str] = []
-    with hearing.heard(lines.append, lines.append):
+    with log.forward_log(lines.append, lines.append):
         results = run_plan(
             make_plan(recipes), Store(out), engine=FAKE, progress=lambda *said: heard.append(said)
         )

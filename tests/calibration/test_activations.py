@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import hasten
 from hasten.calibration.activations import calibrate_activations, largest_inputs
 from hasten.errors import AlreadyOptimizedError, InputError, ModelError, UnsupportedError
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.models.fingerprint import fingerprint
-from hasten.models.flux import FluxFamily
 from hasten.quantization.linear import Fp8Linear
 from hasten.recipe import Quantize, Recipe
 

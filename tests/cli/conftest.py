@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hasten.chatter import VERBOSITY
 from hasten.cli import main
+from hasten.library_logging import VERBOSITY
 
 
 class Ended(NamedTuple):

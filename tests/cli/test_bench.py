@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hasten.hearing import logger
+from hasten.log import logger
 from hasten.results import Results, Row
 from tests.cli.conftest import Run
 from tests.report.builders import MEASURED, TENSORRT, make_results

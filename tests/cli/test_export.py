@@ -234,7 +234,7 @@ def test_a_repeat_for_a_model_of_the_hub_loads_no_torch(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
 def test_the_bundled_model(tmp_path: Path, precision: str) -> None:
-    """Alone on two cores each takes less than 60 s, which `benchmarks.tensorrt` measures; here
+    """Alone on two cores each takes less than 60 s, which `studies.tensorrt` measures; here
     other tests share them."""
     arguments = ["--precision", precision, "--target", "sm89", "--limit", "1", "--steps", "4"]
     program = [*PROGRAM, "export", "tensorrt", *arguments, "--json"]

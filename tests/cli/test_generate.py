@@ -11,7 +11,7 @@ from PIL import Image
 
 import hasten
 from hasten.cli.generate import Request, _save
-from hasten.hearing import logger
+from hasten.log import logger
 from hasten.recipe import Recipe, resolve
 from hasten.settings import Settings
 from tests.cli.conftest import Run
@@ -84,7 +84,7 @@ def test_stages_of_an_export_are_lines_on_stderr(run: Run, monkeypatch: pytest.M
         logger.info("calibrate     9.0 s")
         return optimize(*given, **options)
 
-    monkeypatch.setattr("hasten.engine.optimize", exporting)
+    monkeypatch.setattr("hasten.apply.optimize", exporting)
     assert run("generate", "x", *SMALL).err == "calibrate     9.0 s\n"
 
 

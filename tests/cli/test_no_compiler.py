@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.chatter import VERBOSITY
+from hasten.library_logging import VERBOSITY
 from hasten.results import read_results
 
 BENCH = "import sys; from hasten.cli import main; sys.exit(main(['bench', *sys.argv[1:]]))"

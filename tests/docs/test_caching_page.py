@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.caching import report, resampled
 from hasten.recipe import Recipe
+from studies.caching import report, resampled
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "caching.md"
-RESULTS = ROOT / "benchmarks" / "results" / "caching"
+RESULTS = ROOT / "studies" / "results" / "caching"
 MODELS = {"bundled": "tiny", "second": "teacher"}
 TABLES = re.findall(
     r"<!-- results: ([\w/-]+) -->\n(.*?)<!-- end of results -->",
@@ -25,7 +25,7 @@ TABLES = re.findall(
 
 @pytest.mark.parametrize(("name", "shown"), TABLES, ids=[name for name, _ in TABLES])
 def test_its_tables_are_the_committed_ones(name: str, shown: str) -> None:
-    report = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text("utf-8")
+    report = (ROOT / "studies" / "results" / f"{name}.md").read_text("utf-8")
     table = report.split("\n## ")[0]
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) > 5

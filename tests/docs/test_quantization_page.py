@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.linears import encoder_table, linears_table
-from benchmarks.quantization import blocks_table, text_table
+from studies.linears import encoder_table, linears_table
+from studies.quantization import blocks_table, text_table
 
 from hasten.recipe import Recipe
 
@@ -36,21 +36,21 @@ def test_its_links_lead_somewhere() -> None:
 
 
 def test_its_tables_come_from_the_results() -> None:
-    results = PAGE.parents[1] / "benchmarks" / "results" / "quantization" / "tiny.json"
+    results = PAGE.parents[1] / "studies" / "results" / "quantization" / "tiny.json"
     rows = json.loads(results.read_text("utf-8"))["rows"]
     assert blocks_table(rows) in TEXT
     assert text_table(rows) in (PAGE.parent / "text-and-decoder.md").read_text("utf-8")
 
 
 def test_its_times_come_from_the_results() -> None:
-    results = PAGE.parents[1] / "benchmarks" / "results" / "quantization" / "h100-linears.json"
+    results = PAGE.parents[1] / "studies" / "results" / "quantization" / "h100-linears.json"
     measured = json.loads(results.read_text("utf-8"))
     assert linears_table(measured["rows"]) in TEXT
     assert encoder_table(measured["text"]) in (PAGE.parent / "text-and-decoder.md").read_text()
 
 
 def test_emulation_beside_the_gpu_comes_from_the_results() -> None:
-    results = PAGE.parents[1] / "benchmarks" / "results" / "quantization"
+    results = PAGE.parents[1] / "studies" / "results" / "quantization"
 
     def scores(file: str, recipe: str) -> list[float]:
         rows = json.loads((results / file).read_text("utf-8"))["rows"]

@@ -12,7 +12,7 @@ from hasten.recipe import Recipe, resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "tensorrt.md"
 TEXT = PAGE.read_text("utf-8")
-RESULTS = PAGE.parents[1] / "benchmarks" / "results"
+RESULTS = PAGE.parents[1] / "studies" / "results"
 
 
 def test_its_recipe_is_the_preset_with_a_path() -> None:
@@ -43,7 +43,7 @@ def test_its_targets_are_those_there_are() -> None:
 
 
 def test_its_tables_come_from_the_results() -> None:
-    from benchmarks.tensorrt import pictures, tables
+    from studies.tensorrt import pictures, tables
 
     def result(name: str) -> Any:
         return json.loads((RESULTS / "tensorrt" / name).read_text("utf-8"))

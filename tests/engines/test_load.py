@@ -20,7 +20,7 @@ from hasten.errors import (
     InputError,
     UnsupportedError,
 )
-from hasten.models.shape import build_shape
+from hasten.models.random_weights import build_shape
 from hasten.recipe import Recipe, Sampling
 from tests.conftest import SMALL
 

@@ -33,7 +33,7 @@ def recipe(backend: str, **sections: Any) -> Recipe:
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def forward_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Batch and tokens of every choice; the choice is "math"."""
     asked: list[tuple[int, int]] = []
 

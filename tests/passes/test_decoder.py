@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 import hasten
 from hasten.check import check, problems
 from hasten.errors import UnsupportedError
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.machine import machine
-from hasten.models.flux import FluxFamily
 from hasten.passes import decoder as decoder_pass
 from hasten.passes.decoder import AUTO_PIXELS, MOST_COMPILATIONS, compile_decoder, tile
 from hasten.recipe import Recipe

@@ -76,7 +76,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(Graphs, "_capture", capture)
     for name in ("device", "current_stream", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *given: nullcontext())
-    monkeypatch.setattr("hasten.engine.graphs_declined", lambda r, _: graphs_declined(r, "cuda"))
+    monkeypatch.setattr("hasten.apply.graphs_declined", lambda r, _: graphs_declined(r, "cuda"))
     monkeypatch.setattr("hasten.check.conflicts", lambda recipe, _: conflicts(recipe, "cuda"))
     return made
 

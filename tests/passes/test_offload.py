@@ -9,8 +9,8 @@ import torch
 
 import hasten
 from hasten import Recipe, UnsupportedError
-from hasten.models.flux import FluxFamily
-from hasten.models.modulations import Modulations, RowReader
+from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.modulations import Modulations, RowReader
 from hasten.passes.offload import offload_modulations
 
 CPU = torch.device("cpu")

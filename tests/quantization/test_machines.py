@@ -94,7 +94,7 @@ def test_a_torch_without_the_product_is_noticed(monkeypatch: pytest.MonkeyPatch)
 def test_optimise_asks(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import hasten
 
-    monkeypatch.setattr("hasten.engine.machine", lambda: CPU_ONLY)
+    monkeypatch.setattr("hasten.apply.machine", lambda: CPU_ONLY)
     before = dict(pipe.transformer.named_modules())
     with pytest.raises(UnsupportedError, match="no FP8 product on this CPU"):
         hasten.optimize(pipe, Recipe(quantize=Quantize()))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hasten.errors import UnsupportedError
-from hasten.models.flux import FluxFamily
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.quantization.plan import Linears, Plan, make_plan, plan_problems
 from hasten.recipe import Quantize
 

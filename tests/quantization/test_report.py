@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.models.flux import FluxFamily
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.quantization.linear import quantized
 from hasten.quantization.report import LayerError, layer_errors, worth_skipping
 from hasten.recipe import Quantize

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.errors import RecipeError, UnsupportedError
-from hasten.models.flux import FluxFamily
-from hasten.models.projection import same_kind
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.quantization.linear import EmulatedLinear, Fp8Linear, QuantizedLinear, quantized
 from hasten.quantization.plan import make_plan, plan_problems
+from hasten.quantization.projection import same_kind
 from hasten.quantization.report import layer_errors
 from hasten.recipe import Quantize, Recipe
 

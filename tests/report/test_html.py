@@ -8,8 +8,8 @@ import pytest
 
 from hasten.errors import InputError
 from hasten.report import html, write_report
-from hasten.report.kinds import BASELINE_KIND, FEWER_STEPS, PEER, RECIPE
 from hasten.report.pictures import Album
+from hasten.report.roles import BASELINE_KIND, FEWER_STEPS, PEER, RECIPE
 from hasten.results import Results, Row
 from tests.report.builders import make_results, measured_row, quality
 

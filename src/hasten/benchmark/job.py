@@ -8,7 +8,7 @@ from hasten.results import Row, Workload
 
 __all__ = ["HASTEN_ENGINE", "Job", "Outcome", "Refusal"]
 
-HASTEN_ENGINE = "hasten.benchmark.engine"
+HASTEN_ENGINE = "hasten.benchmark.subject"
 
 
 class _Message(BaseModel):

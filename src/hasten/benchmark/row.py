@@ -21,14 +21,15 @@ import torch
 import torch._dynamo.config
 from torch import nn
 
+from hasten.atomic import write_text
 from hasten.benchmark.job import Job, Outcome, Refusal
 from hasten.benchmark.render import denoise_seconds, render, render_all
 from hasten.benchmark.score import Told, score
 from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes, timed
 from hasten.benchmark.workload import settings_of
-from hasten.chatter import quiet_libraries
 from hasten.errors import HastenError, InputError, ModelError, UnsupportedError
-from hasten.hearing import heard
+from hasten.library_logging import quiet_libraries
+from hasten.log import forward_log
 from hasten.passes.text.embeddings import cache_off
 from hasten.recipe import Recipe
 from hasten.results import (
@@ -38,7 +39,6 @@ from hasten.results import (
     summarize_quality,
     summarize_seconds,
 )
-from hasten.writing import write_text
 
 __all__ = ["main", "measure"]
 
@@ -56,7 +56,7 @@ def main(job_file: str, progress_descriptor: str) -> None:
     def tell(stage: str, done: int, total: int) -> None:
         send({"stage": stage, "done": done, "total": total})
 
-    with heard(lambda line: send({"line": line}), lambda now: tell(f"load, {now}", 0, 1)):
+    with forward_log(lambda line: send({"line": line}), lambda now: tell(f"load, {now}", 0, 1)):
         outcome = _outcome(job, tell)
     write_text(Path(job.outcome), outcome.model_dump_json())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten import errors
+from hasten.atomic import write_text
 from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome
 from hasten.benchmark.merge import assemble
 from hasten.benchmark.plan import Plan, Turn, make_plan
@@ -15,11 +16,10 @@ from hasten.benchmark.rows import DEFAULT_RECIPES
 from hasten.benchmark.store import Store
 from hasten.benchmark.workload import Options
 from hasten.errors import Faults, HastenError
-from hasten.hearing import logger
+from hasten.log import logger
 from hasten.process import how_it_ended, run_module
 from hasten.recipe import Recipe
 from hasten.results import BASELINE, Results, Row, write_results
-from hasten.writing import write_text
 
 __all__ = ["bench", "run_plan"]
 

@@ -21,10 +21,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from hasten.atomic import write_text
 from hasten.benchmark.rows import PlannedRow
 from hasten.errors import InputError
 from hasten.results import Environment, Row, Workload
-from hasten.writing import write_text
 
 __all__ = ["Identity", "Store"]
 

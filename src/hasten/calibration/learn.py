@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.apply import optimize
 from hasten.calibration.closed_loop import fit_closed_loop
 from hasten.calibration.cost import GapCosts, gram_matrix
 from hasten.calibration.objective import (
@@ -22,7 +23,6 @@ from hasten.calibration.objective import (
 from hasten.calibration.search import best_path, neighbours, path_cost
 from hasten.calibration.store import Fitted, Store
 from hasten.calibration.trajectories import Trajectories, record
-from hasten.engine import optimize
 from hasten.errors import InputError
 from hasten.models.fingerprint import fingerprint
 from hasten.pipeline import OptimizedPipeline

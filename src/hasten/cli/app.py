@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from hasten import __version__
-from hasten.chatter import quiet_libraries
 from hasten.cli.bench import bench
 from hasten.cli.calibrate import calibrate
 from hasten.cli.doctor import doctor
@@ -19,6 +18,7 @@ from hasten.cli.export import export
 from hasten.cli.failure import explain
 from hasten.cli.generate import generate
 from hasten.cli.recipes import recipes
+from hasten.library_logging import quiet_libraries
 
 app = typer.Typer(
     name="hasten",

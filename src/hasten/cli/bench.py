@@ -51,9 +51,9 @@ def bench(
     """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
     from hasten import bench as run
     from hasten.cli.progress import ProgressBar, print_line
-    from hasten.hearing import heard
+    from hasten.log import forward_log
 
-    with ProgressBar() as progress, heard(print_line, progress.stage):
+    with ProgressBar() as progress, forward_log(print_line, progress.stage):
         progress.stage("starting")
         results = run(
             model=model,

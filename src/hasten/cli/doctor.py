@@ -21,7 +21,7 @@ import typer
 
 from hasten.cli.options import Debug, Device, Dtype, Json, Model
 from hasten.errors import HastenError, InputError, join_fixes, unsupported
-from hasten.sizes import in_units
+from hasten.units import format_bytes
 
 if TYPE_CHECKING:
     from hasten.machine import Machine, Problem
@@ -196,7 +196,7 @@ def _kept_engines() -> str:
     except InputError:
         return ""
     taken = bytes_below(root)
-    return f"; {root} holds {in_units(taken)}, safe to delete" if taken else ""
+    return f"; {root} holds {format_bytes(taken)}, safe to delete" if taken else ""
 
 
 def _sum_of_cosines(x: Any) -> Any:
@@ -242,7 +242,7 @@ def _bundled_model(*, thorough: bool) -> Finding:
                 tensors.keys()
     except SafetensorError as error:
         return Finding(what, "no", f"{file.name}: {error}", REINSTALL, True)
-    size = in_units(sum(file.stat().st_size for file in files))
+    size = format_bytes(sum(file.stat().st_size for file in files))
     if not thorough:
         return Finding(what, "ok", size, required=True)
     from hasten import load_pipeline, optimize

@@ -11,7 +11,7 @@ import typer
 
 from hasten.cli import options
 from hasten.errors import Faults, InputError
-from hasten.sizes import in_units
+from hasten.units import format_bytes
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.manifest import Manifest
@@ -143,7 +143,7 @@ def _request(
 
 def _before(request: Request, key: str | None) -> Manifest | None:
     """What this very request wrote earlier, if it is still there and whole. Loads no torch."""
-    from hasten.engines.tensorrt.finished import finished
+    from hasten.engines.tensorrt.request_memo import finished
     from hasten.engines.tensorrt.store import Store
 
     return None if key is None else finished(Store(tell=_tell), key, request.out)
@@ -157,7 +157,7 @@ def _exported(request: Request, key: str | None) -> Manifest:
     with ProgressBar() as progress:
         progress.stage("loading")
         silence_library_bars()
-        from hasten.engines.tensorrt.finished import remember
+        from hasten.engines.tensorrt.request_memo import remember
         from hasten.engines.tensorrt.stages import export_tensorrt
         from hasten.engines.tensorrt.store import Store
         from hasten.models import load_pipeline
@@ -187,7 +187,7 @@ def _exported(request: Request, key: str | None) -> Manifest:
 
 def _key(request: Request) -> str | None:
     """Of the request and the model's files by size and time; None where there are none to see."""
-    from hasten.engines.tensorrt.finished import request_key
+    from hasten.engines.tensorrt.request_memo import request_key
     from hasten.models.defaults import model_directory
     from hasten.models.hub import cached_snapshot
 
@@ -223,8 +223,8 @@ def _sizes(manifest: Manifest) -> str:
     from hasten.engines.tensorrt.files import DATA, ENGINE, GRAPH
 
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-    graph = f"graph {in_units(sizes.get(GRAPH, 0) + sizes.get(DATA, 0))}"
-    return f"{graph}, engine {in_units(sizes[ENGINE])}" if ENGINE in sizes else graph
+    graph = f"graph {format_bytes(sizes.get(GRAPH, 0) + sizes.get(DATA, 0))}"
+    return f"{graph}, engine {format_bytes(sizes[ENGINE])}" if ENGINE in sizes else graph
 
 
 def _seen(manifest: Manifest) -> str:

@@ -105,12 +105,12 @@ def _request(prompt: str, recipe: str, out: Path, asked: CallOptions) -> Request
 
 def _render(request: Request, device: str, dtype: str, *, force: bool) -> Picture:
     from hasten.cli.progress import ProgressBar, print_line, silence_library_bars
-    from hasten.hearing import heard
+    from hasten.log import forward_log
     from hasten.models.defaults import model_directory
 
     start = time.perf_counter()
     may_download = model_directory(request.model) is None and ":" not in request.model
-    with ProgressBar() as progress, heard(print_line, progress.stage):
+    with ProgressBar() as progress, forward_log(print_line, progress.stage):
         if not (may_download and sys.stderr.isatty()):
             progress.stage("loading")
             silence_library_bars()

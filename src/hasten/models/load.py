@@ -12,7 +12,7 @@ from hasten.memory import ran_out
 from hasten.models.architecture import shape_named
 from hasten.models.defaults import check_model, defaults_for, model_directory
 from hasten.models.hub import kept_snapshot
-from hasten.models.room import check_room, converted_bytes
+from hasten.models.memory_check import check_fits, converted_bytes
 
 __all__ = ["has_random_weights", "load_pipeline", "model_notes"]
 
@@ -39,14 +39,14 @@ def load_pipeline(
     precision: torch.dtype = getattr(torch, name)
     defaults = defaults_for(model)
     if model.startswith("shape:"):
-        from hasten.models.shape import build_shape, shape_bytes
+        from hasten.models.random_weights import build_shape, shape_bytes
 
         shape = shape_named(model.removeprefix("shape:"))
         if target.type != "cuda":  # there it is made in the GPU's memory
-            check_room(model, precision, lambda dtype: shape_bytes(shape, dtype))
+            check_fits(model, precision, lambda dtype: shape_bytes(shape, dtype))
         return build_shape(shape, target, precision)
     if folder := model_directory(model) or kept_snapshot(model):
-        check_room(model, precision, lambda dtype: converted_bytes(folder, dtype))
+        check_fits(model, precision, lambda dtype: converted_bytes(folder, dtype))
     pipe = _from_pretrained(model, precision)
     pipe.default_sample_size = defaults.height // pipe.vae_scale_factor
     pipe.set_progress_bar_config(disable=True)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from hasten.report import numbers
-from hasten.report.drawn import drawn_rows, facts, scored_rows
-from hasten.report.kinds import Kind, kind_of
+from hasten.report.chart_rows import drawn_rows, facts, scored_rows
+from hasten.report.roles import Kind, kind_of
 from hasten.report.table import metric
 from hasten.results import Results, Row
 

@@ -12,9 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hasten.report import charts, numbers, table
-from hasten.report.drawn import drawn_rows, facts, not_drawn, scored_rows
-from hasten.report.kinds import RECIPE, Kind, kind_of, present_kinds
+from hasten.report.chart_rows import drawn_rows, facts, not_drawn, scored_rows
 from hasten.report.pictures import Album, Picture
+from hasten.report.roles import RECIPE, Kind, kind_of, present_kinds
 from hasten.results import BASELINE, BASELINE_AGAIN, Prompt, PromptQuality, Results, Row
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hasten.results import StepsComputed
-from hasten.sizes import in_units
+from hasten.units import format_bytes
 
 MISSING = "–"
 
@@ -45,7 +45,7 @@ def decibels(value: float | None) -> str:
 
 
 def memory(value: int | None) -> str:
-    return MISSING if value is None else in_units(value)
+    return MISSING if value is None else format_bytes(value)
 
 
 def steps(value: StepsComputed | None) -> str:

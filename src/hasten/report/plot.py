@@ -11,8 +11,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from hasten.report import numbers
-from hasten.report.drawn import drawn_rows, facts, not_drawn
-from hasten.report.kinds import kind_of, present_kinds
+from hasten.report.chart_rows import drawn_rows, facts, not_drawn
+from hasten.report.roles import kind_of, present_kinds
 from hasten.results import Results, Row
 
 # A README column is about 830 CSS pixels wide; twice that many device pixels stay sharp.

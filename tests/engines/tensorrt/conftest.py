@@ -16,8 +16,8 @@ import torch
 
 from hasten.engines.tensorrt.qdq import Amax
 from hasten.engines.tensorrt.step import Shapes
-from hasten.models.flux import FluxFamily
-from hasten.models.shape import variance_preserving_
+from hasten.families.flux1.blocks import FluxFamily
+from hasten.models.random_weights import variance_preserving_
 
 FAMILY = FluxFamily()
 SHAPES = Shapes(text=8, least=4, best=16, most=64)

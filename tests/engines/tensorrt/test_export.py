@@ -18,7 +18,7 @@ from hasten.engines.tensorrt.export import DATA, GRAPH, export_onnx, in_precisio
 from hasten.engines.tensorrt.qdq import Amax, QdqLinear
 from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes
 from hasten.errors import EngineError, UnsupportedError
-from hasten.models.modulations import RowReader
+from hasten.families.modulations import RowReader
 from tests.engines.tensorrt.conftest import (
     FAMILY,
     SHAPES,
@@ -307,7 +307,7 @@ import sys, warnings
 from pathlib import Path
 from tests.conftest import SMALL
 from tests.engines.tensorrt.conftest import FAMILY, SHAPES, unchanged_globals
-from hasten.models.shape import build_shape
+from hasten.models.random_weights import build_shape
 import torch
 pipe = build_shape(SMALL, torch.device("cpu"), torch.float32)
 sys.stderr.flush()

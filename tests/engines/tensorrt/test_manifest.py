@@ -100,7 +100,7 @@ def test_a_write_that_fails_leaves_the_old_one(
     def broken(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hasten.writing.sync", broken)
+    monkeypatch.setattr("hasten.atomic.sync", broken)
     with pytest.raises(OSError, match="No space left"):
         made(model="new").write(tmp_path / MANIFEST)
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hasten.engines.tensorrt import preflight
 from hasten.engines.tensorrt.preflight import Asked, check_model, check_request, graph_bytes
 from hasten.errors import EngineError, Faults, HastenError, InputError, UnsupportedError
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.machine import Machine
-from hasten.models.flux import FluxFamily
 
 GIB = 1 << 30
 FAMILY = FluxFamily()

@@ -24,9 +24,9 @@ from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.preflight import Asked
 from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.errors import EngineError, HastenError
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.models.defaults import ModelDefaults
-from hasten.models.flux import FluxFamily
-from hasten.models.shape import build_shape
+from hasten.models.random_weights import build_shape
 from tests.conftest import SMALL
 from tests.engines.tensorrt.test_store import files_up_to, flip_a_bit, names_below
 

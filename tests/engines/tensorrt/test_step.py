@@ -12,7 +12,7 @@ from torch import nn
 
 from hasten.engines.tensorrt.step import INPUTS, Shapes, Step, sample
 from hasten.errors import InputError
-from hasten.models.modulations import Modulations, RowReader
+from hasten.families.modulations import Modulations, RowReader
 from tests.engines.tensorrt.conftest import FAMILY, SHAPES, unchanged_globals
 
 

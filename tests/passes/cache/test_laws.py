@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hasten
 from hasten import Recipe
-from hasten.models.shape import build_shape
+from hasten.models.random_weights import build_shape
 from hasten.recipe import IntervalCache
 from tests.conftest import SMALL
 

@@ -22,9 +22,9 @@ import hasten
 from hasten import CallError, Recipe
 from hasten.check import check
 from hasten.errors import UnsupportedError
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.machine import machine
-from hasten.models.flux import FluxFamily
-from hasten.models.shape import build_shape
+from hasten.models.random_weights import build_shape
 from hasten.passes.cache.residual import Residual, ResidualBranch, relative_change
 from hasten.recipe import ResidualCache
 from tests.conftest import SMALL

@@ -12,8 +12,8 @@ from PIL import Image
 
 import hasten
 from hasten import CallError, Recipe, UnsupportedError
+from hasten.families.flux1.blocks import FluxFamily
 from hasten.kernels.norm_modulate import norm_modulate
-from hasten.models.flux import FluxFamily
 from tests.test_engine import ARGUMENTS, fresh
 
 Call = Callable[..., torch.Tensor]
@@ -63,7 +63,7 @@ def test_the_kernels_run(pipe: Any, call: Call, monkeypatch: pytest.MonkeyPatch)
         calls.append(arguments)
         return norm_modulate(*arguments)
 
-    monkeypatch.setattr("hasten.models.flux_fused.norm_modulate", counted)
+    monkeypatch.setattr("hasten.families.flux1.fused.norm_modulate", counted)
     call(hasten.optimize(pipe, KERNELS), num_inference_steps=2)
     blocks = (
         len(pipe.transformer.transformer_blocks),

@@ -12,10 +12,10 @@ import torch
 
 from hasten.engines.tensorrt.step import Step
 from hasten.errors import CallError
-from hasten.models.family import family_of
+from hasten.families.family import family_of
 from hasten.passes.applied import Applied
-from hasten.passes.cache.planned import Planned
 from hasten.passes.cache.planner import Planner
+from hasten.passes.cache.policy_planned import Planned
 from hasten.passes.cache.step import cache_steps
 from hasten.passes.fuse.on_engine import run_on_engine
 from hasten.passes.offload import offload_modulations

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hasten.check import refuse_optimized
-from hasten.copying import structural_copy
 from hasten.engines.tensorrt.export import refuse_adapters
 from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.preflight import METHODS
 from hasten.engines.tensorrt.qdq import Amax
-from hasten.engines.tensorrt.quiet import quiet
-from hasten.engines.tensorrt.restored import functions_restored
 from hasten.errors import EngineError, InputError, ModelError
-from hasten.models.family import Family
+from hasten.families.family import Family
+from hasten.library_logging import quiet
+from hasten.structural_copy import structural_copy
 
 __all__ = ["calibrate", "load", "save"]
 
@@ -171,3 +171,22 @@ def _found(name: str, linear: Any, method: str) -> Amax:
             "load the model in bfloat16 or float32",
         )
     return amax
+
+
+@contextmanager
+def functions_restored() -> Iterator[None]:
+    """Put torch's functions back after Model Optimizer has run a model.
+
+    It replaces functions of torch while a module runs, and leaves them replaced where the module
+    raises. Everything in the process would then go through a quantiser without a meaning.
+    """
+    before = [(module, dict(vars(module))) for module in (torch, functional)]
+    try:
+        yield
+    finally:
+        for module, functions in before:
+            for name, function in functions.items():
+                if callable(function) and vars(module).get(name) is not function:
+                    setattr(module, name, function)
+                    if f"_{name}" not in functions:  # where it keeps the original
+                        vars(module).pop(f"_{name}", None)

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.copying import share_weights
 from hasten.engines.tensorrt.attention import translation
 from hasten.engines.tensorrt.files import DATA, GRAPH, place, writing
 from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.qdq import Amax, QdqLinear, swap
-from hasten.engines.tensorrt.quiet import quiet
 from hasten.engines.tensorrt.states import Watched, hide, label
 from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes, sample
 from hasten.errors import EngineError
-from hasten.models.family import Family
+from hasten.families.family import Family
+from hasten.library_logging import quiet
+from hasten.structural_copy import share_weights
 
 __all__ = [
     "DATA",

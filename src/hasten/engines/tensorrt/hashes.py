@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hasten.atomic import write_text
 from hasten.engines.tensorrt.files import default_root, read_object
 from hasten.errors import InputError
-from hasten.writing import write_text
 
 __all__ = ["FileFacts", "content_key", "facts_of_file", "note_facts"]
 

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hasten.atomic import write_text
 from hasten.engines.tensorrt.hashes import facts_of_file
 from hasten.engines.tensorrt.targets import Precision
 from hasten.engines.tensorrt.verification import Verification
 from hasten.errors import InputError
-from hasten.writing import write_text
 
 __all__ = [
     "MANIFEST",

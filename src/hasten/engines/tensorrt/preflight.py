@@ -17,7 +17,7 @@ from hasten.errors import Faults, InputError, UnsupportedError
 from hasten.machine import Machine
 from hasten.memory import status_bytes
 from hasten.recipe import Engine, parse_size
-from hasten.sizes import in_units
+from hasten.units import format_bytes
 
 __all__ = ["METHODS", "Asked", "check_draws", "check_model", "check_request", "graph_bytes"]
 
@@ -213,8 +213,8 @@ def _check_memory(asked: Asked, weights: int, parameters: int, machine: Machine)
     if what == "checking the graph":
         fewer = ", or leave the check out: --no-verify (engine.verify = false)"
     raise UnsupportedError(
-        f"{what} takes about {in_units(needs[what])} of memory, "
-        f"this machine has {in_units(machine.ram_bytes)}",
+        f"{what} takes about {format_bytes(needs[what])} of memory, "
+        f"this machine has {format_bytes(machine.ram_bytes)}",
         f"use a machine with more memory, or the model in bfloat16 (--dtype){fewer}",
     )
 
@@ -232,7 +232,7 @@ def _check_disk(weights: int, places: Mapping[Path, float]) -> None:
         free = shutil.disk_usage(sample[device]).free
         if free < bytes_needed:
             raise UnsupportedError(
-                f"the export takes about {in_units(bytes_needed)} on the disk of "
-                f"{sample[device]}, which has {in_units(free)} free",
+                f"the export takes about {format_bytes(bytes_needed)} on the disk of "
+                f"{sample[device]}, which has {format_bytes(free)} free",
                 "free some space, or choose another --out, or set HASTEN_CACHE to another disk",
             )

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from hasten.engines.tensorrt.step import Shapes
-    from hasten.models.family import Family
+    from hasten.families.family import Family
 
 __all__ = ["PROMPTS", "export_tensorrt"]
 
@@ -300,7 +300,7 @@ class _Export:
         calibrated: Done | None,
         verification: Verification | None,
     ) -> Manifest:
-        from hasten.models.modulations import Modulations
+        from hasten.families.modulations import Modulations
 
         transformer = self.pipe.transformer
         return Manifest(
@@ -352,7 +352,7 @@ def _note_own_size(asked: Asked, defaults: ModelDefaults, tell: Tell) -> None:
 
 
 def _family(pipe: Any, faults: Faults) -> Any:
-    from hasten.models.family import family_of
+    from hasten.families.family import family_of
 
     with faults.gather():
         return family_of(pipe)

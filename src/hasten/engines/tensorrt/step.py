@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import InputError
-from hasten.models.family import Family
-from hasten.models.modulations import Modulations, RowReader
+from hasten.families.family import Family
+from hasten.families.modulations import Modulations, RowReader
 
 __all__ = ["INPUTS", "OUTPUT", "Shapes", "Step", "sample"]
 

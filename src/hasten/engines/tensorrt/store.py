@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hasten.atomic import sync, write_text
 from hasten.engines.tensorrt.files import default_root, read_object
 from hasten.engines.tensorrt.hashes import FileFacts, facts_of_file, note_facts
 from hasten.errors import EngineError, HastenError, InputError
-from hasten.writing import sync, write_text
 
 __all__ = ["FIX_SPACE", "Done", "Store", "Tell", "out_of_space"]
 

@@ -33,7 +33,7 @@ from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
 from hasten.engines.tensorrt.twin import float32_twin
 from hasten.engines.tensorrt.verification import SizeErrors, Verification
 from hasten.errors import EngineError
-from hasten.models.family import Family
+from hasten.families.family import Family
 
 __all__ = [
     "BLOCK_BARS",

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from hasten.atomic import sync
 from hasten.engines.tensorrt.files import ENGINE, RUNTIME_CACHE
 from hasten.engines.tensorrt.folder import OURS, SCRATCH
 from hasten.engines.tensorrt.hashes import FileFacts, content_key, note_facts
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.store import FIX_SPACE, Store, out_of_space
 from hasten.errors import EngineError, InputError
-from hasten.writing import sync
 
 __all__ = ["write_export"]
 

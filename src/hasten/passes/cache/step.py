@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from hasten.driving import driving, scheduler_of, step_of
 from hasten.errors import CallError
 from hasten.models.answer import answer
 from hasten.passes.applied import Applied, replace_attribute
 from hasten.passes.cache.planner import Planner
 from hasten.passes.cache.state import Branch, Run, RunCounts
+from hasten.step.scheduler import driving, scheduler_of, step_of
 
 __all__ = ["Policy", "StepCache", "cache_steps"]
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.driving import driving, step_of
 from hasten.errors import CallError
-from hasten.models.family import Family
-from hasten.models.modulations import Modulations
+from hasten.families.family import Family
+from hasten.families.modulations import Modulations
+from hasten.step.scheduler import driving, step_of
 
 __all__ = ["Constants", "ConstantsOfRuns"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from hasten.errors import CallError
+from hasten.families.family import Family
 from hasten.models.answer import answer
-from hasten.models.family import Family
 from hasten.passes.applied import replace_attribute
 from hasten.passes.fuse.constants import ConstantsOfRuns
 

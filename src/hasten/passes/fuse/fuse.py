@@ -8,14 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hasten.driving import scheduler_of
 from hasten.errors import UnsupportedError
-from hasten.models.family import Family
-from hasten.models.modulations import Modulations, RowReader
+from hasten.families.family import Family
+from hasten.families.modulations import Modulations, RowReader
 from hasten.passes.applied import Applied
 from hasten.passes.fuse.constants import ConstantsOfRuns
 from hasten.passes.fuse.forward import Body, FusedForward
 from hasten.recipe import Fuse
+from hasten.step.scheduler import scheduler_of
 
 __all__ = ["Attention", "fuse_forward"]
 

@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from hasten.driving import scheduler_of
 from hasten.errors import CallError
-from hasten.models.family import Family
-from hasten.models.modulations import Modulations
+from hasten.families.family import Family
+from hasten.families.modulations import Modulations
 from hasten.passes.applied import Applied
 from hasten.passes.fuse.constants import ConstantsOfRuns
 from hasten.passes.fuse.forward import Body, FusedForward
+from hasten.step.scheduler import scheduler_of
 
 __all__ = ["run_on_engine"]
 

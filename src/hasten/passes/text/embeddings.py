@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hasten.passes.applied import Applied
-from hasten.passes.text.question import key_of
+from hasten.passes.text.key import key_of
 from hasten.passes.text.store import Store
 
 __all__ = ["CachedEncoder", "cache_embeddings", "cache_off"]

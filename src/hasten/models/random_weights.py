@@ -1,0 +1,189 @@
+"""The true architecture under random weights, for timing where weights cannot be had.
+
+Every tensor is drawn, on the device, from a distribution that keeps activations near unit variance
+through each linear or convolution (weights N(0, 1/fan_in), He et al. 2015 without the ReLU gain);
+text encoders keep their own library initialisation. No memory is left uninitialised: its contents
+change the power draw and so the clocks and the timings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.errors import ModelError
+from hasten.families.flux1.blocks import FluxFamily
+from hasten.models.architecture import Shape
+
+__all__ = ["RandomTokenizer", "activation_std", "build_shape", "shape_bytes"]
+
+SEED = 0
+
+
+def build_shape(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+    """A FluxPipeline of this shape with random weights, made directly on the device.
+
+    Its transformer carries notes: that the weights are random, and the standard deviation of the
+    activations after the first and the last block and of the output, from one trial pass.
+    Raises ModelError where an activation is not finite.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    with _seeded(device), _constructing(device, dtype):
+        transformer, vae, clip, t5 = _components(shape)
+        spread = activation_std(transformer)
+    for component in (transformer, vae, clip, t5):
+        component.eval().requires_grad_(False)
+    transformer._hasten_notes = (
+        "random weights: speed is meaningful, pictures are not",
+        "activations finite, std " + ", ".join(f"{at} {std:.2f}" for at, std in spread.items()),
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**shape.scheduler),
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=RandomTokenizer(shape.clip["vocab_size"], 77, end=shape.clip["eos_token_id"]),
+        text_encoder_2=t5,
+        tokenizer_2=RandomTokenizer(shape.t5["vocab_size"], 512, end=1),
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def shape_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of all weights of a shape in a dtype, none of which are made."""
+    with torch.device("meta"):
+        weights = [weight for part in _components(shape) for weight in part.parameters()]
+    return int(sum(weight.numel() for weight in weights)) * dtype.itemsize
+
+
+def _components(shape: Shape) -> tuple[Any, Any, Any, Any]:
+    """Transformer, VAE, CLIP and T5."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    return (
+        variance_preserving_(FluxTransformer2DModel(**shape.transformer)),
+        variance_preserving_(AutoencoderKL(**shape.vae)),
+        CLIPTextModel(CLIPTextConfig(**shape.clip)),
+        T5EncoderModel(T5Config(**shape.t5)),
+    )
+
+
+def variance_preserving_(module: nn.Module) -> Any:
+    """Redraw every linear and convolution so that unit variance in gives unit variance out."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear | nn.Conv2d):
+            fan_in = child.weight[0].numel()
+            nn.init.normal_(child.weight, std=fan_in**-0.5)
+            if child.bias is not None:
+                nn.init.normal_(child.bias, std=0.02)
+    return module
+
+
+@torch.no_grad()
+def activation_std(transformer: Any, tokens: int = 64, text_tokens: int = 16) -> dict[str, float]:
+    """Standard deviation after the first block, after the last one and of the output.
+
+    One pass over random inputs at half noise, block by block. Raises ModelError at the first
+    block whose activations are not finite.
+    """
+    family, config = FluxFamily(), transformer.config
+    weight = transformer.x_embedder.weight
+    here: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    state = family.prologue(
+        transformer,
+        hidden_states=torch.randn(1, tokens, config.in_channels, **here),
+        encoder_hidden_states=torch.randn(1, text_tokens, config.joint_attention_dim, **here),
+        pooled_projections=torch.randn(1, config.pooled_projection_dim, **here),
+        timestep=torch.full((1,), 0.5, **here),
+        guidance=torch.full((1,), 3.5, **here) if config.guidance_embeds else None,
+        img_ids=torch.zeros(tokens, 3, **here),
+        txt_ids=torch.zeros(text_tokens, 3, **here),
+    )
+    stds: list[tuple[str, float]] = []
+    for name, after in family.blocks(transformer, state):
+        state = after
+        stds.append((name, _finite_std(name, state.image)))
+    output = _finite_std("proj_out", family.epilogue(transformer, state))
+    return {"first block": stds[0][1], "last block": stds[-1][1], "output": output}
+
+
+class RandomTokenizer:
+    """Stands in for a tokenizer that cannot be had: deterministic random ids of true length.
+
+    A prompt becomes `max_length` ids drawn from a generator seeded by its text, closed by the end
+    token; "longest" padding gives one id a word. Text encoders take the same time whatever the ids.
+    """
+
+    def __init__(self, vocab_size: int, model_max_length: int, *, end: int) -> None:
+        self.vocab_size = vocab_size
+        self.model_max_length = model_max_length
+        self.end = end
+        self.added_tokens_encoder: dict[str, int] = {}  # no textual inversion
+
+    def __call__(
+        self,
+        text: str | list[str],
+        *,
+        padding: str = "max_length",
+        max_length: int | None = None,
+        **_: Any,
+    ) -> SimpleNamespace:
+        """ids of shape (prompts, length), int64, as `input_ids`; other arguments have no effect."""
+        prompts = [text] if isinstance(text, str) else text
+        limit = max_length or self.model_max_length
+        words = max(len(self.tokenize(prompt)) for prompt in prompts) + 1
+        length = limit if padding == "max_length" else min(limit, words)
+        return SimpleNamespace(input_ids=torch.stack([self._ids(p, length) for p in prompts]))
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words, for Diffusers' textual-inversion look-up."""
+        return text.split()
+
+    def batch_decode(self, ids: Tensor) -> list[str]:
+        """Ids have no text; named for messages about truncation."""
+        return [f"{row.numel()} random token ids" for row in ids]
+
+    def _ids(self, prompt: str, length: int) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7])
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(2, self.vocab_size - 2, (length,), generator=generator)
+        ids[-1] = self.end
+        return ids
+
+
+def _finite_std(where: str, values: Tensor) -> float:
+    if not torch.isfinite(values).all():
+        raise ModelError(
+            f"random weights: activations after {where} are not finite",
+            "use a dtype with more range: bfloat16 or float32",
+        )
+    return float(values.float().std())
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Draw from a fixed seed and leave the caller's generators as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(SEED)
+        yield
+
+
+@contextmanager
+def _constructing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have their tensors on the device, in the dtype, from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)

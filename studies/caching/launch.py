@@ -1,0 +1,105 @@
+"""Starts jobs in processes of their own and reads what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from studies.caching.jobs import Job, empty_row, job_end
+from studies.caching.pool import Ended
+from studies.caching.results import failed_part
+
+from hasten.process import python_command, python_environment
+
+__all__ = ["Launcher"]
+
+LOGS = Path(__file__).resolve().parents[2] / "out" / "caching" / "logs"
+
+
+class Launcher:
+    """Starts a job in a process of its own and reads what it left behind."""
+
+    def __init__(self, processes: Any, folder: Path, slots: int, end: float | None) -> None:
+        self.processes = processes
+        self.folder = folder
+        self.slots = slots
+        self.end = end
+        self.numbers = count()
+        self.files: dict[int, tuple[Path, Path]] = {}
+
+    def start(self, job: Job, unfinished: Sequence[Job]) -> Any:
+        number = next(self.numbers)
+        job_file = self.folder / f"{number}.job.json"
+        row_file = self.folder / f"{number}.row.json"
+        LOGS.mkdir(parents=True, exist_ok=True)
+        log = LOGS / _log_name(job)
+        self.files[id(job)] = row_file, log
+        until = job_end(job, unfinished, self.slots, self.end, time.time())
+        job_file.write_text(json.dumps(asdict(replace(job, until=until))), "utf-8")
+        process = self.processes.Process(target=forked, args=(job_file, row_file, log, job.device))
+        process.start()
+        return process
+
+    def part(self, ended: Ended[Job]) -> tuple[dict[str, Any], str | None]:
+        """(the job's part of its row, why some of it is missing)."""
+        job, code, stopped = ended
+        if code == 0:
+            return self._left(job), None
+        part = self._left(job)
+        log = self.files[id(job)][1] if id(job) in self.files else None
+        lost = stopped or part.pop("fault", None) or f"{_status(code)}; see {log}"
+        return failed_part(part, job.budgets, lost), lost
+
+    def _left(self, job: Job) -> dict[str, Any]:
+        """What its row file holds: all of it, as much as there was, or nothing."""
+        row_file = self.files[id(job)][0] if id(job) in self.files else None
+        if row_file is None or not row_file.is_file():
+            return empty_row(job)
+        part: dict[str, Any] = json.loads(row_file.read_text("utf-8"))
+        return part
+
+
+def forked(job_file: Path, row_file: Path, log: Path, device: str) -> None:
+    """`row.perform`, in a process forked with everything imported; its output goes to `log`.
+
+    Where CUDA was touched before the fork it cannot start after it: a new interpreter then.
+    """
+    from studies.caching.row import perform
+
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    if not _can_start(device):
+        command = python_command("studies.caching.row", str(job_file), str(row_file))
+        os.execve(command[0], command, python_environment())
+    perform(job_file, row_file)
+
+
+def _can_start(device: str) -> bool:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        print(f"{device} cannot start in a fork: {error}", flush=True)
+        return False
+    return True
+
+
+def _status(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"failed with exit status {code}"
+
+
+def _log_name(job: Job) -> str:
+    method = Path(job.method).name.replace(" ", "-")
+    budgets = "-".join(f"{budget:g}" for budget in job.budgets)
+    return f"{job.model}-{method}-{budgets}-{job.blocks or 'own'}.log"

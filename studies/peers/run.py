@@ -1,0 +1,175 @@
+"""Time whole images of rows side by side on one device.
+
+    python -m studies.peers.run --device cuda --sizes 512 1024 --rounds 3 --out DIR
+    python -m studies.peers.run --rows diffusers-compile cache-dit-fp8-compile:18,17 hasten:max
+    python -m studies.peers.run --deadline 580 --setup-limit 240   # ends by then, whatever runs
+    python -m studies.peers.run --warm                 # each row once more, compile caches warm
+    python -m studies.peers.run --device cpu --model tiny --sizes 64 128 --steps 4 --rounds 1
+
+Each row has a process of its own. DIR/peers.json is whole after every stage, DIR/peers.md the table
+made from it, DIR/logs what the rows' libraries said. Exit status 1 where not every row is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from studies.peers.race import Options, Race
+from studies.peers.remote import Clock
+from studies.peers.report import write_report
+from studies.peers.rows import KINDS, Spec, read_spec
+from studies.peers.store import Store
+from studies.peers.workload import Workload
+
+from hasten.benchmark.environment import Surroundings, look_in_process
+from hasten.errors import HastenError
+from hasten.models.defaults import check_model, defaults_for
+from hasten.recipe import preset_names
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = [  # rows of eight bits side by side: two of them fit beside the base in 80 GB
+    "diffusers-compile",
+    "cache-dit-eager",
+    "diffusers-torchao-fp8",
+    "cache-dit-fp8-compile",
+]
+PRESETS = ["lossless", "fp8", "balanced", "max"]
+LAST = ["flux-fast"]  # may take its whole setup limit
+PACKAGES = (
+    "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "torchao", "mslk",
+    "cache-dit", "flash-attn", "nvidia-cudnn-cu13",
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    clock = Clock(options.deadline)
+    try:
+        specs = [read_spec(text, options.computed) for text in options.rows or _default_rows()]
+        _check(options)
+        here = _surroundings(options)
+        workload = _workload(options, here)
+    except (ValueError, HastenError) as error:
+        raise SystemExit(str(error)) from None
+    store = Store(options.out / "peers.json", _header(workload, here, arguments))
+    rows = _race(specs, workload, options, store, clock)
+    print(write_report(store.path), flush=True)
+    if any(row["status"] != "ok" for row in rows):
+        raise SystemExit(1)
+
+
+def _race(
+    specs: Sequence[Spec], workload: Workload, options: Any, store: Store, clock: Clock
+) -> list[dict[str, Any]]:
+    limits = Options(options.setup_limit, options.image_limit, options.resident, options.warm)
+    finished = False
+
+    def save() -> None:
+        store.save(race.rows, clock.spent(), finished=finished)
+
+    def say(line: str) -> None:
+        print(f"{clock.spent():6.1f} s  {line}", flush=True)
+
+    race = Race(workload, limits, clock, save, say)
+    before = signal.signal(signal.SIGTERM, _stop)  # for the processes to be ended with us
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            race.run(specs, Path(scratch), options.out / "logs")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    finished = True
+    save()
+    return race.rows
+
+
+def _check(options: argparse.Namespace) -> None:
+    check_model(options.model)
+    wrong = [size for size in options.sizes if size % 16 or size < 16]
+    if wrong:
+        raise ValueError(f"sizes {wrong} are not multiples of 16")
+    if options.steps < 1 or options.rounds < 1:
+        raise ValueError("--steps and --rounds are 1 or more")
+
+
+def _surroundings(options: argparse.Namespace) -> Surroundings:
+    here = look_in_process(options.device, options.dtype)
+    if here.fault:
+        raise ValueError(f"{here.fault}: {here.fix}")
+    return here
+
+
+def _workload(options: argparse.Namespace, here: Surroundings) -> Workload:
+    defaults = defaults_for(options.model)
+    return Workload(
+        model=options.model,
+        device=here.device,
+        dtype=here.dtype,
+        sizes=tuple(options.sizes),
+        steps=options.steps,
+        rounds=options.rounds,
+        tokens=defaults.max_sequence_length,
+        guidance=defaults.guidance,
+    )
+
+
+def _header(workload: Workload, here: Surroundings, arguments: list[str]) -> dict[str, Any]:
+    environment = here.environment.model_dump(exclude_none=True)
+    environment["packages"] = {name: _version(name) for name in PACKAGES}
+    return {
+        "workload": workload.to_json(),
+        "environment": environment,
+        "command": shlex.join(["python", "-m", "studies.peers.run", *arguments]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _default_rows() -> list[str]:
+    own = [f"hasten:{name}" for name in PRESETS if name in preset_names()]
+    return [*PEERS, *own, *LAST]
+
+
+def _stop(*_: Any) -> None:
+    raise SystemExit("stopped by a signal")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    known = ", ".join(KINDS)
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"KIND or KIND:ARGUMENT; {known}")
+    parser.add_argument("--computed", nargs="+", type=int, default=[18], metavar="K",
+                        help="steps of cache-dit's masks where a row names none")  # fmt: skip
+    parser.add_argument("--model", default="shape:flux.1-dev")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], metavar="PIXELS")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--resident", type=int, default=0, help="rows at once; 0: what fits")
+    parser.add_argument("--setup-limit", type=float, default=300, metavar="SECONDS",
+                        help="from loaded weights to the first image at the last size")  # fmt: skip
+    parser.add_argument("--image-limit", type=float, default=300, metavar="SECONDS")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="end by then")
+    parser.add_argument("--warm", action="store_true", help="measure starts with warm caches too")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "peers")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
