@@ -29,7 +29,7 @@ from hasten.passes.cache.residual import Residual, ResidualBranch, relative_chan
 from hasten.recipe import ResidualCache
 from tests.conftest import SMALL
 from tests.passes.test_compile import GRAPHS
-from tests.test_engine import ARGUMENTS, fresh, same
+from tests.test_apply import ARGUMENTS, fresh, same
 
 Call = Callable[..., torch.Tensor]
 

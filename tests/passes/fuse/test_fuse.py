@@ -14,7 +14,7 @@ import hasten
 from hasten import CallError, Recipe, UnsupportedError
 from hasten.families.flux1.blocks import FluxFamily
 from hasten.kernels.norm_modulate import norm_modulate
-from tests.test_engine import ARGUMENTS, fresh
+from tests.test_apply import ARGUMENTS, fresh
 
 Call = Callable[..., torch.Tensor]
 
