@@ -35,7 +35,7 @@ from hasten.engines.tensorrt.preflight import graph_bytes
 from hasten.engines.tensorrt.qdq import Amax
 from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
 from hasten.engines.tensorrt.verify import verify
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.memory import PeakMemory, status_bytes
 from hasten.models.architecture import FLUX_1_DEV
 from hasten.models.random_weights import variance_preserving_
@@ -44,7 +44,7 @@ from hasten.process import python_command, python_environment
 SCHEMA = 1
 PRECISIONS = ("bf16", "fp16", "fp8")
 TARGET = "sm89"
-FAMILY = FluxFamily()
+FAMILY = FLUX1
 SHAPES = Shapes(text=512, least=64, best=4096, most=4096)
 DEPTHS = ((1, 1), (2, 2), (4, 4))
 FULL = FLUX_1_DEV.transformer["num_layers"], FLUX_1_DEV.transformer["num_single_layers"]

@@ -10,7 +10,7 @@ from diffusers import FluxImg2ImgPipeline
 import hasten
 from hasten.check import check, problems
 from hasten.errors import UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.machine import Machine, machine
 from hasten.models.fingerprint import fingerprint
 from hasten.recipe import Recipe, resolve
@@ -46,14 +46,14 @@ def test_each_problem_has_its_fix_and_names_a_recipe_that_works() -> None:
 
 def test_check_raises_all_problems_at_once(pipe: Any) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        check(BOTH, pipe, FluxFamily(), NoCompiler(), None)  # type: ignore[arg-type]
+        check(BOTH, pipe, FLUX1, NoCompiler())  # type: ignore[arg-type]
     assert len(caught.value.faults) == 2
 
 
 def test_compiled_blocks_are_not_compiled_again(pipe: Any) -> None:
     pipe.transformer.transformer_blocks[0].compile()
     with pytest.raises(UnsupportedError, match="compiled already"):
-        check(resolve("compile"), pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
+        check(resolve("compile"), pipe, FLUX1, Capable())  # type: ignore[arg-type]
 
 
 def test_a_scheduler_that_does_not_know_its_step_cannot_be_cached(pipe: Any) -> None:
@@ -61,8 +61,8 @@ def test_a_scheduler_that_does_not_know_its_step_cannot_be_cached(pipe: Any) -> 
         pass
 
     pipe.scheduler = Stepless()
-    with pytest.raises(UnsupportedError, match="at which step"):
-        check(resolve("cache"), pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="no step_index or no sigmas"):
+        check(resolve("cache"), pipe, FLUX1, Capable())  # type: ignore[arg-type]
 
 
 def test_presets_that_need_no_compiler_work_on_this_machine() -> None:

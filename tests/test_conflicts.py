@@ -9,7 +9,8 @@ import pytest
 from hasten.check import check
 from hasten.conflicts import conflicts, graphs_declined, kernels_declined
 from hasten.errors import UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
+from hasten.families.flux1.fused import reasons_against
 from hasten.recipe import Recipe, preset_names, resolve
 from tests.test_check import Capable
 
@@ -128,7 +129,7 @@ def test_kernels_that_quantised_layers_cannot_feed_are_refused_before_quantising
         pipe.transformer.bfloat16()
     recipe = Recipe.from_dict({**KERNELS, "quantize": quantize})
     with pytest.raises(UnsupportedError) as caught:
-        check(recipe, pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
+        check(recipe, pipe, FLUX1, Capable())  # type: ignore[arg-type]
     assert reason in caught.value.faults[0]
 
 
@@ -139,20 +140,20 @@ def test_whole_blocks_may_be_skipped_beside_the_kernels(
     pipe.transformer.bfloat16()
     quantize = {"scheme": "fp8", "skip": ["transformer_blocks.0"]}
     recipe = Recipe.from_dict({**KERNELS, "quantize": quantize})
-    check(recipe, pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
+    check(recipe, pipe, FLUX1, Capable())  # type: ignore[arg-type]
 
 
 def test_a_forward_that_fusion_would_bypass_is_refused(pipe: Any) -> None:
     plain = pipe.transformer.forward
     pipe.transformer.forward = lambda *args, **kwargs: plain(*args, **kwargs)
     with pytest.raises(UnsupportedError, match="was replaced or compiled") as caught:
-        check(Recipe.from_dict({"fuse": {}}), pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
+        check(Recipe.from_dict({"fuse": {}}), pipe, FLUX1, Capable())  # type: ignore[arg-type]
     assert "take [fuse] out" in caught.value.fix
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_that_kernels_would_bypass_count_against_them(hook: str, pipe: Any) -> None:
     getattr(pipe.transformer.single_transformer_blocks[1].attn.to_k, hook)(lambda *given: None)
-    assert FluxFamily().reasons_against_kernels(pipe.transformer) == [
+    assert reasons_against(pipe.transformer) == [
         "single_transformer_blocks.1: it, or a layer in it, has hooks or a replaced forward"
     ]

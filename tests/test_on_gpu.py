@@ -19,9 +19,9 @@ from torch._dynamo.utils import counters
 import hasten
 from hasten import HastenError
 from hasten.cli import main
-from hasten.passes.graphs import Graphs
 from hasten.quality import lpips, psnr
 from hasten.recipe import Recipe, resolve
+from hasten.step.graphs import Graphs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -251,7 +251,7 @@ def test_the_json_schema_describes_every_section() -> None:
 def test_reading_recipes_imports_no_torch() -> None:
     code = (
         "import sys, hasten; from hasten.recipe import resolve; resolve('cache');"
-        "import hasten.passes.cache.planner; import hasten.models.defaults;"
+        "import hasten.passes.cache.plan; import hasten.models.defaults;"
         "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
         RecipeError,
         UnsupportedError,
     )
+    from hasten.families import register_family
     from hasten.models import load_pipeline
-    from hasten.pipeline import OptimizedPipeline
+    from hasten.pipeline import OptimizedPipeline, restore
     from hasten.recipe import Recipe
 
 __version__ = "0.1.0.dev0"
@@ -45,6 +46,8 @@ _HOME = {
     "load_pipeline": "hasten.models",
     "optimize": "hasten.apply",
     "quality": "hasten.quality",
+    "register_family": "hasten.families",
+    "restore": "hasten.pipeline",
 }
 
 __all__ = [
@@ -63,6 +66,8 @@ __all__ = [
     "load_pipeline",
     "optimize",
     "quality",
+    "register_family",
+    "restore",
 ]
 
 

@@ -1,20 +1,46 @@
-"""Every conflict of recipe × model × machine, found before anything is touched."""
+"""Every conflict of recipe × model × machine, found before anything is touched.
+
+What is decided here is the verdict that the passes obey.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.conflicts import conflicts, kernels_declined
-from hasten.errors import AlreadyOptimizedError, unsupported
+from hasten.conflicts import conflicts, graphs_declined, kernels_declined
+from hasten.errors import unsupported
 from hasten.machine import Machine, Problem
-from hasten.recipe import Quantize, Recipe, ResidualCache
+from hasten.recipe import BudgetCache, Quantize, Recipe, ResidualCache, ScheduleCache
 
 if TYPE_CHECKING:
     from hasten.families.family import Family
+    from hasten.quantization.plan import Plan
 
-__all__ = ["Problem", "check", "empty_weights", "learned_elsewhere", "problems", "refuse_optimized"]
+__all__ = ["Problem", "Verdict", "check", "empty_weights", "problems"]
 
-MARK = "_hasten_recipe"  # set on an optimised transformer: the recipe's name
+FORCED_SCHEDULE = "schedule learned on another model, used by force"
+FORCED_SCALES = "static scales calibrated on another model, used by force"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the passes do.
+
+    Attributes:
+        fingerprint: Of the transformer's weights, where something was learned and they can be read.
+        linears: Which linears are quantised; None where none are.
+        kernels: Why the blocks do not run on fused kernels; None where they do.
+        graphs: Why no CUDA graphs are recorded; None where they are.
+        notes: What results must say.
+    """
+
+    fingerprint: str | None = None
+    linears: Plan | None = None
+    kernels: str | None = None
+    graphs: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
@@ -38,43 +64,50 @@ def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem
 
 
 def check(
-    recipe: Recipe, pipe: Any, family: Family, machine: Machine, fingerprint: str | None
-) -> None:
-    """Raise UnsupportedError with every conflict at once; return if there is none.
+    recipe: Recipe, pipe: Any, family: Family, machine: Machine, *, force: bool = False
+) -> Verdict:
+    """Decide what the passes do.
 
-    `fingerprint` is the model's; None accepts a schedule and static scales of any model.
+    Args:
+        recipe: What was asked for.
+        pipe: The plain pipeline.
+        family: Its transformer's.
+        machine: What this machine can do.
+        force: Accept a schedule and static scales that were learned on another model.
+
+    Raises:
+        UnsupportedError: Everything that stands in the way, at once.
     """
+    transformer = pipe.transformer
+    name, unknown = _fingerprint(recipe, transformer)
     found = [
         *problems(recipe, machine, pipe.device.type),
         *_model_problems(recipe, pipe, family),
-        *_linear_problems(recipe, pipe.transformer, family),
-        *_scale_problems(recipe, fingerprint),
-        *_kernel_problems(recipe, pipe.transformer, family),
-        *_forward_problems(recipe, pipe.transformer),
-        *_offload_problems(recipe, pipe.transformer, family),
-        *_residual_problems(recipe, pipe.transformer, family),
+        *_family_problems(recipe, transformer, family),
+        *_weight_problems(recipe, transformer),
+        *_linear_problems(recipe, transformer, family),
+        *_forward_problems(recipe, transformer),
+        *_offload_problems(recipe, transformer, family),
+        *_residual_problems(recipe, transformer, family),
         *_text_encoder_problems(recipe, pipe),
         *_vae_problems(recipe, getattr(pipe, "vae", None)),
-        *_schedule_problems(recipe, fingerprint),
+        *([] if force else _learned_problems(recipe, name, unknown)),
     ]
+    kernels = None
+    if not found:
+        kernels = _against_kernels(recipe, transformer, family)
+        if kernels and recipe.fuse is not None and recipe.fuse.kernels == "on":
+            fix = 'set fuse.kernels = "auto", or "off"'
+            found.append(Problem(f'fuse.kernels = "on": {kernels}', fix))
     if found:
         raise unsupported(found)
-
-
-def learned_elsewhere(recipe: Recipe, fingerprint: str | None) -> str | None:
-    """Fingerprint of the other model that the recipe's schedule was learned on; None if of none."""
-    learned_on: str | None = getattr(recipe.cache, "fingerprint", None)
-    return None if fingerprint is None or learned_on == fingerprint else learned_on
-
-
-def refuse_optimized(pipe: Any) -> None:
-    """Raise if this pipeline, or another that shares its transformer, is optimised already."""
-    name = getattr(getattr(pipe, "transformer", None), MARK, None)
-    if name is not None:
-        raise AlreadyOptimizedError(
-            f"the pipeline's transformer is already optimised with the recipe {name!r}",
-            "call restore() on what optimize() returned, or pass the plain pipeline with copy=True",
-        )
+    return Verdict(
+        fingerprint=name,
+        linears=_plan(recipe, transformer, family),
+        kernels=kernels,
+        graphs=graphs_declined(recipe, pipe.device.type),
+        notes=_notes(recipe, family, name),
+    )
 
 
 def empty_weights(transformer: Any) -> Problem | None:
@@ -103,11 +136,14 @@ def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
                     "leave the compiling to the recipe, or take [compile] out of it",
                 )
             )
-    if recipe.cache is not None and not hasattr(pipe.scheduler, "step_index"):
+    if recipe.cache is not None and not (
+        hasattr(pipe.scheduler, "step_index") and hasattr(pipe.scheduler, "sigmas")
+    ):
         found.append(
             Problem(
-                f"{type(pipe.scheduler).__name__} does not say at which step it is",
-                "step caching needs a scheduler with step_index, as all flow-matching ones have",
+                f"{type(pipe.scheduler).__name__} has no step_index or no sigmas",
+                "step caching needs a flow-matching scheduler, which has both: "
+                "FlowMatchEulerDiscreteScheduler, for example",
             )
         )
     if recipe.cache is not None and getattr(pipe.transformer, "is_cache_enabled", False):
@@ -141,45 +177,135 @@ def _linear_problems(recipe: Recipe, transformer: Any, family: Family) -> list[P
     return plan_problems(transformer, family.quantizable(transformer), recipe.quantize)
 
 
-def _scale_problems(recipe: Recipe, fingerprint: str | None) -> list[Problem]:
-    """Static scales that were calibrated on another model."""
-    calibrated_on = recipe.quantize.fingerprint if recipe.quantize else None
-    if fingerprint is None or calibrated_on in (None, fingerprint):
+def _plan(recipe: Recipe, transformer: Any, family: Family) -> Plan | None:
+    if recipe.quantize is None:
+        return None
+    from hasten.quantization.plan import make_plan
+
+    return make_plan(transformer, family.quantizable(transformer), recipe.quantize)
+
+
+def _against_kernels(recipe: Recipe, transformer: Any, family: Family) -> str | None:
+    """Why the blocks will not run on fused kernels, once they are quantised; None where they do."""
+    if recipe.fuse is None or recipe.fuse.kernels == "off":
+        return 'kernels = "off"'
+    if why := kernels_declined(recipe):
+        return why
+    if family.kernels is None:
+        return f"there are no fused kernels for {family.name}"
+    reasons = family.kernels.reasons_against(transformer, _to_be(recipe, transformer, family))
+    return reasons[0] if reasons else None
+
+
+def _to_be(recipe: Recipe, transformer: Any, family: Family) -> Mapping[Any, type]:
+    """What `[quantize]` will put in the place of linears before the kernels take over."""
+    plan = _plan(recipe, transformer, family)
+    if plan is None or recipe.quantize is None:
+        return {}
+    from hasten.quantization.linear import linear_class
+
+    kind, names = linear_class(recipe.quantize), set(plan.names)
+    return {linear: kind for name, linear in family.quantizable(transformer) if name in names}
+
+
+def _fingerprint(recipe: Recipe, transformer: Any) -> tuple[str | None, str]:
+    """The weights' fingerprint where something learned is compared with it; else None, and why it
+    cannot be had."""
+    cache = recipe.cache
+    learned = isinstance(cache, BudgetCache | ScheduleCache)
+    if not learned and (recipe.quantize is None or recipe.quantize.fingerprint is None):
+        return None, ""
+    from hasten.models.fingerprint import fingerprint, unreadable
+
+    why = unreadable(transformer)
+    return (None, why) if why else (fingerprint(transformer), "")
+
+
+def _learned_problems(recipe: Recipe, name: str | None, unknown: str) -> list[Problem]:
+    """A schedule or static scales that were learned on another model, or on who knows which."""
+    found = []
+    here = f"this one is {name}" if name else f"of this one it is not known: {unknown}"
+    schedule: str | None = getattr(recipe.cache, "fingerprint", None)
+    if schedule not in (None, name):
+        found.append(
+            Problem(
+                f"the schedule was learned on another model ({schedule}; {here})",
+                "learn one for this model with `hasten calibrate`, or insist with --force "
+                "(force=True)",
+            )
+        )
+    scales = recipe.quantize.fingerprint if recipe.quantize else None
+    if scales not in (None, name):
+        found.append(
+            Problem(
+                f"the static scales were calibrated on another model ({scales}; {here})",
+                "calibrate this one with `hasten calibrate-scales`, or insist with --force "
+                "(force=True)",
+            )
+        )
+    return found
+
+
+def _notes(recipe: Recipe, family: Family, name: str | None) -> tuple[str, ...]:
+    notes = []
+    if not family.declared:
+        notes.append(f"hasten was not tried with {family.name}")
+    if getattr(recipe.cache, "fingerprint", None) not in (None, name):
+        notes.append(FORCED_SCHEDULE)
+    if recipe.quantize is not None and recipe.quantize.fingerprint not in (None, name):
+        notes.append(FORCED_SCALES)
+    return tuple(notes)
+
+
+def _family_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+    """Sections that need something of the family which nobody has declared."""
+    blocks = bool(family.stacks)
+    compiles = recipe.compile is not None and recipe.compile.mode == "blocks"
+    layers = True
+    if recipe.attention is not None:
+        from hasten.passes.attention import attention_layers
+
+        layers = bool(attention_layers(transformer))
+    sizes = ("num_attention_heads", "attention_head_dim")
+    auto = recipe.attention is not None and recipe.attention.backend == "auto"
+    needs = (
+        (recipe.quantize, "[quantize]", "which blocks it repeats", blocks),
+        (compiles, 'compile.mode = "blocks"', "which blocks it repeats", blocks),
+        (recipe.fuse, "[fuse]", "how it is conditioned", family.conditioning is not None),
+        (recipe.engine, "[engine]", "how it is exported", family.export is not None),
+        (recipe.attention, "[attention]", "attention layers whose backend can be set", layers),
+        (
+            auto,
+            'attention.backend = "auto"',
+            "the sizes of its attention heads",
+            all(transformer.config.get(name) for name in sizes),
+        ),
+    )
+    return [
+        Problem(
+            f"{section} needs to know of {family.name} {what}, and it is not declared",
+            f"leave {section.partition(' ')[0]} out, or declare it: hasten.register_family",
+        )
+        for there, section, what, known in needs
+        if there and not known
+    ]
+
+
+def _weight_problems(recipe: Recipe, transformer: Any) -> list[Problem]:
+    """Sections that need the weights where they are used."""
+    sections = [name for name in ("quantize", "fuse", "engine") if getattr(recipe, name)]
+    if not sections:
+        return []
+    from hasten.models.fingerprint import offloaded
+
+    if not (how := offloaded(transformer)):
         return []
     return [
         Problem(
-            f"the static scales were calibrated on another model ({calibrated_on}; this one is "
-            f"{fingerprint})",
-            "calibrate this one with `hasten calibrate --activations`, or insist with --force "
-            "(force=True)",
+            f"the transformer's weights are {how}, and [{sections[0]}] needs them in place",
+            "optimise the pipeline before it is offloaded, or let the recipe offload it",
         )
     ]
-
-
-def _kernel_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
-    """Why this transformer cannot run on the fused kernels that the recipe insists on."""
-    if recipe.fuse is None or recipe.fuse.kernels != "on":
-        return []
-    linears = _to_be(recipe, transformer, family)
-    return [
-        Problem(f'fuse.kernels = "on": {reason}', 'set fuse.kernels = "auto", or "off"')
-        for reason in family.reasons_against_kernels(transformer, linears)[:3]
-    ]
-
-
-def _to_be(recipe: Recipe, transformer: Any, family: Family) -> dict[Any, type]:
-    """What `[quantize]` will put in the place of linears before the kernels take over."""
-    if recipe.quantize is None or kernels_declined(recipe):
-        return {}
-    if _linear_problems(recipe, transformer, family):
-        return {}
-    linears = family.quantizable(transformer)
-    from hasten.quantization.linear import Fp8Linear, Int8Linear
-    from hasten.quantization.plan import make_plan
-
-    kind = {"fp8": Fp8Linear, "int8": Int8Linear}[recipe.quantize.scheme]
-    names = set(make_plan(transformer, linears, recipe.quantize).names)
-    return {linear: kind for name, linear in linears if name in names}
 
 
 def _text_and_decoder_problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
@@ -243,9 +369,17 @@ def _vae_problems(recipe: Recipe, vae: Any) -> list[Problem]:
 
 
 def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
-    """Why the transformer cannot be run block by block, some blocks always and the others not."""
+    """Why it cannot be decided between the transformer's blocks."""
     if not isinstance(recipe.cache, ResidualCache):
         return []
+    if not family.declared or not family.stacks:
+        return [
+            Problem(
+                f'cache.kind = "residual" needs to know the blocks of {family.name}',
+                'use a planned cache, such as kind = "interval", or declare the family: '
+                "hasten.register_family",
+            )
+        ]
     found = []
     blocks = len(family.repeated_blocks(transformer))
     if recipe.cache.first_blocks >= blocks:
@@ -256,25 +390,33 @@ def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> list
                 "one first block is the usual number",
             )
         )
-    if _is_replaced(transformer):
+    if _is_compiled(transformer):
         found.append(
             Problem(
-                "the transformer's forward was replaced or compiled (by offloading, hooks or "
-                'torch.compile), and cache.kind = "residual" runs its blocks one by one instead',
-                "optimise the plain pipeline and put such things into the recipe, or around it "
-                'afterwards; or use a planned cache, such as kind = "interval"',
+                'the transformer was compiled as a whole, and cache.kind = "residual" decides '
+                "between its blocks",
+                'leave the compiling to the recipe ([compile] mode = "blocks"), or use a planned '
+                'cache, such as kind = "interval"',
             )
         )
     return found
 
 
+def _is_compiled(transformer: Any) -> bool:
+    from hasten.step.chain import plain_module
+
+    return plain_module(transformer) is not transformer or (
+        transformer._compiled_call_impl is not None
+    )
+
+
 def _is_replaced(transformer: Any) -> bool:
     own = getattr(transformer.forward, "__func__", None) is type(transformer).forward
-    return not own or transformer._compiled_call_impl is not None
+    return not own or _is_compiled(transformer)
 
 
 def _forward_problems(recipe: Recipe, transformer: Any) -> list[Problem]:
-    """Why another forward cannot take the place of this transformer's."""
+    """Why nothing can be put in the place of the forward that this transformer has now."""
     section = "[fuse]" if recipe.fuse is not None else "[engine]" if recipe.engine else None
     if section is None or not _is_replaced(transformer):
         return []
@@ -292,24 +434,13 @@ def _offload_problems(recipe: Recipe, transformer: Any, family: Family) -> list[
     """Why the modulation weights cannot wait in host memory."""
     if recipe.offload is None or recipe.offload.kind != "modulation":
         return []
-    kinds = {type(norm.linear).__name__ for _, norm in family.modulated_norms(transformer)}
+    norms: Any = family.modulated_norms(transformer)
+    kinds = {type(norm.linear).__name__ for _, norm in norms}
     if kinds == {"Linear"}:
         return []
     return [
         Problem(
             f'offload.kind = "modulation" moves plain linears, and there are {", ".join(kinds)}',
             "fuse LoRA adapters first: pipe.fuse_lora(), then pipe.unload_lora_weights()",
-        )
-    ]
-
-
-def _schedule_problems(recipe: Recipe, fingerprint: str | None) -> list[Problem]:
-    learned_on = learned_elsewhere(recipe, fingerprint)
-    if learned_on is None:
-        return []
-    return [
-        Problem(
-            f"the schedule was learned on another model ({learned_on}; this one is {fingerprint})",
-            "learn one for this model with `hasten calibrate`, or insist with --force (force=True)",
         )
     ]

@@ -2,53 +2,172 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from dataclasses import replace
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from hasten.check import MARK, learned_elsewhere
-from hasten.errors import HastenError
-from hasten.models.defaults import defaults_for
+from torch import nn
+
+from hasten.errors import HastenError, UnsupportedError
 from hasten.models.load import model_notes
-from hasten.passes.applied import Applied
-from hasten.passes.cache.state import RunCounts
-from hasten.passes.cache.step import StepCache
+from hasten.optimization import Optimization, optimization_of
 from hasten.passes.compile import compiler_errors
-from hasten.recipe import Recipe, parse_size
-from hasten.step.scheduler import driven_by
+from hasten.recipe import Recipe
+from hasten.settings import Settings
+from hasten.step.applied import replace_attribute
+from hasten.step.chain import plain_module
+from hasten.step.run import RunCounts
+from hasten.step.scheduler import PipelineCall, current_call
 
-__all__ = ["OptimizedPipeline", "undo_all"]
+__all__ = ["OptimizedPipeline", "restore"]
 
-FORCED = "schedule learned on another model, used by force"
+EXCHANGED = "the transformer was exchanged after optimising: the pipeline runs as it is, without it"
 
 
 class OptimizedPipeline:
     """A pipeline under a recipe. Attributes it does not have itself are the pipeline's.
 
-    pipe: the Diffusers pipeline underneath, itself a working optimised pipeline; recipe: what was
-    asked for; last_run: steps entered, computed and skipped by the last finished call.
+    To `isinstance` it is also of the pipeline's class. One call at a time: calls from other
+    threads, also of pipelines made with `from_pipe`, wait in line.
+
+    Attributes:
+        pipe: The Diffusers pipeline underneath, itself a working optimised pipeline.
+        last_run: Steps entered, computed and skipped by the last finished call.
     """
 
-    _own = frozenset({"pipe", "recipe", "last_run", "_applied", "_cache", "_defaults"})
+    _own = frozenset({"pipe", "last_run", "_optimization", "_defaults"})
 
-    def __init__(
-        self, pipe: Any, recipe: Recipe, applied: list[Applied], cache: StepCache | None
-    ) -> None:
+    def __init__(self, pipe: Any, optimization: Optimization) -> None:
         self.pipe = pipe
-        self.recipe = recipe
         self.last_run = RunCounts()
-        self._applied = applied
-        self._cache = cache
-        self._defaults = _call_defaults(pipe, recipe)
-        setattr(pipe.transformer, MARK, recipe.name)
+        self._optimization = optimization
+        self._defaults = Settings.for_call(pipe, optimization.recipe.sampling)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self.pipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was asked for."""
+        return self._optimization.recipe
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline: same arguments, same result.
 
         What the caller leaves out comes from the recipe's [sampling], then from the model's
-        `hasten.json`, then from the pipeline itself. UnsupportedError where the compiler fails.
+        `hasten.json`, then from the pipeline itself.
+
+        Raises:
+            UnsupportedError: The compiler fails.
+            CallError: This is a call from within another call that uses the same scheduler.
         """
+        missing = self._missing(args, kwargs)
+        call = PipelineCall(self.pipe.scheduler, outer=current_call())
+        with self._optimization.lock, call.going_on(), compiler_errors():
+            try:
+                result = self.pipe(*args, **missing, **kwargs)
+            finally:
+                self._optimization.chain.end_run(call.scheduler)
+        self.last_run = self._counts(call)
+        return result
+
+    def to(self, *args: Any, **kwargs: Any) -> OptimizedPipeline:
+        """Move or cast the pipeline, as Diffusers' `to`; returns this object."""
+        with self._optimization.lock:
+            self.pipe.to(*args, **kwargs)
+        return self
+
+    def from_pipe(self, pipeline_class: Any, **kwargs: Any) -> OptimizedPipeline:
+        """Another pipeline of the family (img2img, inpainting …) over the same components.
+
+        It shares the transformer and so the optimisation. Components keep their dtypes, unless
+        `dtype` is given. It also shares the scheduler, unless one is given.
+        """
+        with self._optimization.lock, _kept_as_they_are(self.pipe, kwargs):
+            other = pipeline_class.from_pipe(self.pipe, **kwargs)
+        return OptimizedPipeline(other, self._optimization)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save the plain pipeline, as Diffusers does, with the model's `hasten.json`.
+
+        Raises:
+            UnsupportedError: Weights are quantised or were freed; nothing is written.
+        """
+        for done in self._optimization.applied:
+            if done.cannot_undo:
+                raise UnsupportedError(
+                    f"the pipeline cannot be saved: {done.name}: {done.what}; a file of that would "
+                    "be loaded as plain weights",
+                    "save the pipeline before it is optimised; keep the recipe and optimise again "
+                    "after loading",
+                )
+        self.pipe.save_pretrained(save_directory, *args, **kwargs)
+        defaults = Path(self.pipe.config.get("_name_or_path") or "") / "hasten.json"
+        if defaults.is_file():
+            shutil.copyfile(defaults, Path(save_directory) / defaults.name)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of this pipeline's figures must know, e.g. that its weights are random."""
+        return (*self._notes(), *self._optimization.declined())
+
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        """Call arguments used where the caller passes none: the model's, then the recipe's."""
+        return dict(self._defaults)
+
+    @property
+    def calibrated(self) -> bool | None:
+        """Whether the step cache runs a schedule learned on these weights; None where it runs none
+        that is learned."""
+        return None if self._is_plain() else self._optimization.calibrated
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that is kept for later steps of runs that are going on; 0 between calls."""
+        return self._optimization.chain.held_bytes()
+
+    def summary(self) -> str:
+        """Every pass, what it touched, what was left alone and why; the last run's steps."""
+        recipe, applied = self.recipe, self._optimization.applied
+        lines = [f"recipe {recipe.name}: {recipe.description}".rstrip(": ")]
+        for done in applied:
+            live = f" ({done.live()})" if done.live() else ""
+            lines.append(f"  {done.name}: {done.what}{live}")
+            if done.name == "cache" and self.calibrated is not None:
+                learned = "learned on this model" if self.calibrated else "calibrated: false"
+                lines.append(f"    schedule: {learned}")
+            lines += [f"    left alone: {what}: {why}" for what, why in done.left_alone]
+        if not applied:
+            lines.append("  nothing changed")
+        if self.last_run.steps:
+            run = self.last_run
+            lines.append(f"  last run: {run.computed} of {run.steps} steps computed")
+        lines += [f"  note: {note}" for note in self._notes()]
+        return "\n".join(lines)
+
+    def restore(self) -> Any:
+        """Undo every pass, newest first, and return the plain pipeline.
+
+        Raises:
+            HastenError: Names what cannot be undone; everything else is undone all the same.
+        """
+        stuck = self._optimization.restore()
+        if stuck:
+            raise HastenError(
+                stuck,
+                "load the pipeline again to have it as it was; after copy=True the one that you "
+                "passed in is still whole",
+            )
+        return self.pipe
+
+    def _missing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that the caller leaves out and the pipeline knows."""
         signature = inspect.signature(self.pipe.__call__)
         given = signature.bind_partial(*args, **kwargs).arguments
         missing = {
@@ -58,91 +177,51 @@ class OptimizedPipeline:
         }
         if given.get("sigmas") is not None or given.get("timesteps") is not None:
             missing.pop("num_inference_steps", None)
-        scheduler = self.pipe.scheduler
-        try:
-            with driven_by(scheduler), compiler_errors():
-                result = self.pipe(*args, **missing, **kwargs)
-        finally:
-            if self._cache is not None:
-                with driven_by(scheduler):
-                    self._cache.drop()
-        self.last_run = self._counts()
-        return result
+        return missing
 
-    def from_pipe(self, pipeline_class: Any, **kwargs: Any) -> OptimizedPipeline:
-        """Another pipeline of the family (img2img, inpainting …) over the same components.
+    def _notes(self) -> tuple[str, ...]:
+        exchanged = self._optimization.active and self._is_plain()
+        notes = (*model_notes(self.pipe), *self._optimization.notes())
+        return (*notes, EXCHANGED) if exchanged else notes
 
-        It shares the transformer and so the optimisation; the state of a call is its own.
-        """
-        kwargs.setdefault("dtype", self.pipe.dtype)
-        other = pipeline_class.from_pipe(self.pipe, **kwargs)
-        return OptimizedPipeline(other, self.recipe, self._applied, self._cache)
+    def _is_plain(self) -> bool:
+        """Whether this pipeline's transformer is not the optimised one, or no longer optimised."""
+        optimized = plain_module(self._optimization.chain.transformer)
+        here = plain_module(self.pipe.transformer)
+        return not self._optimization.active or here is not optimized
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of this pipeline's figures must know, e.g. that its weights are random."""
-        declined = [
-            f"{applied.name}: {what} left alone: {why}"
-            for applied in self._applied
-            if applied.declined
-            for what, why in applied.left_alone
-        ]
-        return (*self._model_notes(), *declined)
-
-    @property
-    def call_defaults(self) -> dict[str, Any]:
-        """Call arguments used where the caller passes none: the model's, then the recipe's."""
-        return dict(self._defaults)
-
-    @property
-    def calibrated(self) -> bool | None:
-        """Whether the step cache runs a schedule learned on a model; None where it runs none."""
-        return None if self._cache is None else getattr(self._cache.planner, "calibrated", None)
-
-    def summary(self) -> str:
-        """Every pass, what it touched, what was left alone and why; the last run's steps."""
-        lines = [f"recipe {self.recipe.name}: {self.recipe.description}".rstrip(": ")]
-        for applied in self._applied:
-            live = f" ({applied.live()})" if applied.live() else ""
-            lines.append(f"  {applied.name}: {applied.what}{live}")
-            lines += [f"    left alone: {what}: {why}" for what, why in applied.left_alone]
-        if not self._applied:
-            lines.append("  nothing changed")
-        if self.last_run.steps:
-            run = self.last_run
-            lines.append(f"  last run: {run.computed} of {run.steps} steps computed")
-        lines += [f"  note: {note}" for note in self._model_notes()]
-        return "\n".join(lines)
-
-    def restore(self) -> Any:
-        """Undo every pass, newest first, and return the plain pipeline.
-
-        Raises HastenError naming what cannot be undone; everything else is undone all the same.
-        """
-        stuck = undo_all(self._applied)
-        self._applied[:] = [replace(done, undo=None) for done in self._applied if done.cannot_undo]
-        self._cache = None
-        if hasattr(self.pipe.transformer, MARK):
-            delattr(self.pipe.transformer, MARK)
-        if stuck:
-            raise HastenError(
-                stuck,
-                "load the pipeline again to have it as it was; after copy=True the one that you "
-                "passed in is still whole",
+    def _counts(self, call: PipelineCall) -> RunCounts:
+        counts = [run.counts() for run in call.runs]
+        if counts and not self._is_plain():
+            return RunCounts(
+                steps=sum(one.steps for one in counts),
+                computed=sum(one.computed for one in counts),
+                skipped=sum(one.skipped for one in counts),
+                stored=sum(one.stored for one in counts),
             )
-        return self.pipe
-
-    def _model_notes(self) -> tuple[str, ...]:
-        planner = getattr(self._cache, "planner", None)
-        forced = learned_elsewhere(self.recipe, getattr(planner, "fingerprint", None))
-        of_passes = [note for applied in self._applied for note in applied.notes]
-        return (*model_notes(self.pipe), *([FORCED] if forced else []), *of_passes)
-
-    def _counts(self) -> RunCounts:
-        if self._cache is not None:
-            return self._cache.last_run
         steps = int(getattr(self.pipe, "_num_timesteps", 0))
         return RunCounts(steps=steps, computed=steps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedPipeline:
+        """Copies weights and all; the copy is optimised in the same way, over its own weights."""
+        twin = object.__new__(OptimizedPipeline)
+        memo[id(self)] = twin
+        with self._optimization.lock:
+            object.__setattr__(twin, "pipe", copy.deepcopy(self.pipe, memo))
+            object.__setattr__(twin, "_optimization", copy.deepcopy(self._optimization, memo))
+        twin.last_run, twin._defaults = self.last_run, dict(self._defaults)
+        twin._optimization.renew()
+        return twin
+
+    def __copy__(self) -> OptimizedPipeline:
+        return OptimizedPipeline(copy.copy(self.pipe), self._optimization)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "an optimised pipeline cannot be pickled: compiled code, graphs and locks are of this "
+            "process",
+            "load and optimise the pipeline in each process, or pickle what restore() returns",
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name in OptimizedPipeline._own:
@@ -159,38 +238,37 @@ class OptimizedPipeline:
         return f"OptimizedPipeline({type(self.pipe).__name__}, recipe={self.recipe.name!r})"
 
 
-def undo_all(applied: list[Applied]) -> list[str]:
-    """Undo passes, newest first; return a line for each that cannot be undone."""
-    stuck = []
-    for done in reversed(applied):
-        if done.undo is not None:
-            done.undo()
-        if done.cannot_undo:
-            stuck.append(f"{done.name} cannot be undone: {done.cannot_undo}")
-    return stuck
+def restore(pipe: Any) -> Any:
+    """Undo what `optimize` did to a pipeline, also where the object that it returned is lost.
+
+    Args:
+        pipe: The pipeline, what `optimize` returned, or any pipeline over the same transformer.
+
+    Returns:
+        The plain pipeline.
+
+    Raises:
+        HastenError: Names what cannot be undone; everything else is undone all the same.
+    """
+    plain = pipe.pipe if type(pipe) is OptimizedPipeline else pipe
+    optimization = optimization_of(plain)
+    return plain if optimization is None else OptimizedPipeline(plain, optimization).restore()
 
 
-def _call_defaults(pipe: Any, recipe: Recipe) -> dict[str, Any]:
-    """Call arguments to use where the caller passes none: the model's, then the recipe's."""
-    defaults: dict[str, Any] = {}
-    source = pipe.config.get("_name_or_path")
-    if source and (Path(source) / "hasten.json").is_file():
-        model = defaults_for(str(Path(source).absolute()))
-        defaults = {
-            "num_inference_steps": model.steps,
-            "guidance_scale": model.guidance,
-            "width": model.width,
-            "height": model.height,
-            "max_sequence_length": model.max_sequence_length,
-        }
-    sampling = recipe.sampling
-    if sampling is None:
-        return defaults
-    asked = {
-        "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance,
-        "max_sequence_length": sampling.max_sequence_length,
-    }
-    if sampling.size is not None:
-        asked["width"], asked["height"] = parse_size(sampling.size)
-    return {**defaults, **{name: value for name, value in asked.items() if value is not None}}
+@contextmanager
+def _kept_as_they_are(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """Diffusers' `from_pipe` casts all components to one dtype, those of the first pipeline too."""
+    if "dtype" in arguments or "torch_dtype" in arguments:
+        yield
+        return
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    put_back = [replace_attribute(module, "to", _stays(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for undo in put_back:
+            undo()
+
+
+def _stays(module: nn.Module) -> Any:
+    return lambda *_, **__: module

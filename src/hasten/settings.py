@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hasten.errors import Faults
@@ -50,21 +51,43 @@ class Settings:
     def of_model(cls, defaults: ModelDefaults) -> Settings:
         return cls(**defaults.model_dump(exclude={"prompts"}))
 
+    @staticmethod
+    def for_call(pipe: Any, sampling: Sampling | None) -> dict[str, Any]:
+        """Arguments of a pipeline's call where the caller passes none.
+
+        Those of the model's `hasten.json`, where it has one, under those of a recipe's
+        `[sampling]`; what neither sets is left to the pipeline.
+        """
+        folder = pipe.config.get("_name_or_path")
+        settings: dict[str, Any] = {}
+        if folder and (Path(folder) / "hasten.json").is_file():
+            settings = asdict(Settings.of_model(defaults_for(str(Path(folder).absolute()))))
+        return _call_names(settings | _set_by(sampling))
+
     def under(self, sampling: Sampling | None) -> Settings:
         """These, overridden by what a recipe's `[sampling]` sets."""
-        if sampling is None:
-            return self
-        changes = sampling.model_dump(exclude_none=True, exclude={"size"})
-        if sampling.size is not None:
-            changes["width"], changes["height"] = parse_size(sampling.size)
-        return replace(self, **changes)
+        return replace(self, **_set_by(sampling))
 
     def call_arguments(self) -> dict[str, Any]:
         """The same under the names a Diffusers pipeline has for them."""
-        arguments = asdict(self)
-        arguments["num_inference_steps"] = arguments.pop("steps")
-        arguments["guidance_scale"] = arguments.pop("guidance")
-        return arguments
+        return _call_names(asdict(self))
+
+
+CALL_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+
+
+def _call_names(settings: dict[str, Any]) -> dict[str, Any]:
+    return {CALL_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def _set_by(sampling: Sampling | None) -> dict[str, Any]:
+    """What a recipe's `[sampling]` sets, by the names of `Settings`."""
+    if sampling is None:
+        return {}
+    changes = sampling.model_dump(exclude_none=True, exclude={"size"})
+    if sampling.size is not None:
+        changes["width"], changes["height"] = parse_size(sampling.size)
+    return changes
 
 
 def model_defaults(model: str, faults: Faults) -> ModelDefaults:

@@ -1,11 +1,14 @@
-"""A structural copy of a pipeline: new modules, the same weights."""
+"""A structural copy of a pipeline: new modules over the same weights."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hasten.errors import UnsupportedError
 
@@ -13,23 +16,37 @@ __all__ = ["share_weights", "structural_copy"]
 
 
 def structural_copy(pipe: Any) -> Any:
-    """A second pipeline whose modules are its own and whose parameters are the first one's.
+    """A second pipeline whose modules are its own and whose weights lie where the first one's do.
 
-    Nothing is allocated on the device. The scheduler is copied whole, so two runs can interleave.
+    Nothing is allocated on the device. The scheduler and the tokenizers, which are not safe in
+    threads, are copied whole, so two runs can interleave. What replaces parameters of the copy
+    (`to`, fusing adapters) leaves the first pipeline as it was.
     """
     twin = copy.copy(pipe)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             setattr(twin, name, share_weights(component))
-    twin.scheduler = copy.deepcopy(pipe.scheduler)
+        elif component is not None:
+            setattr(twin, name, copy.deepcopy(component))
+    if hasattr(twin, "fuse_lora"):
+        parts = [part for part in twin.components.values() if isinstance(part, nn.Module)]
+        twin.fuse_lora = partial(_fuse_lora, twin.fuse_lora, parts)
+        for part in parts:
+            if fuse := getattr(part, "fuse_lora", None):
+                part.__dict__["fuse_lora"] = partial(_fuse_lora, fuse, [part])
     return twin
 
 
-def share_weights(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """Copy a module tree node by node; tensors, configs and processors are shared."""
+def share_weights(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a module tree node by node; configs and processors are shared.
+
+    Parameters and buffers become new objects over the same memory. Tensor classes of other
+    libraries are shared as they are.
+    """
     memo = {} if memo is None else memo
     if id(module) in memo:
-        return memo[id(module)]
+        known: nn.Module = memo[id(module)]
+        return known
     if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
         raise UnsupportedError(
             f"{type(module).__name__} cannot be copied: it is offloaded or compiled",
@@ -41,6 +58,33 @@ def share_weights(module: nn.Module, memo: dict[int, nn.Module] | None = None) -
         for key, value in module.__dict__.items()
     )
     memo[id(module)] = twin
+    for tensors in (twin._parameters, twin._buffers):
+        for name, tensor in tensors.items():
+            tensors[name] = _alias(tensor, memo)
     for name, child in module._modules.items():
         twin._modules[name] = None if child is None else share_weights(child, memo)
     return twin
+
+
+def _alias(tensor: Tensor | None, memo: dict[int, Any]) -> Any:
+    """Another tensor object over the same memory; tied ones stay tied."""
+    if tensor is None or id(tensor) in memo:
+        return tensor if tensor is None else memo[id(tensor)]
+    alias: Any = tensor
+    if type(tensor) is nn.Parameter and type(tensor.data) is Tensor:
+        alias = nn.Parameter(tensor.detach(), tensor.requires_grad)
+    elif type(tensor) is Tensor:
+        alias = tensor.detach()
+    memo[id(tensor)] = alias
+    return alias
+
+
+@torch.no_grad()
+def _fuse_lora(fuse: Callable[..., Any], parts: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """Fuse adapters into memory of the copy's own: fusing writes to the weights in place."""
+    for part in parts:
+        for layer in part.modules():
+            base = getattr(layer, "base_layer", None)
+            for parameter in () if base is None else base.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
+    return fuse(*args, **kwargs)

@@ -33,17 +33,17 @@ def recipe(backend: str, **sections: Any) -> Recipe:
 
 
 @pytest.fixture
-def forward_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def shapes_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Batch and tokens of every choice; the choice is "math"."""
-    asked: list[tuple[int, int]] = []
+    shapes: list[tuple[int, int]] = []
 
     def choose(attend: Attend, shape: Any, dtype: torch.dtype, device: torch.device) -> str:
-        asked.append(shape[:2])
+        shapes.append(shape[:2])
         assert shape[2:] == (2, 16)
         return "math"
 
     monkeypatch.setattr(Attend, "backend_for", choose)
-    return asked
+    return shapes
 
 
 @pytest.mark.parametrize("backend", ["native", "math"])
@@ -63,25 +63,27 @@ def test_a_named_backend_is_set_once_on_layers_of_our_own(
     assert processors(fast.transformer) == before
 
 
-def test_auto_chooses_by_the_shape_of_each_call(heard: Any, pipe: Any, call: Call) -> None:
+def test_auto_chooses_by_the_shape_of_each_call(shapes_seen: Any, pipe: Any, call: Call) -> None:
     expected = call(pipe)
     fast = hasten.optimize(pipe, recipe("auto"))
     torch.testing.assert_close(call(fast, num_inference_steps=6), expected)
-    assert heard == [(1, 8 + 4)] * 6
+    assert shapes_seen == [(1, 8 + 4)] * 6
     assert backends(pipe.transformer) == {"_native_math"}
     call(fast, prompt=["a", "b"], height=48, width=64, num_inference_steps=1)
-    assert heard[-1] == (2, 8 + 12)
+    assert shapes_seen[-1] == (2, 8 + 12)
     fast.restore()
     assert backends(pipe.transformer) == {None}
     assert "forward" not in pipe.transformer.__dict__
 
 
-def test_auto_reaches_original_blocks_under_the_table(heard: Any, pipe: Any, call: Call) -> None:
+def test_auto_reaches_original_blocks_under_the_table(
+    shapes_seen: Any, pipe: Any, call: Call
+) -> None:
     """The fused forward runs the blocks itself, past the transformer's forward."""
     expected = call(pipe)
     fast = hasten.optimize(pipe, recipe("auto", fuse={"kernels": "off"}))
     torch.testing.assert_close(call(fast), expected, rtol=1e-4, atol=1e-5)
-    assert set(heard) == {(1, 8 + 4)}
+    assert set(shapes_seen) == {(1, 8 + 4)}
     assert backends(pipe.transformer) == {"_native_math"}
 
 

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 import hasten
 from hasten.check import check, problems
 from hasten.errors import UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.machine import machine
 from hasten.passes import decoder as decoder_pass
 from hasten.passes.decoder import AUTO_PIXELS, MOST_COMPILATIONS, compile_decoder, tile
@@ -304,8 +304,8 @@ def test_a_compiler_is_needed(pipe: Any) -> None:
 def test_a_compiled_decoder_is_not_compiled_again(pipe: Any) -> None:
     pipe.vae.decoder.compile()
     with pytest.raises(UnsupportedError, match="decoder is compiled already"):
-        check(decoder(compile=True), pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
-    check(decoder(channels_last=True), pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
+        check(decoder(compile=True), pipe, FLUX1, Capable(), None)  # type: ignore[arg-type]
+    check(decoder(channels_last=True), pipe, FLUX1, Capable(), None)  # type: ignore[arg-type]
 
 
 def test_a_pipeline_without_a_vae_is_refused(pipe: Any) -> None:

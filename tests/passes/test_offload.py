@@ -9,15 +9,15 @@ import torch
 
 import hasten
 from hasten import Recipe, UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
-from hasten.families.modulations import Modulations, RowReader
+from hasten.families.flux1 import FLUX1
 from hasten.passes.offload import offload_modulations
+from hasten.step.modulations import Modulations, RowReaders
 
 CPU = torch.device("cpu")
 
 
 def norms(pipe: Any) -> list[tuple[str, Any]]:
-    return FluxFamily().modulated_norms(pipe.transformer)
+    return FLUX1.modulated_norms(pipe.transformer)
 
 
 def test_parameters_are_replaced_and_equal(pipe: Any) -> None:
@@ -35,13 +35,12 @@ def test_parameters_are_replaced_and_equal(pipe: Any) -> None:
     assert all(norm.linear.weight.device == CPU for _, norm in norms(pipe))
 
 
-def test_what_stands_behind_a_reader_of_the_table_is_moved(pipe: Any) -> None:
+def test_linears_with_readers_of_the_table_are_moved(pipe: Any) -> None:
     linear = pipe.transformer.norm_out.linear
-    pipe.transformer.norm_out.linear = RowReader(linear, 0)
+    RowReaders(Modulations(norms(pipe)))
     old = linear.weight
     offload_modulations(norms(pipe), CPU)
     assert linear.weight is not old
-    assert Modulations(norms(pipe)).device == CPU
 
 
 def test_layers_with_adapters_are_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +54,7 @@ def test_layers_with_adapters_are_refused(pipe: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hasten.check.conflicts", lambda recipe, device: [])
     recipe = Recipe.from_dict({"fuse": {}, "offload": {"kind": "modulation"}})
     with pytest.raises(UnsupportedError, match="LoraLinear") as caught:
-        check(recipe, pipe, FluxFamily(), Capable(), None)  # type: ignore[arg-type]
+        check(recipe, pipe, FLUX1, Capable())  # type: ignore[arg-type]
     assert "fuse_lora" in caught.value.fix
 
 

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hasten
 from hasten.errors import HastenError, ModelError, UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.machine import machine
 from hasten.passes.quantize import quantize_linears
 from hasten.quality import lpips, psnr
 from hasten.quantization.linear import EmulatedLinear, Fp8Linear, Int8Linear, WeightOnlyLinear
+from hasten.quantization.plan import make_plan
 from hasten.recipe import Quantize, Recipe
 from tests.quantization.conftest import draw, tiny  # noqa: F401  (fixtures)
 
@@ -33,13 +34,13 @@ def recipe(**quantize: Any) -> Recipe:
 
 
 def classes(pipe: Any) -> Counter[type]:
-    return Counter(type(pipe.transformer.get_submodule(name)) for name in names(FluxFamily(), pipe))
+    return Counter(type(pipe.transformer.get_submodule(name)) for name in names(pipe))
 
 
-def names(family: FluxFamily, pipe: Any) -> list[str]:
+def names(pipe: Any) -> list[str]:
     return [
         f"{block_name}.{name}"
-        for block_name, block in family.repeated_blocks(pipe.transformer)
+        for block_name, block in FLUX1.repeated_blocks(pipe.transformer)
         for name, module in block.named_modules()
         if hasattr(module, "in_features") and not name.startswith("norm")
     ]
@@ -105,8 +106,10 @@ def test_originals_are_freed_as_they_are_replaced(
     pipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At no moment are more than one original weight and its codes alive together."""
-    family = FluxFamily()
-    alive = [weakref.ref(linear.weight) for _, linear in family.quantizable(pipe.transformer)]
+    linears = FLUX1.quantizable(pipe.transformer)
+    plan = make_plan(pipe.transformer, linears, Quantize())
+    alive = [weakref.ref(linear.weight) for _, linear in linears]
+    del linears
     seen: list[int] = []
 
     def quantized(linear: nn.Linear, recipe: Quantize, name: str) -> Any:
@@ -114,14 +117,14 @@ def test_originals_are_freed_as_they_are_replaced(
         return Fp8Linear.from_linear(linear)
 
     monkeypatch.setattr("hasten.passes.quantize.quantized", quantized)
-    quantize_linears(pipe.transformer, family, Quantize())
+    quantize_linears(pipe.transformer, plan, Quantize())
     assert seen == list(range(LINEARS, 0, -1))
     assert not any(reference() is not None for reference in alive)
 
 
 def test_the_largest_goes_first(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that memory runs out before anything is replaced, or not at all."""
-    family, sizes = FluxFamily(), []
+    sizes = []
 
     def quantized(linear: nn.Linear, recipe: Quantize, name: str) -> Any:
         sizes.append(linear.weight.numel())
@@ -136,7 +139,7 @@ def test_the_largest_goes_first(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert not hasattr(caught.value, "__notes__")
     hasten.optimize(pipe, recipe())
     assert sizes[1:] == sorted(sizes[1:], reverse=True)
-    assert family.quantizable(pipe.transformer) == []
+    assert FLUX1.quantizable(pipe.transformer) == []
 
 
 def test_an_interruption_in_the_middle_says_how_far_it_was(
@@ -180,14 +183,14 @@ def test_a_later_pass_that_fails_leaves_a_note_and_a_working_pipeline(
 
 def test_a_copy_leaves_the_original_alone(pipe: Any, call: Call) -> None:
     expected = call(pipe)
-    weights = [linear.weight for _, linear in FluxFamily().quantizable(pipe.transformer)]
+    weights = [linear.weight for _, linear in FLUX1.quantizable(pipe.transformer)]
     fast = hasten.optimize(pipe, recipe(scheme="int8"), copy=True)
     quantised = call(fast)
     assert classes(fast.pipe) == {Int8Linear: LINEARS}
     assert classes(pipe) == {nn.Linear: LINEARS}
     assert torch.equal(call(pipe), expected)
     assert torch.equal(call(fast), quantised)
-    after = [linear.weight for _, linear in FluxFamily().quantizable(pipe.transformer)]
+    after = [linear.weight for _, linear in FLUX1.quantizable(pipe.transformer)]
     assert all(one is other for one, other in zip(after, weights, strict=True))
 
 

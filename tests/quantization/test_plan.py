@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from hasten.errors import UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.quantization.plan import Linears, Plan, make_plan, plan_problems
 from hasten.recipe import Quantize
 
 
 def linears_of(pipe: Any) -> Linears:
-    return FluxFamily().quantizable(pipe.transformer)
+    return FLUX1.quantizable(pipe.transformer)
 
 
 def plan(pipe: Any, **recipe: Any) -> Plan:

@@ -14,7 +14,7 @@ from hasten import CallError, Recipe
 from hasten.kernels.streams import Streams
 from hasten.quantization.linear import Fp8Linear, Int8Linear
 from hasten.quantization.projection import Projection, project, same_kind
-from tests.passes.fuse.test_fuse import close
+from tests.passes.test_fuse import close
 
 KERNELS = Recipe.from_dict({"fuse": {"kernels": "on"}})
 NONE = torch.empty(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.quantization.linear import quantized
 from hasten.quantization.report import LayerError, layer_errors, worth_skipping
 from hasten.recipe import Quantize
@@ -34,7 +34,7 @@ FLOORS = {
 def test_every_layer_of_the_bundled_model_is_above_its_floor(
     tiny: Any, draw: Draw, scheme: Any, granularity: Any
 ) -> None:
-    linears = FluxFamily().quantizable(tiny.transformer)
+    linears = FLUX1.quantizable(tiny.transformer)
     recipe = Quantize(scheme=scheme, granularity=granularity)
     errors = layer_errors(linears, recipe, lambda: draw(tiny, 2, "latent"))
     worst, middle = FLOORS[scheme, granularity]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.errors import RecipeError, UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.quantization.linear import EmulatedLinear, Fp8Linear, QuantizedLinear, quantized
 from hasten.quantization.plan import make_plan, plan_problems
 from hasten.quantization.projection import same_kind
@@ -164,7 +164,7 @@ def test_a_recipe_that_makes_no_sense_is_refused(quantize: dict[str, Any], fault
 
 
 def test_missing_and_unknown_linears_are_one_error_before_anything_changes(pipe: Any) -> None:
-    linears = FluxFamily().quantizable(pipe.transformer)
+    linears = FLUX1.quantizable(pipe.transformer)
     amax = {name: 4.0 for name, _ in linears}
     first, second = (name for name, _ in linears[:2])
     whole = Quantize(activations="static", amax=amax, emulate=True)

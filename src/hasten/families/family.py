@@ -1,99 +1,112 @@
-"""What the engine needs to know of a model family, and which family a pipeline belongs to."""
+"""What hasten needs to know of a model family: data. Importing this loads no model.
+
+The transformer's own forward always runs. hasten stands before it (plans, graphs), before its
+blocks (residual cache) and in its modulation linears (table), so a family says what its parts are
+called and writes nothing of its forward again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hasten.errors import UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
-from hasten.families.flux1.fused import Attend
-from hasten.families.modulations import Modulations
+from hasten.step.constants import Conditioning, Split
+from hasten.step.modulations import Modulations
+from hasten.step.protocols import Transformer
 
-__all__ = ["Family", "family_of"]
+__all__ = ["Attend", "Conditioning", "Decode", "Family", "Kernels", "Split", "Stack"]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of B×L×heads×head_dim queries, keys and values."""
+
+Decode = Callable[[Any, Tensor, int, int], Tensor]
+"""(pipeline, final latents P×tokens×channels, height, width) -> pictures, P×3×H×W in [-1, 1]."""
 
 
-class Family(Protocol):
-    """The seam between the engine and one architecture."""
+@dataclass(frozen=True)
+class Stack:
+    """A ModuleList of blocks.
+
+    Attributes:
+        name: The transformer's attribute.
+        returns: Which of its arguments a block gives back, in the order in which it does.
+    """
 
     name: str
+    returns: tuple[str, ...] = ("hidden_states",)
 
-    @property
-    def prologue(self) -> Callable[..., Any]:
-        """(transformer, **inputs of its forward) -> the state before the first block."""
 
-    def blocks(self, transformer: Any, state: Any) -> Iterator[tuple[str, Any]]:
-        """Run the blocks one by one, yielding (block name, state after it)."""
+class Kernels(Protocol):
+    """The blocks on fused kernels."""
 
-    def epilogue(self, transformer: Any, state: Any) -> Tensor:
-        """Everything after the last block: the model's output."""
-
-    def through(
-        self,
-        transformer: Any,
-        middle: Callable[[Any], Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        """The model's output for a call of its forward, with `middle` in place of its blocks."""
-
-    def repeated_blocks(self, transformer: Any) -> list[tuple[str, nn.Module]]:
-        """The repeated blocks by name, in the order in which they run."""
-
-    @property
-    def conditioning(self) -> Callable[..., Tensor]:
-        """(transformer, timesteps, guidance, pooled, dtype) -> what the modulations are made of."""
-
-    @property
-    def state(self) -> Callable[..., Any]:
-        """(transformer, latents, text, conditioning, rotary) -> the state before the first block,
-        where all but the latents is embedded."""
-
-    def rotary(self, transformer: Any, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of every token's position, text first: tokens × head_dim each."""
-
-    def inputs(
-        self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Arguments of the model's forward by name."""
-
-    def scaled(
-        self, transformer: Any, function: Callable[..., Tensor], inputs: dict[str, Any]
-    ) -> Tensor:
-        """`function(transformer, **inputs)` under the LoRA scale that `inputs` name."""
-
-    def modulated_norms(self, transformer: Any) -> list[tuple[str, Any]]:
-        """Norms with a modulation linear by name, in the order in which they run."""
-
-    def reasons_against_kernels(
-        self, transformer: Any, to_be: Mapping[nn.Module, type] = MappingProxyType({})
+    def reasons_against(
+        self, transformer: Transformer, to_be: Mapping[nn.Module, type]
     ) -> list[str]:
-        """Why the blocks cannot run on the fused kernels, once these linears are FP8; empty where
-        they can."""
+        """Why the blocks cannot run on them, once these linears are quantised; empty where they
+        can."""
 
-    def fused(self, transformer: Any, modulations: Modulations, attend: Attend) -> Any:
-        """The blocks on fused kernels: (latents, text, row, cos, sin) -> velocity; `changed` says
-        what was replaced since, `codes` of which dtypes its products are, empty where all are
-        plain."""
-
-    def quantizable(self, transformer: Any) -> list[tuple[str, nn.Linear]]:
-        """Linears that may be quantised, by name: (name in the transformer, linear)."""
+    def fused(self, transformer: Transformer, modulations: Modulations, attend: Attend) -> Any:
+        """The body: also `changed() -> str | None`, what was replaced since, and `codes`, the
+        dtypes of its quantised products."""
 
 
-FAMILIES: dict[str, Family] = {"FluxTransformer2DModel": FluxFamily()}
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
 
+    Attributes:
+        name: For messages.
+        stacks: Its repeated blocks, in the order in which they run.
+        output: Streams that the output is made of; the residual cache compares the first.
+        modulations: Patterns of linears in the blocks that see one row per step: never quantised.
+        tokens: Arguments of the forward whose tokens attend to each other, B×tokens×….
+        declared: Whether somebody has said all this, or it was guessed.
+        conditioning: Its modulations, where a table of them pays.
+        split, kernels, export: Opt-in parts; see their protocols.
+        decode: Final latents to pictures, for what judges a schedule by its pictures.
+    """
 
-def family_of(pipe: Any) -> Family:
-    """The family of a pipeline, by its transformer's class."""
-    transformer = getattr(pipe, "transformer", None)
-    name = type(transformer).__name__
-    if name in FAMILIES:
-        return FAMILIES[name]
-    what = f"its transformer is a {name}" if transformer is not None else "it has no transformer"
-    raise UnsupportedError(
-        f"{type(pipe).__name__} is of no supported family: {what}",
-        f"families supported: {', '.join(FAMILIES)}",
-    )
+    name: str
+    stacks: tuple[Stack, ...] = ()
+    output: tuple[str, ...] = ("hidden_states",)
+    modulations: tuple[str, ...] = ("*norm*.linear", "*_mod.*", "adaLN_modulation.*")
+    tokens: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    declared: bool = True
+    conditioning: Conditioning | None = None
+    split: Split | None = None
+    kernels: Kernels | None = None
+    export: Any = field(default=None, repr=False)
+    decode: Decode | None = None
+
+    def blocks(self, transformer: Transformer) -> list[tuple[str, nn.Module, Stack]]:
+        """(name, block, its stack) of every repeated block, in the order in which they run."""
+        return [
+            (f"{stack.name}.{index}", block, stack)
+            for stack in self.stacks
+            for index, block in enumerate(getattr(transformer, stack.name))
+        ]
+
+    def repeated_blocks(self, transformer: Transformer) -> list[tuple[str, nn.Module]]:
+        """(name, block) of every repeated block, in the order in which they run."""
+        return [(name, block) for name, block, _ in self.blocks(transformer)]
+
+    def quantizable(self, transformer: Transformer) -> list[tuple[str, nn.Linear]]:
+        """(name, linear) of every linear in the blocks but the modulations.
+
+        A modulation sees one row per step, so it gains nothing, and it scales all tokens at once.
+        """
+        return [
+            (f"{block_name}.{name}", module)
+            for block_name, block in self.repeated_blocks(transformer)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+            and not any(fnmatchcase(name, pattern) for pattern in self.modulations)
+        ]
+
+    def modulated_norms(self, transformer: Transformer) -> list[tuple[str, nn.Module]]:
+        """(name, norm) of every norm with a modulation linear; empty where no table is declared."""
+        return [] if self.conditioning is None else self.conditioning.norms(transformer)

@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "offloaded", "unreadable"]
 
 SAMPLES = 16  # of each parameter
 
@@ -18,7 +19,8 @@ def fingerprint(transformer: Any) -> str:
     """Sixteen hexadecimal digits from the architecture and the first values of every parameter.
 
     Values are rounded to bfloat16 first, so that a model and its half-precision copy agree; a fused
-    adapter or quantised weights make another model. Waits for the device once.
+    adapter or quantised weights make another model. Waits for the device once. Call it where
+    `unreadable` finds nothing.
     """
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     names, samples = [], []
@@ -26,5 +28,42 @@ def fingerprint(transformer: Any) -> str:
         names.append(f"{name}{tuple(parameter.shape)}")
         samples.append(parameter.flatten()[:SAMPLES].to(torch.bfloat16))
     digest = hashlib.sha256(json.dumps([config, names], sort_keys=True, default=str).encode())
-    digest.update(torch.cat(samples).view(torch.int16).cpu().numpy().tobytes())
+    values = (
+        torch.cat(samples)
+        if len({sample.device for sample in samples}) == 1
+        else torch.cat([sample.cpu() for sample in samples])
+    )
+    digest.update(values.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def unreadable(transformer: Any) -> str:
+    """Why a model's weights cannot be read as they are; empty where they can.
+
+    Libraries that quantise put tensor classes of their own in the place of parameters; libraries
+    that offload leave parameters without values.
+    """
+    if where := offloaded(transformer):
+        return f"the weights are {where}"
+    for name, parameter in transformer.named_parameters():
+        if parameter.is_meta:
+            return f"{name} has no values (it is a meta tensor)"
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+            kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
+            return f"{name} is a {kind}, not a plain parameter"
+        if not parameter.is_floating_point():
+            return f"{name} is stored in {str(parameter.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def offloaded(transformer: Any) -> str:
+    """How a model's weights are kept elsewhere between its calls; empty where they are not."""
+    for module in transformer.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if any("group_offloading" in name for name in getattr(registry, "hooks", ())):
+            return "offloaded by groups (enable_group_offload)"
+        hook = getattr(module, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        if any(getattr(one, "offload", False) for one in hooks):
+            return "offloaded layer by layer (enable_sequential_cpu_offload)"
+    return ""

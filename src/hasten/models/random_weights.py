@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import ModelError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.models.architecture import Shape
 
 __all__ = ["RandomTokenizer", "activation_std", "build_shape", "shape_bytes"]
@@ -92,28 +93,34 @@ def variance_preserving_(module: nn.Module) -> Any:
 def activation_std(transformer: Any, tokens: int = 64, text_tokens: int = 16) -> dict[str, float]:
     """Standard deviation after the first block, after the last one and of the output.
 
-    One pass over random inputs at half noise, block by block. Raises ModelError at the first
-    block whose activations are not finite.
+    One pass over random inputs at half noise. Raises ModelError at the first block whose
+    activations are not finite.
     """
-    family, config = FluxFamily(), transformer.config
-    weight = transformer.x_embedder.weight
+    config, weight = transformer.config, transformer.x_embedder.weight
     here: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    state = family.prologue(
-        transformer,
-        hidden_states=torch.randn(1, tokens, config.in_channels, **here),
-        encoder_hidden_states=torch.randn(1, text_tokens, config.joint_attention_dim, **here),
-        pooled_projections=torch.randn(1, config.pooled_projection_dim, **here),
-        timestep=torch.full((1,), 0.5, **here),
-        guidance=torch.full((1,), 3.5, **here) if config.guidance_embeds else None,
-        img_ids=torch.zeros(tokens, 3, **here),
-        txt_ids=torch.zeros(text_tokens, 3, **here),
-    )
-    stds: list[tuple[str, float]] = []
-    for name, after in family.blocks(transformer, state):
-        state = after
-        stds.append((name, _finite_std(name, state.image)))
-    output = _finite_std("proj_out", family.epilogue(transformer, state))
-    return {"first block": stds[0][1], "last block": stds[-1][1], "output": output}
+    stds: list[float] = []
+
+    def look(name: str, _block: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
+        stds.append(_finite_std(name, output[1]))
+
+    blocks = FLUX1.repeated_blocks(transformer)
+    hooks = [block.register_forward_hook(partial(look, name)) for name, block in blocks]
+    try:
+        output = transformer(
+            hidden_states=torch.randn(1, tokens, config.in_channels, **here),
+            encoder_hidden_states=torch.randn(1, text_tokens, config.joint_attention_dim, **here),
+            pooled_projections=torch.randn(1, config.pooled_projection_dim, **here),
+            timestep=torch.full((1,), 0.5, **here),
+            guidance=torch.full((1,), 3.5, **here) if config.guidance_embeds else None,
+            img_ids=torch.zeros(tokens, 3, **here),
+            txt_ids=torch.zeros(text_tokens, 3, **here),
+            return_dict=False,
+        )[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = _finite_std("proj_out", output)
+    return {"first block": stds[0], "last block": stds[-1], "output": last}
 
 
 class RandomTokenizer:

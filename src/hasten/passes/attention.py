@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.passes.applied import Applied, replace_attribute
 from hasten.recipe import Attention
+from hasten.step.applied import Applied, Replaced, replace_attribute
+from hasten.step.call import Inner, Output, StepCall
+from hasten.step.chain import StepChain
+from hasten.step.protocols import Transformer
 
-__all__ = ["Attend", "choose_attention"]
+__all__ = ["Attend", "attention_layers", "choose_attention"]
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -72,10 +76,17 @@ class Attend:
             self.chosen[case] = best if times[best] < float("inf") else "native"
         return self.chosen[case]
 
-    def prepare(self, latents: Tensor, text: Tensor) -> None:
-        """Set the layers to the backend for a call with these latents (B×S×C) and text (B×T×…)."""
-        shape = len(latents), latents.shape[1] + text.shape[1], *self.heads
+    def prepare(self, batch: int, length: int, latents: Tensor) -> None:
+        """Set the layers to the backend for a call with so many tokens per image."""
+        shape = batch, length, *self.heads
         self.set_layers(self.backend_for(shape, latents.dtype, latents.device))
+
+    def live(self) -> str:
+        """Which backend was chosen for what."""
+        return ", ".join(
+            f"{backend} for {shape[0]}×{shape[1]} tokens"
+            for (shape, _), backend in self.chosen.items()
+        )
 
     def set_layers(self, backend: str) -> None:
         """Have the transformer's own layers run on this backend."""
@@ -83,66 +94,81 @@ class Attend:
             layer.processor._attention_backend = DIFFUSERS_NAMES[backend]
 
 
-def choose_attention(transformer: Any, recipe: Attention) -> tuple[Applied, Attend]:
+class AttentionLayer:
+    """Sets the transformer's attention layers to the backend of each call's shape.
+
+    Args:
+        attend: Chooses it.
+        tokens: Names of the forward's arguments whose tokens attend to each other.
+    """
+
+    name = "attention"
+
+    def __init__(self, attend: Attend, tokens: tuple[str, ...]) -> None:
+        self.attend = attend
+        self.tokens = tokens
+
+    def __call__(self, call: StepCall, inner: Inner) -> Output:
+        streams = [call.inputs[name] for name in self.tokens if name in call.inputs]
+        length = sum(stream.shape[1] for stream in streams)
+        self.attend.prepare(len(call.latents), length, call.latents)
+        return inner(call)
+
+    def live(self) -> str:
+        return self.attend.live()
+
+
+def choose_attention(
+    chain: StepChain, recipe: Attention, tokens: tuple[str, ...]
+) -> tuple[Applied, Attend]:
     """Attention for the fused blocks, and the same backend for the original ones.
 
-    A named backend is set once; "auto" goes before the transformer's forward. Processors are
-    replaced by copies, since pipelines that share weights share them.
+    A named backend is set once; "auto" becomes a layer. Processors are replaced by copies, since
+    pipelines that share weights share them.
     """
-    config, layers = transformer.config, _attentions(transformer)
-    attend = Attend(recipe.backend, layers, (config.num_attention_heads, config.attention_head_dim))
-    replaced = [(layer, layer.processor, copy.copy(layer.processor)) for layer in layers]
-    for layer, _, own in replaced:
-        layer.processor = own
-    put_back = _nothing
+    config, layers = chain.transformer.config, attention_layers(chain.transformer)
+    heads = (config.get("num_attention_heads"), config.get("attention_head_dim"))
+    attend = Attend(recipe.backend, layers, heads)
+    replaced = [
+        replace_attribute(layer, "processor", copy.copy(layer.processor)) for layer in layers
+    ]
+    what: str = recipe.backend
     if recipe.backend == "auto":
-        put_back = _before_each_call(transformer, attend)
+        chain.push(AttentionLayer(attend, tokens))
+        what = "the fastest backend per shape, by trial"
     else:
         attend.set_layers(recipe.backend)
+    return (
+        Applied(
+            name="attention", what=what, undo=partial(_undo, chain, replaced), live=attend.live
+        ),
+        attend,
+    )
 
-    def undo() -> None:
+
+def attention_layers(transformer: Transformer) -> list[Any]:
+    """The transformer's modules whose processors let a backend be chosen."""
+    from diffusers.models.attention import AttentionModuleMixin
+    from diffusers.models.attention_processor import Attention as LegacyAttention
+
+    kinds = AttentionModuleMixin, LegacyAttention
+    return [
+        child
+        for child in transformer.modules()
+        if isinstance(child, kinds) and hasattr(child.processor, "_attention_backend")
+    ]
+
+
+def _undo(chain: StepChain, replaced: Sequence[Replaced]) -> None:
+    chain.remove(AttentionLayer.name)
+    for put_back in replaced:
         put_back()
-        for layer, processor, own in replaced:
-            if layer.processor is own:  # else somebody has put in another since
-                layer.processor = processor
-
-    def live() -> str:
-        return ", ".join(
-            f"{backend} for {shape[0]}×{shape[1]} tokens"
-            for (shape, _), backend in attend.chosen.items()
-        )
-
-    what = "the fastest backend a shape, by trial" if recipe.backend == "auto" else recipe.backend
-    return Applied(name="attention", what=what, undo=undo, live=live), attend
-
-
-def _before_each_call(transformer: Any, attend: Attend) -> Callable[[], None]:
-    """Have the layers' backend chosen before each forward; returns what undoes it."""
-    forward = transformer.forward
-
-    def on_backend(*args: Any, **kwargs: Any) -> Any:
-        latents = args[0] if args else kwargs["hidden_states"]
-        text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
-        attend.prepare(latents, text)
-        return forward(*args, **kwargs)
-
-    return replace_attribute(transformer, "forward", on_backend)
 
 
 def _random(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Three tensors; the user's random numbers stay as they would be."""
     own = torch.Generator(device).manual_seed(0)
     return [torch.randn(shape, dtype=dtype, device=device, generator=own) for _ in range(3)]
-
-
-def _nothing() -> None:
-    return None
-
-
-def _attentions(transformer: Any) -> list[Any]:
-    from diffusers.models.attention import AttentionModuleMixin
-
-    return [child for child in transformer.modules() if isinstance(child, AttentionModuleMixin)]
 
 
 def _attention(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

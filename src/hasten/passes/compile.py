@@ -7,17 +7,23 @@ Dynamo giving up after too many recompilations, raises instead of silently runni
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from hasten.errors import UnsupportedError
-from hasten.passes.applied import Applied, replace_attribute
 from hasten.recipe import Compile
+from hasten.step.applied import Applied
+from hasten.step.call import Inner, Output, StepCall
+from hasten.step.chain import StepChain
 
 __all__ = ["compile_blocks", "compile_forward", "compiler_errors"]
 
@@ -31,30 +37,58 @@ LIMIT_FIX = "set compile.dynamic = true, so that one compilation serves all size
 
 def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Applied:
     """Compile each block in place (lazily: the work happens at its first call)."""
-    for _, block in blocks:
-        block.compile(fullgraph=True, dynamic=recipe.dynamic)
-
-    def undo() -> None:
-        for _, block in blocks:
-            block._compiled_call_impl = None
-
+    modules = [block for _, block in blocks]
+    _compile(modules, recipe.dynamic)
     classes = Counter(type(block).__name__ for _, block in blocks)
     listed = ", ".join(f"{count} × {name}" for name, count in classes.items())
     return Applied(
         name="compile",
         what=f"{listed}, each class compiled once for all its blocks",
-        undo=undo,
-        left_alone=(
-            ("embedders, norm_out, proj_out", "run once a step, outside the repeated blocks"),
-        ),
+        undo=partial(_undo, modules),
+        renew=partial(_compile, modules, recipe.dynamic),
+        left_alone=(("the other modules", "run once per step, outside the repeated blocks"),),
     )
 
 
-def compile_forward(transformer: nn.Module, recipe: Compile) -> Applied:
+class CompiledForward:
+    """The transformer's forward as one graph; a copy compiles that of its own transformer."""
+
+    name = "compile"
+
+    def __init__(self, forward: Callable[..., Any], dynamic: bool | None) -> None:
+        self.forward, self.dynamic = forward, dynamic
+        self.compiled: Callable[..., Any] = torch.compile(forward, fullgraph=True, dynamic=dynamic)
+
+    def __call__(self, call: StepCall, inner: Inner) -> Output:
+        return Output.of(self.compiled(**call.inputs, return_dict=call.return_dict))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledForward:
+        return CompiledForward(copy.deepcopy(self.forward, memo), self.dynamic)
+
+    def live(self) -> str:
+        return ""
+
+
+def compile_forward(chain: StepChain, recipe: Compile) -> Applied:
     """Compile the transformer's forward as one graph."""
-    compiled = torch.compile(transformer.forward, fullgraph=True, dynamic=recipe.dynamic)
-    undo = replace_attribute(transformer, "forward", compiled)
+    chain.push(CompiledForward(chain.original, recipe.dynamic))
+    undo = partial(chain.remove, CompiledForward.name)
     return Applied(name="compile", what="the transformer's forward, as one graph", undo=undo)
+
+
+def _compile(blocks: Sequence[nn.Module], dynamic: bool | None) -> None:
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=dynamic)
+
+
+def _undo(blocks: Sequence[nn.Module]) -> None:
+    """Forget compiled code, too: Dynamo counts compilations per class, over all pipelines."""
+    from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
+
+    for block in blocks:
+        block._compiled_call_impl = None
+    for forward in {type(block).forward for block in blocks}:
+        reset_code(inspect.unwrap(forward).__code__)
 
 
 @contextmanager

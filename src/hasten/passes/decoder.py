@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hasten.passes.applied import Applied
 from hasten.recipe import Decoder
+from hasten.step.applied import Applied, replace_attribute
 
 __all__ = [
     "AUTO_PIXELS",
@@ -51,24 +53,24 @@ def lay_out_channels_last(vae: nn.Module) -> Applied:
         and kernel.ndim == 4
         and not kernel.is_contiguous(memory_format=torch.channels_last)
     ]
-    for module, name in changed:
-        _lay_out(module, name, torch.channels_last)
-
-    def undo() -> None:
-        for module, name in changed:
-            if module._parameters.get(name) is not None:
-                _lay_out(module, name, torch.contiguous_format)
-
+    _lay_out(changed, torch.channels_last)
     return Applied(
-        name="decoder", what=f"{len(changed)} convolution kernels laid out channels last", undo=undo
+        name="decoder",
+        what=f"{len(changed)} convolution kernels laid out channels last",
+        undo=partial(_lay_out, changed, torch.contiguous_format),
     )
 
 
-def _lay_out(module: nn.Module, name: str, layout: torch.memory_format) -> None:
-    old = module._parameters[name]
-    assert old is not None
+def _lay_out(changed: Sequence[tuple[nn.Module, str]], layout: torch.memory_format) -> None:
+    for module, name in changed:
+        old = module._parameters.get(name)
+        if old is not None:
+            module._parameters[name] = _parameter_in(old, layout)
+
+
+def _parameter_in(old: nn.Parameter, layout: torch.memory_format) -> nn.Parameter:
     values = old.detach().contiguous(memory_format=layout)
-    module._parameters[name] = nn.Parameter(values, requires_grad=old.requires_grad)
+    return nn.Parameter(values, requires_grad=old.requires_grad)
 
 
 class BoundedCompilation:
@@ -82,10 +84,19 @@ class BoundedCompilation:
         from torch._dynamo.utils import counters
 
         self.counters = counters
+        self.decoder = decoder
+        self.renew()
+
+    def renew(self) -> None:
+        """Compile again, whatever decoder this is now: that of a copy is another one."""
         self.forward: Callable[..., Tensor] = torch.compile(
-            decoder._call_impl, fullgraph=True, dynamic=True
+            self.decoder._call_impl, fullgraph=True, dynamic=True
         )
         self.compilations = 0
+        self.decoder._compiled_call_impl = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCompilation:
+        return BoundedCompilation(copy.deepcopy(self.decoder, memo))
 
     def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """sample: B × C × h × w latents; a tile of larger ones is packed first, for its strides
@@ -117,15 +128,12 @@ class BoundedCompilation:
 def compile_decoder(vae: Any) -> Applied:
     """Compile the decoder in place (lazily: at its first call); the encoder is left alone."""
     decoder = vae.decoder
-    compiled = decoder._compiled_call_impl = BoundedCompilation(decoder)
-
-    def undo() -> None:
-        decoder._compiled_call_impl = None
-
+    compiled = BoundedCompilation(decoder)
     return Applied(
         name="decoder",
         what=f"{type(decoder).__name__} compiled",
-        undo=undo,
+        undo=partial(setattr, decoder, "_compiled_call_impl", None),
+        renew=compiled.renew,
         left_alone=(("encoder", "text-to-image pipelines do not run it"),),
         live=compiled.live,
     )
@@ -143,49 +151,51 @@ def tile(vae: Any, mode: Literal["auto", "on"]) -> Applied:
 def _tile_always(vae: Any) -> Applied:
     before = vae.use_tiling
     vae.enable_tiling()
-
-    def undo() -> None:
-        vae.use_tiling = before
-
     return Applied(
         name="decoder",
-        what=f"pictures over {vae.tile_sample_min_size} pixels a side in tiles",
-        undo=undo,
+        what="pictures larger than one tile in tiles",
+        undo=partial(setattr, vae, "use_tiling", before),
     )
+
+
+class TiledDecode:
+    """In the place of a VAE's `decode`: pictures of more than `AUTO_PIXELS` in tiles."""
+
+    def __init__(self, vae: Any, pixels_per_latent: int) -> None:
+        self.vae, self.pixels_per_latent = vae, pixels_per_latent
+        self.decode: Callable[..., Any] = vae.decode
+        self.tiled = 0
+
+    def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """z: B × C × … × h × w latents; other arguments and the result are those of `decode`."""
+        pixels = z.shape[-2] * z.shape[-1] * self.pixels_per_latent
+        if self.vae.use_tiling or pixels <= AUTO_PIXELS:
+            return self.decode(z, *args, **kwargs)
+        self.tiled += 1
+        self.vae.use_tiling = True
+        try:
+            return self.decode(z, *args, **kwargs)
+        finally:
+            self.vae.use_tiling = False
+
+    def live(self) -> str:
+        return f"{self.tiled} so far" if self.tiled else ""
 
 
 def _tile_large_ones(vae: Any) -> Applied:
-    before = vae.__dict__.get("decode")
-    decode = vae.decode
-    pixels_a_latent = 4 ** (len(vae.config.block_out_channels) - 1)
-    tiled = 0
-
-    def decode_by_size(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """z: B × C × h × w latents; the other arguments and the result are those of `decode`."""
-        nonlocal tiled
-        if vae.use_tiling or z.shape[-2] * z.shape[-1] * pixels_a_latent <= AUTO_PIXELS:
-            return decode(z, *args, **kwargs)
-        tiled += 1
-        vae.use_tiling = True
-        try:
-            return decode(z, *args, **kwargs)
-        finally:
-            vae.use_tiling = False
-
-    vae.decode = decode_by_size
-
-    def undo() -> None:
-        if vae.__dict__.get("decode") is not decode_by_size:  # somebody has replaced it since
-            return
-        if before is None:
-            del vae.decode
-        else:
-            vae.decode = before
-
+    tiled = TiledDecode(vae, pixels_per_latent(vae))
     return Applied(
         name="decoder",
         what="pictures over 2048x2048 pixels decoded in tiles",
-        undo=undo,
+        undo=replace_attribute(vae, "decode", tiled),
         left_alone=(("encoding", "image-to-image inputs are encoded whole"),),
-        live=lambda: f"{tiled} so far" if tiled else "",
+        live=tiled.live,
     )
+
+
+def pixels_per_latent(vae: Any) -> int:
+    """Pixels of a picture for one latent position, however this VAE says so."""
+    ratio = getattr(vae, "spatial_compression_ratio", None)
+    if ratio is None and "block_out_channels" in vae.config:
+        ratio = 2 ** (len(vae.config.block_out_channels) - 1)
+    return int(ratio or 8) ** 2

@@ -6,40 +6,35 @@ after it, every layer frees more than the next one takes.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
 from hasten.errors import ModelError
-from hasten.passes.applied import Applied
 from hasten.quantization.linear import QuantizedLinear, quantized
-from hasten.quantization.plan import Linears, make_plan
+from hasten.quantization.plan import Linears, Plan
 from hasten.recipe import Quantize
+from hasten.step.applied import Applied, refuse_saving
+from hasten.step.protocols import Transformer
 
-__all__ = ["Family", "quantize_linears"]
-
-
-class Family(Protocol):
-    """What knows which linears of a transformer may be quantised."""
-
-    def quantizable(self, transformer: nn.Module) -> Linears:
-        """(name, linear) of each."""
+__all__ = ["quantize_linears"]
 
 
 def quantize_linears(
-    transformer: nn.Module, family: Family, recipe: Quantize, fingerprint: str | None = None
+    transformer: Transformer, plan: Plan, recipe: Quantize, notes: tuple[str, ...] = ()
 ) -> Applied:
-    """Replace linears in their parents. Takes one layer's memory more than there was, then less.
+    """Replace linears in their parents. Takes the memory of one more layer at first, then less.
 
-    fingerprint: the transformer's, where it is known: static scales of another one get a note.
-    Raises UnsupportedError (the recipe does not fit this transformer) or ModelError (a weight is
-    not finite) before anything is replaced. An error in the middle carries a note of how much was.
+    Args:
+        transformer: Whose linears are replaced.
+        plan: Which linears, as `check` has decided.
+        recipe: How.
+        notes: What results must say of the scales.
+
+    Raises:
+        ModelError: A weight is not finite; nothing has been replaced. An error in the middle
+            carries a note of how many were.
     """
-    linears = family.quantizable(transformer)
-    plan = make_plan(transformer, linears, recipe)
-    _refuse_not_finite(linears)
-    del linears  # which would keep every original alive
+    _refuse_not_finite([(name, _linear(transformer, name)) for name in plan.names])
     before = after = done = 0
     try:
         for name in sorted(plan.names, key=lambda name: -_linear(transformer, name).weight.numel()):
@@ -52,12 +47,13 @@ def quantize_linears(
         if done:
             error.add_note(f"quantize: {done} linears are replaced already; load the model again")
         raise
+    refuse_saving(transformer)
     return Applied(
         name="quantize",
         what=_describe(recipe, done, before, after),
         undo=None,
         left_alone=plan.left_alone,
-        notes=_notes(recipe, fingerprint),
+        notes=notes,
         cannot_undo="the original weights were freed as they were replaced",
     )
 
@@ -77,13 +73,13 @@ def _refuse_not_finite(linears: Linears) -> None:
         )
 
 
-def _linear(transformer: nn.Module, name: str) -> nn.Linear:
+def _linear(transformer: Transformer, name: str) -> nn.Linear:
     linear = transformer.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
 
 
-def _replace(transformer: nn.Module, name: str, new: QuantizedLinear) -> None:
+def _replace(transformer: Transformer, name: str, new: QuantizedLinear) -> None:
     parent, _, own = name.rpartition(".")
     setattr(transformer.get_submodule(parent), own, new)
 
@@ -93,13 +89,8 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _notes(recipe: Quantize, fingerprint: str | None) -> tuple[str, ...]:
-    forced = fingerprint is not None and recipe.fingerprint not in (None, fingerprint)
-    return ("static scales calibrated on another model, used by force",) if forced else ()
-
-
 def _describe(recipe: Quantize, count: int, before: int, after: int) -> str:
-    how = f"{count} linears in {recipe.scheme}, one scale a {recipe.granularity}"
+    how = f"{count} linears in {recipe.scheme}, one scale per {recipe.granularity}"
     if recipe.activations == "static":
         how += " of the weights, a calibrated one for the activations"
     if recipe.emulate:

@@ -43,6 +43,7 @@ __all__ = [
     "Int8Linear",
     "QuantizedLinear",
     "WeightOnlyLinear",
+    "linear_class",
     "quantized",
 ]
 
@@ -228,6 +229,16 @@ class EmulatedLinear(QuantizedLinear):
     def extra_repr(self) -> str:
         what = "weight and activations" if self.activations else "weight"
         return f"{super().extra_repr()}, {what} rounded as {self.codes}"
+
+
+def linear_class(recipe: Quantize) -> type[QuantizedLinear]:
+    """The class of what stands in for linears under a recipe's `[quantize]`."""
+    codes, weight_only = _scheme(recipe.scheme)
+    if recipe.emulate:
+        return EmulatedLinear
+    if weight_only:
+        return WeightOnlyLinear
+    return Fp8Linear if codes == FP8 else Int8Linear
 
 
 def quantized(linear: nn.Linear, recipe: Quantize, name: str = "") -> QuantizedLinear:

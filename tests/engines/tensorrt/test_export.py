@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hasten.families.modulations import RowReader
 from torch import Tensor, nn
 
 from hasten.engines.tensorrt import export
@@ -18,7 +19,6 @@ from hasten.engines.tensorrt.export import DATA, GRAPH, export_onnx, in_precisio
 from hasten.engines.tensorrt.qdq import Amax, QdqLinear
 from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes
 from hasten.errors import EngineError, UnsupportedError
-from hasten.families.modulations import RowReader
 from tests.engines.tensorrt.conftest import (
     FAMILY,
     SHAPES,

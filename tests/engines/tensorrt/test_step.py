@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hasten.families.modulations import Modulations, RowReader
 from torch import nn
 
 from hasten.engines.tensorrt.step import INPUTS, Shapes, Step, sample
 from hasten.errors import InputError
-from hasten.families.modulations import Modulations, RowReader
 from tests.engines.tensorrt.conftest import FAMILY, SHAPES, unchanged_globals
 
 

@@ -26,6 +26,7 @@ from hasten import Recipe
 from hasten.models.random_weights import build_shape
 from hasten.recipe import IntervalCache
 from tests.conftest import SMALL
+from tests.test_apply import peak_bytes
 
 MOST_STEPS = 8
 PREDICTORS = get_args(IntervalCache.model_fields["predictor"].annotation)
@@ -290,7 +291,7 @@ def test_a_call_depends_on_its_arguments_alone(
                 assert torch.equal(got, expected)
             if underneath:
                 continue
-            assert not fast._cache.runs
+            assert not fast.held_bytes
             assert fast.last_run == (before if got is None else expected_run)
             if got is not None and (trouble.kind != "interrupted" or trouble.step >= call.steps):
                 run, computed = fast.last_run, planned(cache, call.steps)
@@ -359,8 +360,8 @@ def test_interleaved_pipelines_give_what_each_gives_alone(
                 assert latents is expected_inner[step] is None
             else:
                 assert torch.equal(latents, expected_inner[step])
-        assert not one._cache.runs
-        assert not own._cache.runs
+        assert not one.held_bytes
+        assert not own.held_bytes
 
 
 def from_pipe_of(fast: Any) -> Any:
@@ -434,7 +435,7 @@ def test_no_more_is_kept_than_the_plan_needs(pipe: Any, cache: dict[str, Any], c
     with optimized(pipe, cache) as fast, watch.over(pipe.transformer):
         call.on(fast, callback_on_step_end=watch.at_step_end)
         assert watch.bytes_alive() == 0, "outputs outlive their run"
-        assert fast._cache.peak_bytes == watch.most_bytes
+        assert peak_bytes(fast) == watch.most_bytes
         assert watch.most_bytes <= history * call.output_bytes * call.branches
         assert watch.most_bytes % (call.output_bytes * call.branches) == 0
         assert megabytes_in(fast.summary()) == pytest.approx(watch.most_bytes / 2**20, abs=0.0051)

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.passes.cache.plan import computed_steps, interval_plan, schedule_plan
-from hasten.passes.cache.planner import Planner
+from hasten.passes.cache.plan import Planner, computed_steps, interval_plan, schedule_plan
 from hasten.passes.cache.resample import resampled
 from hasten.recipe import BudgetCache, IntervalCache, ScheduleCache
 from hasten.schedules import nearest, shipped
@@ -113,7 +112,6 @@ def test_a_budget_is_kept_on_every_grid(budget: int, steps: int) -> None:
     planner = Planner(BudgetCache(budget=budget), fingerprint=None)
     assert sum(planner(grid(steps)).compute) == min(budget, steps)
     assert planner.calibrated is False
-    assert "calibrated: false" in planner.describe()
 
 
 def test_shipped_schedules_are_found_by_their_model() -> None:

@@ -1,0 +1,23 @@
+"""FLUX.1 dev, schnell, Krea, Kontext, Fill, Control: all run one `FluxTransformer2DModel`."""
+
+from hasten.families.family import Conditioning, Family, Stack
+from hasten.families.flux1.blocks import FluxBlocks
+from hasten.families.flux1.conditioning import FluxSplit, decode, modulated_norms, rows
+from hasten.families.flux1.fused import FluxKernels
+
+__all__ = ["FLUX1"]
+
+STREAMS = ("encoder_hidden_states", "hidden_states")
+
+FLUX1 = Family(
+    name="FLUX.1",
+    stacks=(Stack("transformer_blocks", STREAMS), Stack("single_transformer_blocks", STREAMS)),
+    modulations=("norm*.linear",),
+    conditioning=Conditioning(
+        norms=modulated_norms, rows=rows, inputs=("pooled_projections", "guidance")
+    ),
+    split=FluxSplit(),
+    kernels=FluxKernels(),
+    export=FluxBlocks(),
+    decode=decode,
+)

@@ -10,7 +10,9 @@ Shapes: B batch, T text tokens, S image tokens, R = B·(T+S) rows, D = heads × 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -18,38 +20,70 @@ import torch
 from torch import Tensor, nn
 
 from hasten.errors import CallError
-from hasten.families.modulations import Modulations
+from hasten.families.family import Attend
 from hasten.kernels.gelu_concat import gelu_concat
 from hasten.kernels.norm_modulate import norm_modulate
 from hasten.kernels.qk_norm_rope import qk_norm_rope
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import available
 from hasten.quantization.projection import Projection, project, same_kind
+from hasten.step.modulations import Modulations
 
-__all__ = ["Attend", "FusedFlux", "reasons_against"]
+__all__ = ["FluxKernels", "FusedFlux", "reasons_against"]
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = 1e-6  # of every norm in a FLUX block; `reasons_against` checks it
 
 
+class FluxKernels:
+    """FLUX.1's blocks on fused kernels (`families.family.Kernels`)."""
+
+    def reasons_against(
+        self, transformer: Any, to_be: Mapping[nn.Module, type] = MappingProxyType({})
+    ) -> list[str]:
+        return reasons_against(transformer, to_be)
+
+    def fused(self, transformer: Any, modulations: Modulations, attend: Attend) -> FusedFlux:
+        return FusedFlux(transformer, modulations, attend)
+
+
 class FusedFlux:
-    """Everything between the embedders and the velocity, as a function of tensors only."""
+    """Everything between the embedders and the velocity, as a function of tensors only.
+
+    Weights are merged when the blocks are first asked for. A deep copy merges those of its own
+    transformer, since torch copies parameters apart that were views of one tensor.
+    """
 
     def __init__(self, transformer: Any, modulations: Modulations, attend: Attend) -> None:
         self.transformer = transformer
+        self.modulations = modulations
         self.attend = attend
-        start = modulations.start
-        self.blocks: list[DoubleBlock | SingleBlock] = [
-            DoubleBlock(block, start[f"{name}.norm1_context"], start[f"{name}.norm1"], attend)
-            for name, block in _named(transformer, "transformer_blocks")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedFlux:
+        return FusedFlux(
+            copy.deepcopy(self.transformer, memo),
+            copy.deepcopy(self.modulations, memo),
+            copy.deepcopy(self.attend, memo),
+        )
+
+    @cached_property
+    def blocks(self) -> list[DoubleBlock | SingleBlock]:
+        """The blocks in the order in which they run."""
+        start = self.modulations.start
+        blocks: list[DoubleBlock | SingleBlock] = [
+            DoubleBlock(block, start[f"{name}.norm1_context"], start[f"{name}.norm1"], self.attend)
+            for name, block in _named(self.transformer, "transformer_blocks")
         ]
-        self.blocks += [
-            SingleBlock(block, start[f"{name}.norm"], attend)
-            for name, block in _named(transformer, "single_transformer_blocks")
+        blocks += [
+            SingleBlock(block, start[f"{name}.norm"], self.attend)
+            for name, block in _named(self.transformer, "single_transformer_blocks")
         ]
-        self.codes = {part.codes for block in self.blocks for part in block.projections} - {None}
-        self.layers = _layers(transformer)
-        self.last = start["norm_out"]
+        self.layers = _layers(self.transformer)
+        return blocks
+
+    @property
+    def codes(self) -> set[torch.dtype]:
+        """Dtypes of the codes that the products take; empty where all are plain."""
+        return {part.codes for block in self.blocks for part in block.projections if part.codes}
 
     def __call__(
         self, latents: Tensor, text: Tensor, row: Tensor, cos: Tensor, sin: Tensor
@@ -66,16 +100,18 @@ class FusedFlux:
         for block in self.blocks:
             block(stream, cos, sin)
         width = image.shape[-1]
-        final = self.last + width, self.last  # this norm's linear gives the scale first
+        last = self.modulations.start["norm_out"]
+        final = last + width, last  # this norm's linear gives the scale first
         y, _ = stream.norm((*final, 0) * 2, codes=None)
         velocity: Tensor = self.transformer.proj_out(y[streams.text_rows :])
         return velocity.view(len(image), -1, velocity.shape[1])
 
     def changed(self) -> str | None:
         """What has been replaced since the weights were merged; None if nothing."""
+        blocks = self.blocks
         if _layers(self.transformer) != self.layers:
             return "a layer of the transformer"
-        for block in self.blocks:
+        for block in blocks:
             for projection in block.projections:
                 if fault := projection.changed():
                     return fault

@@ -1,4 +1,5 @@
-"""Who computes when, and what stands in: a plan covers a whole run before it starts. No torch.
+"""Which steps a run computes, and what fills the others: a plan, made before the run starts. No
+torch.
 
 A plan is made from the run's noise levels alone, so nothing is read back from the device, compiled
 code sees no decision, and the cost is known beforehand.
@@ -11,9 +12,24 @@ from dataclasses import dataclass
 
 from hasten.passes.cache.predict import WEIGHTS, Weights
 from hasten.passes.cache.resample import resampled
-from hasten.recipe import BudgetCache, Cache, IntervalCache, ResidualCache, ScheduleCache
+from hasten.recipe import (
+    BudgetCache,
+    Cache,
+    IntervalCache,
+    PlannedCache,
+    ResidualCache,
+    ScheduleCache,
+)
+from hasten.schedules import nearest
 
-__all__ = ["Plan", "computed_steps", "interval_plan", "interval_steps", "schedule_plan"]
+__all__ = [
+    "Plan",
+    "Planner",
+    "computed_steps",
+    "interval_plan",
+    "interval_steps",
+    "schedule_plan",
+]
 
 SAME_SIGMA = 2e-3  # noise levels this near are the same grid
 
@@ -99,6 +115,51 @@ def schedule_plan(
     learned = schedule.sigmas or tuple(1 - i / schedule.steps for i in range(schedule.steps))
     computed = resampled(schedule.compute, learned, sigmas, count=budget)
     return predicted(sigmas, computed, "damped" if schedule.weights else schedule.predictor)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans runs of one model under one `[cache]` section."""
+
+    cache: PlannedCache
+    fingerprint: str | None
+
+    def __call__(self, sigmas: Sequence[float]) -> Plan:
+        """The plan of a run over N falling noise levels and its end (N + 1 entries)."""
+        if isinstance(self.cache, IntervalCache):
+            return interval_plan(self.cache, sigmas)
+        if isinstance(self.cache, ScheduleCache):
+            return schedule_plan(self.cache, sigmas)
+        steps = len(sigmas) - 1
+        budget = min(self.cache.budget, steps)
+        return schedule_plan(nearest(self.fingerprint, budget, steps), sigmas, budget=budget)
+
+    @property
+    def calibrated(self) -> bool | None:
+        """Whether the plan was learned on this very model; None for kinds that are not learned."""
+        if isinstance(self.cache, ScheduleCache):
+            own = self.fingerprint is not None and self.cache.fingerprint == self.fingerprint
+            return self.cache.calibrated and own
+        if isinstance(self.cache, BudgetCache):
+            return nearest(self.fingerprint, self.cache.budget, 50).fingerprint is not None
+        return None
+
+    def describe(self) -> str:
+        """One line for the summary."""
+        cache = self.cache
+        if isinstance(cache, IntervalCache):
+            until = "" if cache.end_step is None else f", all from step {cache.end_step} on"
+            return (
+                f"computes steps below {cache.start_step}, then one of every {cache.interval}"
+                f"{until}; {cache.predictor} of the velocity on the others"
+            )
+        if isinstance(cache, BudgetCache):
+            return f"computes {cache.budget} steps by a schedule"
+        filled = "fitted weights" if cache.weights else cache.predictor
+        return (
+            f"computes {len(cache.compute)} of {cache.steps} steps by a schedule; "
+            f"{filled} of the velocity on the others"
+        )
 
 
 def computed_steps(cache: Cache, steps: int) -> int | None:

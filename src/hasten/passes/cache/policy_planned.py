@@ -8,48 +8,51 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
-from hasten.passes.cache.plan import Plan
-from hasten.passes.cache.planner import Planner
+from hasten.passes.cache.plan import Plan, Planner
 from hasten.passes.cache.predict import combine
-from hasten.passes.cache.state import Answer
+from hasten.step.call import Inner, Output, StepCall
 
 __all__ = ["Planned"]
 
 
 class Planned:
-    """Plans each run as it begins. `forward` is the transformer's, compiled or not."""
+    """Plans each run as it begins."""
 
     keeps = "outputs"
 
-    def __init__(self, forward: Callable[..., Any], planner: Planner) -> None:
-        self.forward = forward
+    def __init__(self, planner: Planner) -> None:
         self.planner = planner
 
     def begin(self, sigmas: Sequence[float]) -> Callable[[], PlannedBranch]:
-        plan = self.planner(sigmas)
-        return lambda: PlannedBranch(self.forward, plan)
+        return partial(PlannedBranch, self.planner(sigmas))
 
     def describe(self) -> str:
         return self.planner.describe()
+
+    def remove(self) -> None:
+        """It is in no other place than the chain."""
 
 
 class PlannedBranch:
     """The newest computed outputs, newest first, as many as the plan ever combines."""
 
-    def __init__(self, forward: Callable[..., Any], plan: Plan) -> None:
-        self.forward = forward
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.outputs: deque[Tensor] = deque(maxlen=plan.history)
+        self.outputs: deque[Output] = deque(maxlen=plan.history)
 
-    def answer(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
-        computed = self.plan.compute[step] or not self.outputs
+    def answer(self, call: StepCall, inner: Inner) -> Output:
+        computed = self.plan.compute[call.step] or not self.outputs
         if computed:
-            self.outputs.appendleft(self.forward(*args, **kwargs)[0].detach())
-        return Answer(combine(self.outputs, self.plan.weights[step]), computed)
+            self.outputs.appendleft(inner(call).detached())
+        weights = self.plan.weights[call.step]
+        columns = zip(*(output.tensors for output in self.outputs), strict=True)
+        return self.outputs[0].but(
+            [combine(column, weights) for column in columns], computed=computed
+        )
 
     def kept(self) -> Iterable[Tensor]:
-        return self.outputs
+        return [tensor for output in self.outputs for tensor in output.tensors]

@@ -1,7 +1,8 @@
 """The policy of kind `residual`: run the first blocks, and the others only where it matters.
 
 With H_0 the image tokens before the first block, H_n those after the n-th and H_L those after the
-last, the first blocks' residual is r = H_n − H_0. Where it is near that of the last computed step,
+last, the first blocks' residual is r = H_n − H_0. Where it is close to that of the last computed
+step,
 
     mean|r − r_ref| / mean|r_ref| < threshold    (L1 means over tokens and channels, per image),
 
@@ -9,7 +10,7 @@ the other blocks are skipped, and what they added then, H_L − H_n, is added to
 embedders, the first blocks and the output layers see the current step.
 
 Sources: TeaCache (arXiv:2411.19108) tells from an early signal how much the output will change;
-FBCache (ParaAttention, github.com/chengzeyi/ParaAttention) takes the first block's residual for
+FBCache (ParaAttention, github.com/chengzeyi/ParaAttention) takes the first block's residual as
 that signal; DBCache (cache-dit) takes n blocks, a warm-up and a limit of steps skipped in a row,
 and can extrapolate what is added. They compare means over a whole batch; here a batch skips only if
 each of its images would.
@@ -20,55 +21,42 @@ The decision is the host's: each call that may skip waits for the device, once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import Any, Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hasten.passes.cache.predict import WEIGHTS, combine
-from hasten.passes.cache.state import Answer
 from hasten.recipe import ResidualCache
+from hasten.step.block_hooks import BlockHooks
+from hasten.step.call import Inner, Output, StepCall
 
-__all__ = ["Residual", "Split", "relative_change"]
+__all__ = ["Residual", "relative_change"]
 
 NO_LIMIT = 1000  # no run has more steps
 
 
-class Split(Protocol):
-    """A model family that can run its transformer block by block.
-
-    A state is a dataclass whose field `image` holds the image tokens, B×S×D.
-    """
-
-    def through(
-        self,
-        transformer: Any,
-        middle: Callable[[Any], Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        """The transformer's output with `middle` (state to state) in place of its blocks."""
-
-    def blocks(self, transformer: Any, state: Any) -> Iterator[tuple[str, Any]]:
-        """Run the blocks one by one, yielding (block name, state after it)."""
-
-
 class Residual:
-    """Decides from what the first blocks add. Nothing is planned, so there is no planner."""
+    """Decides from what the first blocks add. Nothing is planned, so there is no planner.
+
+    Args:
+        cache: The recipe's section.
+        hooks: Around the transformer's blocks.
+        streams: Names of the streams that the output is made of; the first one is compared.
+    """
 
     keeps = "residuals"
     planner = None
 
-    def __init__(self, cache: ResidualCache, transformer: Any, split: Split) -> None:
+    def __init__(self, cache: ResidualCache, hooks: BlockHooks, streams: tuple[str, ...]) -> None:
         self.cache = cache
-        self.transformer = transformer
-        self.split = split
+        self.hooks = hooks
+        self.streams = streams
 
     def begin(self, sigmas: Sequence[float]) -> Callable[[], ResidualBranch]:
-        return lambda: ResidualBranch(self, sigmas)
+        return partial(ResidualBranch, self, sigmas)
 
     def describe(self) -> str:
         cache = self.cache
@@ -83,13 +71,19 @@ class Residual:
             "waits for the device"
         )
 
+    def remove(self) -> None:
+        self.hooks.remove()
+
 
 class ResidualBranch:
     """What the last computed steps added to the image tokens, B×S×D each.
 
-    reference: the first blocks, at the last computed step; rests: the other blocks, newest first,
-    one (`reuse`) or two (`linear`) of them, computed at noise levels `known`; skipped: steps in a
-    row, up to now.
+    Attributes:
+        reference: What the first blocks added at the last computed step.
+        rests: What the other blocks added to each stream, newest first: of one step (`reuse`) or
+            of two.
+        known: Noise levels of those steps.
+        skipped: Steps in a row that were skipped up to now.
     """
 
     def __init__(self, policy: Residual, sigmas: Sequence[float]) -> None:
@@ -98,52 +92,84 @@ class ResidualBranch:
         self.sigmas = sigmas
         history = 1 if self.cache.predictor == "reuse" else 2
         self.reference: Tensor | None = None
-        self.rests: deque[Tensor] = deque(maxlen=history)
+        self.rests: deque[list[Tensor]] = deque(maxlen=history)
         self.known: deque[float] = deque(maxlen=history)
         self.skipped = 0
 
-    def answer(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
-        split, transformer = self.policy.split, self.policy.transformer
-        added: tuple[Tensor, Tensor] | None = None
-
-        def middle(start: Any) -> Any:
-            nonlocal added
-            blocks = split.blocks(transformer, start)
-            first = _after(islice(blocks, self.cache.first_blocks))
-            change = first.image - start.image
-            if self._skips(step, change):
-                return replace(first, image=first.image + self._predicted(step))
-            end = _after(blocks)
-            added = change.detach(), (end.image - first.image).detach()
-            return end
-
-        output = split.through(transformer, middle, args, kwargs)
-        if added is None:
+    def answer(self, call: StepCall, inner: Inner) -> Output:
+        visit = Visit(self, call.step)
+        with self.policy.hooks.visited_by(visit):
+            output = inner(call)
+        if visit.skips:
             self.skipped += 1
-        else:
-            self._keep(step, *added)
-        return Answer(output, added is not None)
+            return replace(output, computed=False)
+        self.reference = visit.change.detach()
+        self.rests.appendleft([rest.detach() for rest in visit.rests])
+        self.known.appendleft(self.sigmas[call.step])
+        self.skipped = 0
+        return output
 
     def kept(self) -> Iterable[Tensor]:
-        return (*self.rests, *(() if self.reference is None else (self.reference,)))
+        rests = [tensor for tensors in self.rests for tensor in tensors]
+        return rests if self.reference is None else [*rests, self.reference]
 
-    def _skips(self, step: int, change: Tensor) -> bool:
-        """Whether the other blocks rest. Waits for the device only where that is open."""
+    def is_skipped(self, step: int, change: Tensor) -> bool:
+        """Whether the other blocks are skipped. Waits for the device only where that is open."""
         if self.reference is None or step < self.cache.warmup_steps:
             return False
         if self.skipped >= self.cache.max_consecutive:
             return False
         return bool((relative_change(change, self.reference) < self.cache.threshold).all())
 
-    def _predicted(self, step: int) -> Tensor:
+    def predicted(self, step: int) -> list[Tensor]:
+        """What the other blocks would add to each stream."""
         weights = WEIGHTS[self.cache.predictor](self.known, self.sigmas[step])
-        return combine(self.rests, weights)
+        return [combine(column, weights) for column in zip(*self.rests, strict=True)]
 
-    def _keep(self, step: int, first: Tensor, rest: Tensor) -> None:
-        self.reference = first
-        self.rests.appendleft(rest)
-        self.known.appendleft(self.sigmas[step])
-        self.skipped = 0
+
+class Visit:
+    """One call of the transformer as its blocks see it.
+
+    A stream may be the tail of a longer one (text before image): its own tokens are the last ones.
+
+    Attributes:
+        change: What the first blocks added to the first stream, B×S×D.
+        rests: What the other blocks added to each stream, where they ran.
+        skips: Whether they were skipped.
+    """
+
+    def __init__(self, branch: ResidualBranch, step: int) -> None:
+        self.branch, self.step = branch, step
+        self.names = branch.policy.streams
+        self.start: dict[str, Tensor] = {}
+        self.first: dict[str, Tensor] = {}
+        self.change: Tensor
+        self.rests: list[Tensor] = []
+        self.skips = False
+
+    def before(self, index: int, streams: dict[str, Tensor]) -> bool:
+        if not self.start:
+            self.start = {name: streams[name] for name in self.names}
+        if index >= self.branch.cache.first_blocks and not self.first:
+            self.first = {name: self._own(name, streams) for name in self.names}
+            compared = self.names[0]
+            self.change = self.first[compared] - self.start[compared]
+            self.skips = self.branch.is_skipped(self.step, self.change)
+        return self.skips
+
+    def after_last(self, streams: dict[str, Tensor], *, skipped: bool) -> dict[str, Tensor]:
+        if not skipped:
+            self.rests = [self._own(name, streams) - self.first[name] for name in self.names]
+            return streams
+        ended = dict(streams)
+        for name, rest in zip(self.names, self.branch.predicted(self.step), strict=True):
+            whole, own = streams[name], self.first[name] + rest
+            others = whole[:, : whole.shape[1] - own.shape[1]]
+            ended[name] = torch.cat([others, own], dim=1) if others.shape[1] else own
+        return ended
+
+    def _own(self, name: str, streams: dict[str, Tensor]) -> Tensor:
+        return streams[name][:, -self.start[name].shape[1] :]
 
 
 def relative_change(now: Tensor, then: Tensor) -> Tensor:
@@ -153,9 +179,3 @@ def relative_change(now: Tensor, then: Tensor) -> Tensor:
     """
     difference = (now - then).abs().mean(dim=(1, 2), dtype=torch.float32)
     return difference / then.abs().mean(dim=(1, 2), dtype=torch.float32)
-
-
-def _after(blocks: Iterable[tuple[str, Any]]) -> Any:
-    """Run these blocks; the state after the last one. States in between are not kept."""
-    ((_, state),) = deque(blocks, maxlen=1)
-    return state

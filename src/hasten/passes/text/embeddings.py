@@ -18,13 +18,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.passes.applied import Applied
 from hasten.passes.text.key import key_of
 from hasten.passes.text.store import Store
+from hasten.step.applied import Applied
+from hasten.step.protocols import Pipeline
 
-__all__ = ["CachedEncoder", "cache_embeddings", "cache_off"]
-
-ENCODERS = ("text_encoder", "text_encoder_2")
+__all__ = ["CachedEncoder", "cache_embeddings", "cache_off", "text_encoders"]
 
 _off: ContextVar[bool] = ContextVar("no prompt embedding is taken from a cache", default=False)
 
@@ -70,38 +69,67 @@ class CachedEncoder:
         return answer
 
 
-def cache_embeddings(pipe: Any, cache_mb: int) -> Applied:
-    """Put one cache of at most `cache_mb` MiB before the pipeline's text encoders."""
-    store = Store(cache_mb * 2**20)
-    found = {name: getattr(pipe, name, None) for name in ENCODERS}
-    caches = [
-        CachedEncoder(encoder, name, store)
-        for name, encoder in found.items()
-        if encoder is not None
-    ]
-    before = [cache.encoder._compiled_call_impl for cache in caches]
-    for cache in caches:
-        cache.encoder._compiled_call_impl = cache
+class EmbeddingCaches:
+    """One cache before each of a pipeline's text encoders, over one store.
 
-    def undo() -> None:
-        for cache, previous in zip(caches, before, strict=True):
-            if cache.encoder._compiled_call_impl is cache:  # not compiled or wrapped since
+    Args:
+        encoders: By their names in the pipeline.
+        limit: Bytes that all answers may have together.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], limit: int) -> None:
+        self.store = Store(limit)
+        self.caches = [
+            CachedEncoder(encoder, name, self.store) for name, encoder in encoders.items()
+        ]
+        self.before = [cache.encoder._compiled_call_impl for cache in self.caches]
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the caches in their places."""
+        for cache in self.caches:
+            cache.encoder._compiled_call_impl = cache
+
+    def remove(self) -> None:
+        """Put back what was there, unless the encoder was compiled or wrapped since."""
+        for cache, previous in zip(self.caches, self.before, strict=True):
+            if cache.encoder._compiled_call_impl is cache:
                 cache.encoder._compiled_call_impl = previous
 
-    def live() -> str:
-        uncached = sum(cache.uncached for cache in caches)
+    def live(self) -> str:
+        store, uncached = self.store, sum(cache.uncached for cache in self.caches)
         return (
             f"{len(store)} kept, {store.size / 2**20:.2f} MiB, {store.hits} hits, "
-            f"{store.misses} misses" + (f", {uncached} passed by" if uncached else "")
+            f"{store.misses} misses" + (f", {uncached} not cacheable" if uncached else "")
         )
 
+
+def cache_embeddings(pipe: Pipeline, cache_mb: int) -> Applied:
+    """Put one cache of at most `cache_mb` MiB before the pipeline's text encoders."""
+    encoders = text_encoders(pipe)
+    caches = EmbeddingCaches(
+        {name: encoder for name, encoder in encoders.items() if encoder is not None},
+        cache_mb * 2**20,
+    )
     return Applied(
         name="text",
         what=f"at most {cache_mb} MiB of prompt embeddings kept in host memory",
-        undo=undo,
-        left_alone=tuple((name, "not loaded") for name in ENCODERS if found[name] is None),
-        live=live,
+        undo=caches.remove,
+        renew=caches.attach,
+        left_alone=tuple(
+            (name, "not loaded") for name, encoder in encoders.items() if encoder is None
+        ),
+        live=caches.live,
     )
+
+
+def text_encoders(pipe: Pipeline) -> dict[str, nn.Module | None]:
+    """A pipeline's text encoders by name, in order; None for one that is not loaded."""
+    return {
+        name: component
+        for name, component in pipe.components.items()
+        if name.startswith("text_encoder")
+    }
 
 
 class _Held:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hasten.passes.applied import Applied
 from hasten.passes.text.embeddings import cache_embeddings
 from hasten.passes.text.weights import store_in_eight_bits
 from hasten.recipe import Text
+from hasten.step.applied import Applied
 
 __all__ = ["prepare_text"]
 

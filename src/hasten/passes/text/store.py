@@ -54,3 +54,7 @@ class Store:
     def _drop(self, key: Hashable) -> None:
         _, size = self._values.pop(key, (None, 0))
         self.size -= size
+
+    def __deepcopy__(self, _: object) -> Store:
+        """A copy of what holds a store begins with an empty one."""
+        return Store(self.limit)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.kernels.quantize import FP8
-from hasten.passes.applied import Applied
 from hasten.quantization.linear import WeightOnlyLinear
+from hasten.step.applied import Applied, refuse_saving
 
 __all__ = ["FeedForwardOutput", "store_in_eight_bits"]
 
@@ -38,7 +38,7 @@ class FeedForwardOutput(nn.Module):
 
 
 def store_in_eight_bits(encoder: Any, scheme: Scheme) -> Applied:
-    """Replace each linear of the encoder in its parent, one scale an output channel.
+    """Replace each linear of the encoder in its parent, one scale per output channel.
 
     Embeddings, the relative position bias and norms stay. Each original is freed as it is replaced,
     the largest first; an error in the middle carries a note of how many were.
@@ -56,6 +56,7 @@ def store_in_eight_bits(encoder: Any, scheme: Scheme) -> Applied:
             raise
         before, after = before + _bytes(old), after + _bytes(linear)
         _replace(encoder, name, linear, old.weight.dtype)
+    refuse_saving(encoder)
     return Applied(
         name="text",
         what=f"{len(names)} linears of {type(encoder).__name__} in {scheme}: "

@@ -17,10 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import hasten
 from hasten import CallError, HastenError, Recipe
 from hasten.conflicts import conflicts, graphs_declined
-from hasten.passes.compile import compile_forward
-from hasten.passes.graphs import MOST_GRAPHS, Graphs, Recording, graph_forward
-from hasten.recipe import Compile
-from tests.passes.fuse.test_fuse import close
+from hasten.step.graphs import MOST_GRAPHS, Graphs, Recording
+from tests.passes.test_fuse import close
 
 Call = Callable[..., torch.Tensor]
 
@@ -31,6 +29,7 @@ TABLE = {"fuse": {"kernels": "off"}, "compile": GRAPHS}
 EVERY = pytest.mark.parametrize(
     "recipe", [FORWARD, KERNELS, TABLE], ids=["forward", "kernels", "table"]
 )
+ODD = {"joint_attention_kwargs": {"scale": 1.0, "note": object()}}  # ignored by the processors
 CHANGES: list[dict[str, Any]] = [
     {"prompt": "a blue whale"},
     {"guidance_scale": 1.0},
@@ -48,17 +47,18 @@ class Replay:
 
     def __init__(
         self,
-        function: Callable[..., torch.Tensor],
+        function: Callable[..., tuple[torch.Tensor, ...]],
         buffers: tuple[torch.Tensor, ...],
-        output: torch.Tensor,
+        outputs: tuple[torch.Tensor, ...],
     ) -> None:
         self.trace = make_fx(function)(*buffers)
         self.buffers = buffers
-        self.output = output
+        self.outputs = outputs
 
     def replay(self) -> None:
         with torch.no_grad():
-            self.output.copy_(self.trace(*self.buffers))
+            for output, value in zip(self.outputs, self.trace(*self.buffers), strict=True):
+                output.copy_(value)
 
 
 @pytest.fixture
@@ -68,38 +68,38 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def capture(graphs: Graphs, function: Any, inputs: Any, device: torch.device) -> Recording:
         buffers = tuple(value.clone() for value in inputs)
-        output = function(*buffers).clone()
-        recording = Recording(Replay(function, buffers, output), buffers, output)
+        outputs = tuple(output.clone() for output in function(*buffers))
+        recording = Recording(Replay(function, buffers, outputs), buffers, outputs)
         made.append(recording)
         return recording
 
     monkeypatch.setattr(Graphs, "_capture", capture)
     for name in ("device", "current_stream", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *given: nullcontext())
-    monkeypatch.setattr("hasten.apply.graphs_declined", lambda r, _: graphs_declined(r, "cuda"))
+    monkeypatch.setattr("hasten.check.graphs_declined", lambda r, _: graphs_declined(r, "cuda"))
     monkeypatch.setattr("hasten.check.conflicts", lambda recipe, _: conflicts(recipe, "cuda"))
     return made
 
 
-def doubled(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
+def doubled(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x * 2,)
 
 
 def test_one_recording_a_shape_dtype_and_key(captures: list[Any]) -> None:
     graphs = Graphs()
     wide, tall = torch.ones(1, 4), torch.ones(4, 1)
     for inputs, key in [(wide, None), (wide + 1, None), (tall, None), (wide.double(), None)]:
-        assert torch.equal(graphs(doubled, [inputs], key), inputs * 2)
+        assert torch.equal(graphs(doubled, [inputs], key)[0], inputs * 2)
     assert len(captures) == 3
-    assert torch.equal(graphs(lambda x: x * 3, [wide], "other"), wide * 3)
-    assert torch.equal(graphs(doubled, [wide]), wide * 2)
+    assert torch.equal(graphs(lambda x: (x * 3,), [wide], "other")[0], wide * 3)
+    assert torch.equal(graphs(doubled, [wide])[0], wide * 2)
     assert len(captures) == 4
 
 
 def test_an_answer_is_the_callers_own(captures: list[Any]) -> None:
     graphs = Graphs()
-    first = graphs(doubled, [torch.ones(3)])
-    second = graphs(doubled, [torch.full((3,), 5.0)])
+    (first,) = graphs(doubled, [torch.ones(3)])
+    (second,) = graphs(doubled, [torch.full((3,), 5.0)])
     assert torch.equal(first, torch.full((3,), 2.0))
     assert torch.equal(second, torch.full((3,), 10.0))
 
@@ -122,7 +122,7 @@ def test_what_was_recorded_under_inference_mode_is_used_outside_of_it(captures: 
     graphs = Graphs()
     with torch.inference_mode():
         graphs(doubled, [torch.ones(2)])
-    assert torch.equal(graphs(doubled, [torch.full((2,), 3.0)]), torch.full((2,), 6.0))
+    assert torch.equal(graphs(doubled, [torch.full((2,), 3.0)])[0], torch.full((2,), 6.0))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_out_of_memory_names_the_fix_and_leaves_nothing(
     assert 'cuda_graphs = "off"' in caught.value.fix
     assert not graphs.recorded
     monkeypatch.setattr(Graphs, "_capture", works)
-    assert torch.equal(graphs(doubled, [torch.ones(2)]), torch.full((2,), 2.0))
+    assert torch.equal(graphs(doubled, [torch.ones(2)])[0], torch.full((2,), 2.0))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(captures: list[Any]) -> None:
@@ -198,17 +198,27 @@ def test_both_kinds_of_answer(
 
 @EVERY
 @torch.no_grad()
-def test_controlnet_residuals_run_without_a_graph_and_the_summary_says_so(
+def test_controlnet_residuals_are_inputs_of_a_graph(
     recipe: dict[str, Any], captures: list[Any], make_pipe: Callable[[], Any]
 ) -> None:
     control = {"controlnet_block_samples": [torch.randn(1, 4, 32)]}
     expected = make_pipe().transformer(**inputs(), **control).sample
     fast = hasten.optimize(make_pipe(), Recipe.from_dict(recipe))
-    assert torch.equal(fast.transformer(**inputs(), **control).sample, expected)
+    for _ in range(2):
+        assert close(fast.transformer(**inputs(), **control).sample, expected)
+    assert len(captures) == 1
+
+
+@EVERY
+@torch.no_grad()
+def test_what_is_no_tensor_runs_without_a_graph_and_the_summary_says_so(
+    recipe: dict[str, Any], captures: list[Any], make_pipe: Callable[[], Any]
+) -> None:
+    expected = make_pipe().transformer(**inputs()).sample
+    fast = hasten.optimize(make_pipe(), Recipe.from_dict(recipe))
+    assert close(fast.transformer(**inputs(), **ODD).sample, expected)
     assert not captures
-    assert "ran without" in fast.summary()
-    if "fuse" not in recipe:
-        assert "calls with controlnet_block_samples ran without" in fast.summary()
+    assert "calls with joint_attention_kwargs ran without" in fast.summary()
 
 
 @EVERY
@@ -221,7 +231,7 @@ def test_who_insists_is_told(
     fast.transformer(**inputs())
     assert len(captures) == 1
     with pytest.raises(CallError, match="CUDA graph cannot take") as caught:
-        fast.transformer(**inputs(), controlnet_block_samples=[torch.randn(1, 4, 32)])
+        fast.transformer(**inputs(), **ODD)
     assert 'cuda_graphs = "auto"' in caught.value.fix
     fast.transformer._hf_peft_config_loaded = True
     with pytest.raises(CallError, match="unfused LoRA layers"):
@@ -269,25 +279,6 @@ def test_restoring_leaves_the_plain_forward(
     made = len(captures)
     assert torch.equal(call(pipe), expected)
     assert len(captures) == made
-
-
-@pytest.mark.parametrize("what", ["graphs", "compilation"])
-def test_undoing_puts_back_what_another_pass_had_put_there(what: str, pipe: Any) -> None:
-    transformer = pipe.transformer
-    plain = transformer.forward
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs)
-
-    transformer.forward = wrapped
-    if what == "graphs":
-        done = graph_forward(transformer, None, insist=False)
-    else:
-        done = compile_forward(transformer, Compile(mode="full"))
-    assert transformer.forward is not wrapped
-    assert done.undo is not None
-    done.undo()
-    assert transformer.forward is wrapped
 
 
 def test_auto_declines_on_a_cpu_and_says_so(pipe: Any) -> None:

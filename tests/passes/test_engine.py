@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from hasten.passes.cache.planner import Planner
+from hasten.passes.cache.step import cache_steps
+from hasten.passes.fuse.on_engine import run_on_engine
 
 from hasten.engines.tensorrt.step import Step
 from hasten.errors import CallError
-from hasten.families.family import family_of
-from hasten.passes.applied import Applied
-from hasten.passes.cache.planner import Planner
+from hasten.families import family_of
 from hasten.passes.cache.policy_planned import Planned
-from hasten.passes.cache.step import cache_steps
-from hasten.passes.fuse.on_engine import run_on_engine
 from hasten.passes.offload import offload_modulations
 from hasten.recipe import IntervalCache
+from hasten.step.applied import Applied
 
 Call = Callable[..., torch.Tensor]
 

@@ -1,0 +1,97 @@
+"""FLUX.1 outside of its blocks: conditioning, constants of a run, latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.step.protocols import Pipeline
+
+__all__ = ["FluxSplit", "decode", "embed_conditioning", "modulated_norms", "rotary", "rows"]
+
+CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+
+def modulated_norms(transformer: Any) -> list[tuple[str, nn.Module]]:
+    """(name, norm) of every norm with a modulation linear, in the order in which they run."""
+    norms: list[tuple[str, nn.Module]] = []
+    for index, block in enumerate(transformer.transformer_blocks):
+        norms.append((f"transformer_blocks.{index}.norm1", block.norm1))
+        norms.append((f"transformer_blocks.{index}.norm1_context", block.norm1_context))
+    for index, block in enumerate(transformer.single_transformer_blocks):
+        norms.append((f"single_transformer_blocks.{index}.norm", block.norm))
+    return [*norms, ("norm_out", transformer.norm_out)]
+
+
+def rows(
+    transformer: Any, inputs: Mapping[str, Any], timesteps: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What the modulation linears see, R×D, of a call's inputs at R timesteps (`Conditioning`)."""
+    batch = len(inputs["timestep"])
+    steps = len(timesteps) // batch
+    guidance = inputs.get("guidance")
+    return embed_conditioning(
+        transformer,
+        timesteps,
+        None if guidance is None else guidance.expand(batch).repeat(steps),
+        inputs["pooled_projections"].expand(batch, -1).repeat(steps, 1),
+        dtype,
+    )
+
+
+def embed_conditioning(
+    transformer: Any,
+    timestep: Tensor,
+    guidance: Tensor | None,
+    pooled_projections: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """R×D from R timesteps in [0, 1], guidance scales and pooled texts (R×pooled_dim).
+
+    The embedding sees timestep and guidance times 1000, after rounding to the latents' dtype.
+    """
+    moments = [timestep.to(dtype) * 1000]
+    if guidance is not None:
+        moments.append(guidance.to(dtype) * 1000)
+    embedded: Tensor = transformer.time_text_embed(*moments, pooled_projections)
+    return embedded
+
+
+def rotary(transformer: Any, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T+S)×head_dim each in float32, from T×3 and S×3 positions."""
+    ids = [ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)]
+    cos, sin = transformer.pos_embed(torch.cat(ids))
+    return cos, sin
+
+
+class FluxSplit:
+    """Text and positions are embedded once per run; ControlNet and IP-Adapter need the forward."""
+
+    inputs = ("encoder_hidden_states", "txt_ids", "img_ids")
+
+    def beyond(self, inputs: Mapping[str, Any]) -> str | None:
+        for name in CONTROL:
+            if inputs.get(name) is not None:
+                return name
+        extra = sorted((inputs.get("joint_attention_kwargs") or {}).keys() - {"scale"})
+        return f"joint_attention_kwargs {', '.join(extra)}" if extra else None
+
+    def embedded(self, transformer: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """text: B×T×D; cos, sin: (T+S)×head_dim."""
+        cos, sin = rotary(transformer, inputs["txt_ids"], inputs["img_ids"])
+        text = transformer.context_embedder(inputs["encoder_hidden_states"])
+        return {"text": text, "cos": cos, "sin": sin}
+
+
+def decode(pipe: Pipeline, latents: Tensor, height: int, width: int) -> Tensor:
+    """Pictures of packed latents (P×tokens×channels): P×3×height×width in [-1, 1]."""
+    flux: Any = pipe
+    unpacked = flux._unpack_latents(latents, height, width, flux.vae_scale_factor)
+    config = flux.vae.config
+    pictures: Tensor = flux.vae.decode(
+        unpacked / config.scaling_factor + config.shift_factor, return_dict=False
+    )[0]
+    return pictures

@@ -1,0 +1,106 @@
+"""What a pass leaves behind: a line for the summary, and how it is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from hasten.errors import UnsupportedError
+
+__all__ = ["Applied", "Replaced", "refuse_saving", "replace_attribute", "undo_all"]
+
+
+def nothing_to_say() -> str:
+    """A pass without counts."""
+    return ""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One applied pass.
+
+    `undo`, `renew` and `live` are bound methods, partials or objects, never closures: a deep copy
+    of an optimised pipeline copies them with the modules that they refer to.
+
+    Attributes:
+        name: The recipe's section.
+        what: One line: what was changed.
+        undo: Puts back what it can; None where nothing can be.
+        left_alone: Pairs of what was left alone and why.
+        cannot_undo: Why not everything is undone; empty where it is.
+        declined: Whether what was left alone was asked for with "auto", which results must say.
+        live: Counts and bytes, for the summary.
+        notes: What else results must say.
+        renew: Puts back what a deep copy of a module leaves out: compiled code.
+    """
+
+    name: str
+    what: str
+    undo: Callable[[], object] | None
+    left_alone: tuple[tuple[str, str], ...] = ()
+    cannot_undo: str = ""
+    declined: bool = False
+    live: Callable[[], str] = nothing_to_say
+    notes: tuple[str, ...] = ()
+    renew: Callable[[], object] | None = None
+
+
+class Replaced:
+    """An attribute of one instance that was replaced; calling this puts back what was there."""
+
+    def __init__(self, owner: Any, name: str, value: object) -> None:
+        self.owner, self.name, self.value = owner, name, value
+        self.own = name in _own(owner)
+        self.before = _own(owner).get(name)
+        setattr(owner, name, value)
+
+    def __call__(self) -> None:
+        """Put it back, unless somebody else has replaced it since."""
+        if _own(self.owner).get(self.name) is not self.value:
+            return
+        if self.own:
+            setattr(self.owner, self.name, self.before)
+        else:
+            delattr(self.owner, self.name)
+
+
+def _own(owner: Any) -> dict[str, Any]:
+    """An instance's own attributes, submodules among them."""
+    return {**owner.__dict__.get("_modules", {}), **owner.__dict__}
+
+
+def replace_attribute(owner: Any, name: str, value: object) -> Replaced:
+    """Set an attribute of this instance alone.
+
+    Returns:
+        What undoes it.
+    """
+    return Replaced(owner, name, value)
+
+
+def undo_all(applied: Sequence[Applied]) -> list[str]:
+    """Undo passes, newest first.
+
+    Returns:
+        A line for each that cannot be undone.
+    """
+    stuck = []
+    for done in reversed(applied):
+        if done.undo is not None:
+            done.undo()
+        if done.cannot_undo:
+            stuck.append(f"{done.name} cannot be undone: {done.cannot_undo}")
+    return stuck
+
+
+def refuse_saving(module: Any) -> None:
+    """Have `save_pretrained` of a quantised module refuse: others would load codes as weights."""
+    module.save_pretrained = _refuse_to_save
+
+
+def _refuse_to_save(*_: object, **__: object) -> NoReturn:
+    raise UnsupportedError(
+        "the weights are quantised, and a file of their codes would be loaded as plain weights",
+        "save the pipeline before it is optimised, and optimise it again after loading",
+    )
