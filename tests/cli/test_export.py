@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from hasten.engines.tensorrt.hashes import facts_of_file
+from hasten.engines.tensorrt.files import facts_of_file
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.targets import TARGETS
+from hasten.sealed import unseal
 from tests.cli.conftest import Run
 from tests.cli.test_app import PROGRAM
 from tests.engines.tensorrt.test_manifest import made
@@ -147,7 +148,9 @@ def test_a_model_that_changes_meanwhile_is_exported_again(
             index = saved_model / "model_index.json"
             index.write_text(index.read_text() + " ")
         out.mkdir(exist_ok=True)
-        manifest = made(files={})
+        manifest = made(precision="bf16", targets=())
+        for name in manifest.files:
+            (out / name).touch()
         manifest.write(out / MANIFEST)
         return manifest
 
@@ -181,7 +184,7 @@ def test_export_repeat_and_rebuild(saved_model: Path, tmp_path: Path, cache: Pat
     assert done.returncode == 0, done.stderr
     assert stage_lines(done.stderr) == dict.fromkeys(STAGES, False)
     told: dict[str, Any] = json.loads(done.stdout)
-    assert told == json.loads((tmp_path / "engine" / "manifest.json").read_text())
+    assert told == unseal((tmp_path / "engine" / "manifest.json").read_text())
     assert told["model"] == saved_model.name
     assert told["shapes"] == {"text": 8, "least": 4, "best": 4, "most": 16}
     engine = facts_of_file(tmp_path / "engine" / "engine.plan")

@@ -143,7 +143,7 @@ def _request(
 
 def _before(request: Request, key: str | None) -> Manifest | None:
     """What this very request wrote earlier, if it is still there and whole. Loads no torch."""
-    from hasten.engines.tensorrt.request_memo import finished
+    from hasten.engines.tensorrt.folder import finished
     from hasten.engines.tensorrt.store import Store
 
     return None if key is None else finished(Store(tell=_tell), key, request.out)
@@ -157,7 +157,7 @@ def _exported(request: Request, key: str | None) -> Manifest:
     with ProgressBar() as progress:
         progress.stage("loading")
         silence_library_bars()
-        from hasten.engines.tensorrt.request_memo import remember
+        from hasten.engines.tensorrt.folder import remember
         from hasten.engines.tensorrt.stages import export_tensorrt
         from hasten.engines.tensorrt.store import Store
         from hasten.models import load_pipeline
@@ -187,7 +187,7 @@ def _exported(request: Request, key: str | None) -> Manifest:
 
 def _key(request: Request) -> str | None:
     """Of the request and the model's files by size and time; None where there are none to see."""
-    from hasten.engines.tensorrt.request_memo import request_key
+    from hasten.engines.tensorrt.keys import request_key
     from hasten.models.defaults import model_directory
     from hasten.models.hub import cached_snapshot
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hasten.engines.tensorrt import export
 from hasten.engines.tensorrt.export import DATA, GRAPH, export_onnx, in_precision
-from hasten.engines.tensorrt.qdq import Amax, QdqLinear
+from hasten.engines.tensorrt.nodes import Amax, QdqLinear
 from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes
 from hasten.errors import EngineError, UnsupportedError
 from hasten.families.modulations import RowReader
@@ -292,7 +292,7 @@ def test_a_missing_package_says_how_to_install_it(
 
 
 def test_importing_the_stages_imports_no_heavy_package() -> None:
-    stages = ("step", "qdq", "calibrate", "export", "twin")
+    stages = ("step", "nodes", "calibrate", "export", "graph")
     code = "import sys\n" + "".join(f"import hasten.engines.tensorrt.{name}\n" for name in stages)
     heavy = "onnx", "onnx_ir", "onnxscript", "onnxruntime", "modelopt", "tensorrt_rtx"
     code += f"assert not sys.modules.keys() & set({heavy!r})"
@@ -317,7 +317,8 @@ from hasten.engines.tensorrt.export import export_onnx
 print("begin", flush=True)
 print("begin", file=sys.stderr, flush=True)
 with unchanged_globals():
-    amax = calibrate(pipe, FAMILY, ["a fox"], steps=1, height=32, width=32, max_sequence_length=8)
+    amax = calibrate(pipe, FAMILY, ["a fox"], num_inference_steps=1, height=32, width=32,
+                 max_sequence_length=8)
     export_onnx(pipe.transformer, FAMILY, "fp8", amax, SHAPES, Path({str(tmp_path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -16,10 +16,9 @@ import torch
 from hasten.engines.tensorrt import verify as verify_module
 from hasten.engines.tensorrt.export import export_onnx
 from hasten.engines.tensorrt.files import DATA, GRAPH
-from hasten.engines.tensorrt.qdq import Amax
-from hasten.engines.tensorrt.states import state_name
-from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
-from hasten.engines.tensorrt.verification import SizeErrors, Verification
+from hasten.engines.tensorrt.manifest import SizeErrors, Verification
+from hasten.engines.tensorrt.nodes import Amax
+from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample, state_name
 from hasten.engines.tensorrt.verify import (
     AFTER,
     BLOCK_BARS,

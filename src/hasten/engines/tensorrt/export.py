@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.engines.tensorrt.attention import translation
-from hasten.engines.tensorrt.files import DATA, GRAPH, place, writing
+from hasten.engines.tensorrt.files import DATA, GRAPH
+from hasten.engines.tensorrt.graph import hide, label, place, writing
+from hasten.engines.tensorrt.nodes import Amax, QdqLinear, swap, translation
 from hasten.engines.tensorrt.packages import needed
-from hasten.engines.tensorrt.qdq import Amax, QdqLinear, swap
-from hasten.engines.tensorrt.states import Watched, hide, label
-from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes, sample
+from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes, Watched, sample
 from hasten.errors import EngineError
 from hasten.families.family import Family
 from hasten.library_logging import quiet

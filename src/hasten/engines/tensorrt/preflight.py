@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, get_args
 
 from hasten.check import empty_weights
 from hasten.engines.tensorrt.folder import check_folder, nearest
+from hasten.engines.tensorrt.packages import is_installed
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import Faults, InputError, UnsupportedError
 from hasten.machine import Machine
@@ -166,18 +166,11 @@ def _check_packages(asked: Asked) -> None:
         "tensorrt_rtx": bool(asked.targets),
         "modelopt": asked.precision == "fp8",
     }
-    missing = [name for name, needed in wanted.items() if needed and not _installed(name)]
+    missing = [name for name, needed in wanted.items() if needed and not is_installed(name)]
     if missing:
         raise UnsupportedError(
             f"not installed: {', '.join(missing)}", "pip install 'hasten[tensorrt]'"
         )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # ValueError: it is there without a specification
-        return False
 
 
 def _check_size(asked: Asked) -> None:

@@ -27,11 +27,18 @@ from torch import Tensor, nn
 
 from hasten.engines.onnxruntime import OnnxRuntime
 from hasten.engines.tensorrt.export import in_float32, in_precision
-from hasten.engines.tensorrt.qdq import Amax
-from hasten.engines.tensorrt.states import block_of, hooked, opened, state_name
-from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
-from hasten.engines.tensorrt.twin import float32_twin
-from hasten.engines.tensorrt.verification import SizeErrors, Verification
+from hasten.engines.tensorrt.graph import float32_twin, opened
+from hasten.engines.tensorrt.manifest import SizeErrors, Verification
+from hasten.engines.tensorrt.nodes import Amax
+from hasten.engines.tensorrt.step import (
+    OUTPUT,
+    Shapes,
+    Step,
+    block_of,
+    hooked,
+    sample,
+    state_name,
+)
 from hasten.errors import EngineError
 from hasten.families.family import Family
 
@@ -221,7 +228,7 @@ def _hold(found: Verification, graph: Path) -> None:
 def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
     """A line for each bar that is missed at one size."""
     at = f"at {size.height} × {size.width} tokens"
-    block = size.furthest
+    block = size.worst
     error = size.blocks[block]
     if error > found.block_bar:
         yield f"{block} is not what torch computes: error {error:.2g} {at}, bar {found.block_bar}"
@@ -237,7 +244,7 @@ def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
 def _line(size: SizeErrors) -> str:
     text = (
         f"{size.height} × {size.width} tokens: error {size.whole:.2g}, worst block "
-        f"{size.blocks[size.furthest]:.2g} ({size.furthest})"
+        f"{size.blocks[size.worst]:.2g} ({size.worst})"
     )
     if size.control is None:
         return text
