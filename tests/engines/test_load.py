@@ -15,6 +15,7 @@ from torch import Tensor
 
 import hasten
 from hasten.engines.load import EngineBody
+from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.engines.tensorrt.step import INPUTS, Shapes
 from hasten.errors import (
@@ -153,6 +154,61 @@ def test_a_damaged_export_is_named(pipe: Any, written: Path, tmp_path: Path) -> 
     (folder / "model.onnx.data").write_bytes(data)
     with pytest.raises(EngineError, match=r"model\.onnx\.data: damaged"):
         hasten.optimize(pipe, recipe(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"family": "another"}, "has family another, and this pipeline has flux"),
+        ({"channels": 16}, "has channels 16, and this pipeline has 64"),
+        ({"text_dim": 64}, "has text_dim 64, and this pipeline has 32"),
+        ({"row_width": 1}, "has row_width 1, and this pipeline has 1024"),
+        ({"head_dim": 8}, "has head_dim 8, and this pipeline has 16"),
+        ({"weights": "0" * 64}, "was exported from other weights"),
+    ],
+    ids=str,
+)
+def test_a_manifest_with_other_facts_is_refused(
+    pipe: Any, written: Path, tmp_path: Path, change: dict[str, Any], fault: str
+) -> None:
+    """Sealed again, so that only the model itself can show it."""
+    folder = tmp_path / "other"
+    shutil.copytree(written, folder)
+    Manifest.read(folder).model_copy(update=change).write(folder / MANIFEST)
+    with pytest.raises(EngineError, match=fault) as caught:
+        hasten.optimize(pipe, recipe(folder))
+    assert len(caught.value.faults) == 1
+    assert caught.value.fix
+
+
+def test_an_edited_manifest_is_refused(pipe: Any, written: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(written, folder)
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"text": 8', '"text": 16'))
+    with pytest.raises(InputError, match="its content is not what was written") as caught:
+        hasten.optimize(pipe, recipe(folder))
+    assert "export again" in caught.value.fix
+
+
+def test_a_user_that_does_not_exist_is_named(pipe: Any) -> None:
+    with pytest.raises(InputError, match="there is no such user"):
+        hasten.optimize(pipe, recipe(Path("~nosuchuser/engine")))
+
+
+@pytest.mark.slow
+def test_weights_in_half_precision_are_compared_in_it(
+    make_pipe: Callable[[], Any], tmp_path: Path
+) -> None:
+    """float16 holds differences that bfloat16 does not."""
+    pipe, other = make_pipe(), make_pipe()
+    arguments: dict[str, Any] = {"precision": "fp16", "targets": (), "verify": False}
+    export_tensorrt(pipe, tmp_path / "half", max_sequence_length=TEXT, **arguments)
+    with torch.no_grad():
+        other.transformer.x_embedder.weight.mul_(1 + 2**-10)
+    hasten.optimize(pipe, recipe(tmp_path / "half", precision="fp16"))
+    with pytest.raises(EngineError, match="exported from other weights"):
+        hasten.optimize(other, recipe(tmp_path / "half", precision="fp16"))
 
 
 def test_a_folder_without_an_export_says_what_makes_one(pipe: Any, tmp_path: Path) -> None:
