@@ -174,7 +174,7 @@ def test_ctrl_c_says_that_stages_are_kept(
     assert done.code == 130
     assert done.err.splitlines() == [
         "error: interrupted",
-        "fix: the same command goes on: finished stages are kept",
+        "fix: run the same command again to go on: finished stages are kept",
     ]
 
 

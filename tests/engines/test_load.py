@@ -15,9 +15,9 @@ from torch import Tensor
 
 import hasten
 from hasten.engines.load import EngineBody
-from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
+from hasten.engines.tensorrt.manifest import MANIFEST, Manifest, Shapes
 from hasten.engines.tensorrt.stages import export_tensorrt
-from hasten.engines.tensorrt.step import INPUTS, Shapes
+from hasten.engines.tensorrt.step import INPUTS
 from hasten.errors import (
     AlreadyOptimizedError,
     EngineError,

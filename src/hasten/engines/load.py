@@ -15,9 +15,9 @@ from hasten.engines.tensorrt.export import DTYPES
 from hasten.engines.tensorrt.files import ENGINE, GRAPH
 from hasten.engines.tensorrt.graph import float32_twin
 from hasten.engines.tensorrt.keys import STAGES, content_key, weights_digest
-from hasten.engines.tensorrt.manifest import Manifest
+from hasten.engines.tensorrt.manifest import Manifest, Shapes
 from hasten.engines.tensorrt.stages import export_tensorrt
-from hasten.engines.tensorrt.step import INPUTS, Shapes, graph_sizes
+from hasten.engines.tensorrt.step import INPUTS, graph_sizes
 from hasten.engines.tensorrt.store import Store
 from hasten.errors import EngineError, InputError
 from hasten.families.family import family_of
@@ -122,8 +122,7 @@ def load_body(
         manifest = _written(pipe, recipe, target)
     assert manifest.folder is not None  # it was read from there
     driver = _driver(recipe.kind, manifest, manifest.folder, pipe.device, tell)
-    tokens = manifest.shapes
-    return EngineBody(driver, Shapes(tokens.text, tokens.least, tokens.best, tokens.most))
+    return EngineBody(driver, manifest.shapes)
 
 
 def _driver(

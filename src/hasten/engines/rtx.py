@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hasten.atomic import write_bytes
 from hasten.engines.tensorrt.files import RUNTIME_CACHE, read_regular
+from hasten.engines.tensorrt.packages import error_log
 from hasten.engines.tensorrt.step import OUTPUT
 from hasten.errors import EngineError
 from hasten.sealed import DamagedError
@@ -41,7 +42,7 @@ class RtxEngine:
         self.cache_file = plan.with_name(RUNTIME_CACHE)
         self.sizes: set[int] = set()  # image tokens that have run
         self.device = device
-        self.messages = _messages(trt)
+        self.messages = error_log(trt)
         self.runtime = trt.Runtime(self.messages)
         with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
             self.engine: Any = self.runtime.deserialize_cuda_engine(plan.read_bytes())
@@ -109,27 +110,12 @@ class RtxEngine:
             write_bytes(self.cache_file, bytes(self.cache.serialize()))
 
     def _failed(self, how: str) -> EngineError:
-        reason = f": {self.messages.errors[-1]}" if self.messages.errors else ""
+        reason = f": {self.messages.errors[-1][:300]}" if self.messages.errors else ""
         return EngineError(f"the engine {how}{reason}", "see `hasten doctor`; export it again")
 
 
-def _messages(trt: Any) -> Any:
-    """A logger that keeps errors: TensorRT gives its reasons nowhere else."""
-
-    class Messages(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(" ".join(text.split())[:300])
-
-    return Messages()
-
-
 def _refused(plan: Path, errors: list[str]) -> EngineError:
-    reason = errors[0] if errors else "no reason given"
+    reason = errors[0][:300] if errors else "no reason given"
     if any(NO_DRIVER in error for error in errors):
         return EngineError(
             "TensorRT found no NVIDIA driver, or one that is older than CUDA 13",

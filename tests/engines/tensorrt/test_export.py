@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hasten.engines.tensorrt import export
 from hasten.engines.tensorrt.export import DATA, GRAPH, export_onnx, in_precision
+from hasten.engines.tensorrt.manifest import Shapes
 from hasten.engines.tensorrt.nodes import Amax, QdqLinear
-from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes
+from hasten.engines.tensorrt.step import INPUTS, OUTPUT
 from hasten.errors import EngineError, UnsupportedError
 from hasten.families.modulations import RowReader
 from tests.engines.tensorrt.conftest import (
@@ -182,7 +183,7 @@ def test_nothing_is_left_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_failure_leaves_an_empty_folder_and_the_transformer(
+def test_a_failure_leaves_the_transformer(
     tmp_path: Path, transformer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
@@ -194,11 +195,9 @@ def test_a_failure_leaves_an_empty_folder_and_the_transformer(
         return 0
 
     monkeypatch.setattr(export, "place", full)
-    with pytest.raises(EngineError, match="No space left on device") as caught, unchanged_globals():
+    with pytest.raises(OSError, match="No space left on device"), unchanged_globals():
         export_onnx(transformer, FAMILY, "bf16", None, SHAPES, tmp_path)
-    assert str(tmp_path) in str(caught.value)
     assert len(written) == 6
-    assert list(tmp_path.iterdir()) == []
     assert not any(isinstance(module, RowReader) for module in transformer.modules())
 
 
@@ -271,13 +270,6 @@ def test_a_calibration_of_something_else_is_refused(
     amax = change(amax_of(transformer))
     with pytest.raises(EngineError, match=fault):
         export_onnx(transformer, FAMILY, precision, amax, SHAPES, tmp_path)
-
-
-def test_a_folder_with_files_is_left_alone(tmp_path: Path, transformer: Any) -> None:
-    (tmp_path / GRAPH).write_text("mine")
-    with pytest.raises(EngineError, match="is not empty"):
-        export_onnx(transformer, FAMILY, "bf16", None, SHAPES, tmp_path)
-    assert (tmp_path / GRAPH).read_text() == "mine"
 
 
 @pytest.mark.parametrize("package", ["onnx_ir", "onnxscript"])

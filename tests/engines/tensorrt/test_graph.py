@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -170,13 +168,3 @@ def test_broken_graphs_are_refused(exported: Exported, tmp_path: Path) -> None:
     refused(graph, folder, "no readable ONNX graph")
     graph.unlink()
     refused(graph, folder, "no readable ONNX graph")
-
-
-def test_a_full_disk_leaves_nothing(
-    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(graph_module, "place", full)
-    refused(exported("bf16") / GRAPH, tmp_path, "No space left on device")

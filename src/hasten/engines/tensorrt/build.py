@@ -21,17 +21,16 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from hasten.atomic import drafted
+from hasten.engines.tensorrt.manifest import Shapes
+from hasten.engines.tensorrt.packages import error_log
 from hasten.engines.tensorrt.store import FIX_SPACE, Tell
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import EngineError, InputError, UnsupportedError
 from hasten.memory import status_bytes
 from hasten.process import how_it_ended, start_module
-
-if TYPE_CHECKING:
-    from hasten.engines.tensorrt.step import Shapes
 
 __all__ = ["Built", "build", "main"]
 
@@ -212,7 +211,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     """{"bytes", "sha256"} of the engine, or the builder's {"errors"}, or {"unwritten": reason}."""
     import tensorrt_rtx as trt
 
-    log = _log(trt)
+    log = error_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if not trt.OnnxParser(network, log).parse_from_file(request["graph"]):
@@ -259,21 +258,6 @@ def _flush(file: BinaryIO) -> int | None:
     except OSError as error:
         return error.errno
     return None
-
-
-def _log(trt: Any) -> Any:
-    """A logger that keeps errors: the builder gives its reasons nowhere else."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(text)
-
-    return Log()
 
 
 def _writer(trt: Any, file: BinaryIO) -> Any:

@@ -20,21 +20,10 @@ from hasten.errors import InputError
 from hasten.sealed import DamagedError, seal, unseal
 
 __all__ = [
-    "AMAX",
-    "DATA",
-    "ENGINE",
-    "GRAPH",
-    "RUNTIME_CACHE",
-    "FileFacts",
-    "bytes_below",
-    "default_root",
-    "facts_of_file",
-    "fault_of_file",
-    "note_facts",
-    "read_regular",
-    "read_sealed",
+    "AMAX", "DATA", "ENGINE", "GRAPH", "RUNTIME_CACHE", "FileFacts", "bytes_below",
+    "default_root", "facts_of_file", "fault_of_file", "note_facts", "read_regular", "read_sealed",
     "write_sealed",
-]
+]  # fmt: skip
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"  # the second holds the weights of the first
 ENGINE, AMAX = "engine.plan", "amax.safetensors"

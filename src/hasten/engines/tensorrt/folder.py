@@ -34,15 +34,9 @@ from hasten.engines.tensorrt.store import FIX_SPACE, Store, out_of_space
 from hasten.errors import EngineError, InputError
 
 __all__ = [
-    "OURS",
-    "SCRATCH",
-    "check_folder",
-    "finished",
-    "nearest",
-    "remember",
-    "resolved",
+    "OURS", "SCRATCH", "check_folder", "finished", "nearest", "remember", "resolved",
     "write_export",
-]
+]  # fmt: skip
 
 OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE}  # the files of an export
 SCRATCH = ".hasten-export"  # in the folder while files are put there
@@ -172,22 +166,15 @@ def _refuse_others(out: Path, names: set[str]) -> None:
             f"{out}: there are files in it that no export wrote, such as {strange[0]}",
             f"{ANOTHER}, or move them away",
         )
-    if _no_manifest(out / SCRATCH) is None:  # killed while it replaced its files
+    if _export_in(out / SCRATCH):  # killed while it replaced its files
         return
-    if fault := _no_manifest(out):
-        raise InputError(
-            f"{out}: {', '.join(sorted(names))} may be someone else's: {fault}",
-            f"delete the folder if nobody needs it, or {ANOTHER}",
-        )
-
-
-def _no_manifest(folder: Path) -> str | None:
-    """Why there is no manifest of an export in a folder; None where there is one."""
     try:
-        Manifest.read(folder)
+        Manifest.read(out)
     except InputError as error:
-        return error.faults[0]
-    return None
+        raise InputError(
+            f"{out}: {', '.join(sorted(names))} may be someone else's: {error.faults[0]}",
+            f"delete the folder if nobody needs it, or {ANOTHER}",
+        ) from None
 
 
 def _export_in(folder: Path) -> Manifest | None:

@@ -7,9 +7,7 @@ computes what the graph computes, except for the rounding in between.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,35 +16,14 @@ import numpy as np
 from hasten.engines.tensorrt.files import DATA, GRAPH
 from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.step import STATE
-from hasten.engines.tensorrt.store import FIX_SPACE, out_of_space
 from hasten.errors import EngineError
 
-__all__ = ["float32_twin", "hide", "label", "opened", "place", "writing"]
+__all__ = ["float32_twin", "hide", "label", "opened", "place"]
 
 PAGE = 4096  # bytes: large values begin at one, so that they can be mapped into memory
 WORD = 64  # bytes: small ones begin at a multiple of it
 TYPES = "to", "dtype"  # attributes that name the type a node gives
 AT_ONCE = 1 << 24  # values widened at a time
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Both files of a graph are there once this is left, or neither.
-
-    Raises:
-        EngineError: They cannot be written.
-    """
-    try:
-        yield
-    except BaseException as error:
-        for name in (GRAPH, DATA):
-            (folder / name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise EngineError(
-                f"the graph cannot be written to {folder}: {error.strerror or error}",
-                FIX_SPACE if out_of_space(error) else "see that the folder can be written",
-            ) from error
-        raise
 
 
 def place(file: BinaryIO, length: int) -> int:
@@ -66,17 +43,16 @@ def float32_twin(graph: Path, folder: Path) -> Path:
         The twin's path.
 
     Raises:
-        EngineError: The graph or its weights cannot be read or the folder cannot be written; no
-            file is left then.
+        EngineError: The graph or its weights cannot be read.
+        OSError: The folder cannot be written.
     """
     ir = needed("onnx_ir")
     if graph.parent.resolve() == folder.resolve():
         raise EngineError(f"{folder} holds the graph itself", "write its twin into another folder")
     model = _read(graph, ir)
-    with writing(folder):
-        _widen_weights(model, ir, folder)
-        _retype(model, ir)
-        ir.save(model, folder / GRAPH)
+    _widen_weights(model, ir, folder)
+    _retype(model, ir)
+    ir.save(model, folder / GRAPH)
     return folder / GRAPH
 
 
@@ -177,59 +153,17 @@ def hide(model: Any) -> None:
     needed("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
 
 
-def opened(graph: Path, folder: Path) -> tuple[Path, list[str]]:
-    """Copy a graph file into a folder, with its named states as further outputs.
-
-    Weights are linked, or copied where the file system cannot link them.
+def opened(twin: Path) -> tuple[Path, list[str]]:
+    """Write a copy of a twin alongside it, with its named states as further outputs.
 
     Returns:
         The path of the copy, and the names of the states.
-
-    Raises:
-        EngineError: The file is no graph or names no state.
     """
     onnx = needed("onnx")
-    try:
-        model = onnx.load(graph, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError and its kin share no base
-        raise _unreadable(graph, str(error) or type(error).__name__) from error
+    model = onnx.load(twin, load_external_data=False)
     names = [name for node in model.graph.node for name in node.output if name.startswith(STATE)]
-    if not names:
-        raise _unreadable(graph, "it names no block")
     for name in names:
         model.graph.output.add().name = name
-    if graph.parent != folder:
-        for weights, size in _weights(model).items():
-            _bring(graph.with_name(weights), folder / weights, size)
-    path = folder / "opened.onnx"
+    path = twin.with_name("opened.onnx")
     onnx.save(model, path)
     return path, names
-
-
-def _weights(model: Any) -> dict[str, int]:
-    """Files beside the graph that its weights are in, and how many bytes each has at least."""
-    sizes: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if place:
-            end = int(place["offset"]) + int(place["length"])
-            sizes[place["location"]] = max(end, sizes.get(place["location"], 0))
-    return sizes
-
-
-def _bring(source: Path, target: Path, size: int) -> None:
-    """Link a file, or copy it; EngineError where it is not there or shorter than `size`."""
-    found = source.stat().st_size if source.is_file() else 0
-    if found < size:
-        raise _unreadable(source, f"it has {found} of {size} bytes")
-    try:
-        target.hardlink_to(source)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
-
-
-def _unreadable(path: Path, why: str) -> EngineError:
-    return EngineError(
-        f"{path} is not a graph that this version of hasten exported: {' '.join(why.split())}",
-        "delete the folder it is in and export again",
-    )

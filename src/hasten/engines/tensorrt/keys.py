@@ -17,14 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "STAGES",
-    "config_of",
-    "content_key",
-    "pipeline_digest",
-    "request_key",
-    "versions",
+    "STAGES", "config_of", "content_key", "pipeline_digest", "request_key", "versions",
     "weights_digest",
-]
+]  # fmt: skip
 
 STAGES = 3  # raise it when what a stage makes of the same input changes
 LIBRARIES = {

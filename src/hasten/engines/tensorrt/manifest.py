@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hasten.atomic import write_text
 from hasten.engines.tensorrt.files import (
@@ -23,18 +23,12 @@ from hasten.errors import InputError
 from hasten.sealed import DamagedError, parse_json, seal, unseal
 
 __all__ = [
-    "MANIFEST",
-    "SCHEMA",
-    "Calibration",
-    "FileEntry",
-    "Manifest",
-    "SizeErrors",
-    "Stage",
-    "Tokens",
+    "MANIFEST", "SCHEMA", "Calibration", "FileEntry", "Manifest", "Shapes", "SizeErrors", "Stage",
     "Verification",
-]
+]  # fmt: skip
 
 MANIFEST = "manifest.json"
+MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond any profile
 SCHEMA: Literal[2] = 2  # 1 had no checksum
 
 Count = Annotated[int, Field(ge=0)]
@@ -69,13 +63,44 @@ class Stage(_Record):
     cached: bool
 
 
-class Tokens(_Record):
-    """Text tokens of every call; the fewest, the best and the most image tokens."""
+class Shapes(_Record):
+    """The sizes that an engine is built for.
 
-    text: Positive
-    least: Positive
-    best: Positive
-    most: Positive
+    Attributes:
+        text: Tokens of every call.
+        least: The fewest image tokens.
+        best: The number of image tokens that it is tuned for.
+        most: The most image tokens.
+
+    Raises:
+        InputError: Not 1 <= least <= best <= most, or no text token.
+    """
+
+    text: int
+    least: int
+    best: int
+    most: int
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.text < 1 or not 1 <= self.least <= self.best <= self.most <= MOST_TOKENS:
+            raise InputError(
+                f"no profile: {self.text} text tokens and {self.least} to {self.most} image "
+                f"tokens, best {self.best}",
+                f"at least one text token, and 1 <= least <= best <= most <= {MOST_TOKENS}",
+            )
+        return self
+
+    def dynamic(self) -> dict[str, dict[int, Any] | None]:
+        """The free sizes, for torch.export: the same whatever the profile, and so the graph is.
+
+        From 2 on, because torch.export makes a constant of a 1; the resulting graph takes 1 too.
+        """
+        from torch.export import Dim
+
+        image = Dim("image_tokens", min=2, max=MOST_TOKENS)
+        tokens = {0: self.text + image}
+        return {"latents": {1: image}, "text": None, "row": None, "cos": tokens, "sin": tokens}
 
 
 class Calibration(_Record):
@@ -151,7 +176,7 @@ class Manifest(_Record):
     weights: Sha256
     precision: Precision
     targets: tuple[str, ...]
-    shapes: Tokens
+    shapes: Shapes
     channels: Positive
     text_dim: Positive
     row_width: Positive

@@ -117,12 +117,6 @@ class QdqLinear(nn.Module):
             weight = dequantize(self.weight, self.weight_scale.float(), x.dtype)
         return nn.functional.linear(x, weight, self.bias)
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, smooth={self.smooth is not None}"
-        )
-
     def _weight_codes(self, weight: Tensor) -> Tensor:
         codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
         for first in range(0, len(weight), ROWS_AT_ONCE):

@@ -9,7 +9,7 @@ from typing import Any
 from hasten.errors import UnsupportedError
 from hasten.library_logging import disable_telemetry
 
-__all__ = ["is_installed", "needed"]
+__all__ = ["error_log", "is_installed", "needed"]
 
 
 def is_installed(module: str) -> bool:
@@ -35,3 +35,18 @@ def needed(module: str) -> Any:
             f"the Python module {error.name} is not installed, which TensorRT export needs",
             "pip install 'hasten[tensorrt]'",
         ) from error
+
+
+def error_log(trt: Any) -> Any:
+    """A logger for TensorRT that keeps its errors, one line each: its reasons are nowhere else."""
+
+    class ErrorLog(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(" ".join(text.split()))
+
+    return ErrorLog()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ from hasten.engines.tensorrt.manifest import (
     Calibration,
     FileEntry,
     Manifest,
+    Shapes,
     Stage,
-    Tokens,
     Verification,
 )
 from hasten.engines.tensorrt.preflight import (
@@ -50,7 +50,6 @@ from hasten.recipe import Sampling
 from hasten.settings import Settings
 
 if TYPE_CHECKING:
-    from hasten.engines.tensorrt.step import Shapes
     from hasten.families.family import Family
 
 __all__ = ["PROMPTS", "export_tensorrt"]
@@ -119,17 +118,9 @@ def export_tensorrt(
     _note_own_size(asked, settings, tell)
     from hasten.engines.tensorrt.export import DTYPES
 
-    export = _Export(
-        pipe=pipe,
-        family=family,
-        asked=asked,
-        settings=settings,
-        prompts=list(prompts or read_prompts(_defaults(pipe).prompts, limit=PROMPTS)),
-        store=store,
-        tell=tell,
-        show=show,
-        weights=weights_digest(pipe.transformer, DTYPES[precision]),
-    )
+    texts = list(prompts or read_prompts(_defaults(pipe).prompts, limit=PROMPTS))
+    weights = weights_digest(pipe.transformer, DTYPES[precision])
+    export = _Export(pipe, family, asked, settings, texts, store, weights, tell, show)
     _report(tell, "preflight", time.perf_counter() - started)
     return export.run(model or _name(pipe), out)
 
@@ -167,9 +158,9 @@ class _Export:
     settings: Settings
     prompts: list[str]
     store: Store
+    weights: str
     tell: Tell
     show: Tell
-    weights: str
     stages: list[Stage] = field(default_factory=list)
 
     def run(self, model: str, out: Path | None) -> Manifest:
@@ -235,7 +226,7 @@ class _Export:
             "graph": _digests(graph),
             "weights": self.weights,
             "amax": _digests(calibrated),
-            "shapes": asdict(self.shapes),
+            "shapes": self.shapes.model_dump(),
         }
 
         def make(folder: Path) -> dict[str, Any]:
@@ -263,7 +254,7 @@ class _Export:
         key = {
             "graph": _digests(graph),
             "targets": self.asked.targets,
-            "shapes": asdict(self.shapes),
+            "shapes": self.shapes.model_dump(),
         }
 
         def make(folder: Path) -> dict[str, Any]:
@@ -299,8 +290,6 @@ class _Export:
 
     @property
     def shapes(self) -> Shapes:
-        from hasten.engines.tensorrt.step import Shapes
-
         most, own = self.asked.most_tokens, _own_tokens(self.settings)
         least = min(LEAST_TOKENS, own, most // 2)
         text = self.settings.max_sequence_length
@@ -315,6 +304,12 @@ class _Export:
     ) -> Manifest:
         from hasten.engines.tensorrt.step import graph_sizes
 
+        calibration = calibrated and Calibration(
+            method=self.asked.method,
+            prompts=len(self.prompts),
+            steps=self.settings.steps,
+            sha256=calibrated.files[AMAX].sha256,
+        )
         sizes: Any = graph_sizes(self.pipe.transformer, self.family)
         return Manifest(
             hasten=version_of("hasten") or "not installed",
@@ -323,9 +318,9 @@ class _Export:
             weights=self.weights,
             precision=self.asked.precision,  # type: ignore[arg-type]  # checked by preflight
             targets=self.asked.targets,
-            shapes=Tokens(**asdict(self.shapes)),
+            shapes=self.shapes,
             **sizes,
-            calibration=None if calibrated is None else self.calibration(calibrated),
+            calibration=calibration,
             files={
                 name: FileEntry(**facts._asdict())
                 for done in made
@@ -334,14 +329,6 @@ class _Export:
             stages=tuple(self.stages),
             verification=verification,
             versions=versions(),
-        )
-
-    def calibration(self, calibrated: Done) -> Calibration:
-        return Calibration(
-            method=self.asked.method,
-            prompts=len(self.prompts),
-            steps=self.settings.steps,
-            sha256=calibrated.files[AMAX].sha256,
         )
 
 

@@ -17,62 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import InputError
+from hasten.engines.tensorrt.manifest import Shapes
 from hasten.families.family import Family
 from hasten.families.modulations import Modulations, RowReader
 
 __all__ = [
-    "INPUTS",
-    "OUTPUT",
-    "STATE",
-    "Shapes",
-    "Step",
-    "Watched",
-    "block_of",
-    "graph_sizes",
-    "hooked",
-    "sample",
-    "state_name",
-]
+    "INPUTS", "OUTPUT", "STATE", "Step", "Watched", "block_of", "graph_sizes", "hooked",
+    "sample", "state_name",
+]  # fmt: skip
 
 INPUTS = ("latents", "text", "row", "cos", "sin")
 OUTPUT = "velocity"
 STATE = "block/"  # begins the names of the blocks' outputs in a graph
-MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond what a profile asks for
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """text: tokens of every call; least, best, most: image tokens that a profile allows, and the
-    number it is tuned for. Raises InputError unless 1 <= least <= best <= most."""
-
-    text: int
-    least: int
-    best: int
-    most: int
-
-    def __post_init__(self) -> None:
-        if self.text < 1 or not 1 <= self.least <= self.best <= self.most <= MOST_TOKENS:
-            raise InputError(
-                f"no profile: {self.text} text tokens and {self.least} to {self.most} image "
-                f"tokens, best {self.best}",
-                f"at least one text token, and 1 <= least <= best <= most <= {MOST_TOKENS}",
-            )
-
-    def dynamic(self) -> dict[str, dict[int, Any] | None]:
-        """For torch.export: which sizes are free. The same whatever the profile, and so the graph.
-
-        From 2 on, because torch.export makes a constant of a 1; the graph it gives takes 1 too.
-        """
-        image = torch.export.Dim("image_tokens", min=2, max=MOST_TOKENS)
-        tokens = {0: self.text + image}
-        return {"latents": {1: image}, "text": None, "row": None, "cos": tokens, "sin": tokens}
 
 
 class Step(nn.Module):

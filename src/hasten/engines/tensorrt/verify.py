@@ -10,7 +10,7 @@ from *itself*, its latents moved by 2^-20, as from onnxruntime. How far the whol
 far torch from itself, and how far from the model before it was quantised are reported beside it.
 
 onnxruntime multiplies no bfloat16 on a CPU. A graph in bfloat16 is checked as its float32 twin: the
-very nodes and values, against torch in float32 on the same rounded weights.
+same nodes and values, against torch in float32 on the same rounded weights.
 """
 
 from __future__ import annotations
@@ -28,17 +28,9 @@ from torch import Tensor, nn
 from hasten.engines.onnxruntime import OnnxRuntime
 from hasten.engines.tensorrt.export import in_float32, in_precision
 from hasten.engines.tensorrt.graph import float32_twin, opened
-from hasten.engines.tensorrt.manifest import SizeErrors, Verification
+from hasten.engines.tensorrt.manifest import Shapes, SizeErrors, Verification
 from hasten.engines.tensorrt.nodes import Amax
-from hasten.engines.tensorrt.step import (
-    OUTPUT,
-    Shapes,
-    Step,
-    block_of,
-    hooked,
-    sample,
-    state_name,
-)
+from hasten.engines.tensorrt.step import OUTPUT, Step, block_of, hooked, sample, state_name
 from hasten.errors import EngineError
 from hasten.families.family import Family
 
@@ -132,10 +124,10 @@ def _run(
     transformer: Any, family: Family, graph: Path, precision: str, shapes: Shapes, scratch: Path
 ) -> list[_Run]:
     """The graph at both sizes. Its session, and so its copy of the weights, is gone afterwards."""
-    path, names = opened(graph if precision == "fp16" else float32_twin(graph, scratch), scratch)
+    path, names = opened(float32_twin(graph, scratch))
     _check_complete(graph, family.repeated_blocks(transformer), names)
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    driver, runs = _driver(path, graph), []
+    driver, runs = OnnxRuntime(path), []
     try:
         for height, width in sizes(shapes):
             drawn = sample(transformer, family, shapes, height, width, dtype, SEED)
@@ -148,14 +140,6 @@ def _run(
     finally:
         driver.close()
     return runs
-
-
-def _driver(path: Path, graph: Path) -> OnnxRuntime:
-    """onnxruntime on the opened copy of a graph; errors name the graph."""
-    try:
-        return OnnxRuntime(path)
-    except EngineError as error:
-        raise EngineError([f"{graph}: {fault}" for fault in error.faults], error.fix) from error
 
 
 def _check_complete(graph: Path, blocks: list[tuple[str, nn.Module]], names: list[str]) -> None:
