@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hasten.engines.tensorrt.targets import TARGETS
 from hasten.sealed import unseal
 from tests.cli.conftest import Run
 from tests.cli.test_app import PROGRAM
+from tests.engines.tensorrt.test_build import is_running
 from tests.engines.tensorrt.test_manifest import made
 from tests.hub_cache import write_hub_cache
 
@@ -252,16 +254,41 @@ def test_the_bundled_model(tmp_path: Path, precision: str) -> None:
         assert (size["unquantised"] is None) == (precision != "fp8")
 
 
+def builders(process: int) -> list[int]:
+    """Processes that build an engine for this one."""
+    found = []
+    with suppress(OSError):
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            if b"hasten.engines.tensorrt.build" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["export", "build"])
-def test_killed_in_mid_stage(saved_model: Path, tmp_path: Path, cache: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "sent", "status"),
+    [
+        ("export", signal.SIGKILL, -signal.SIGKILL),
+        ("build", signal.SIGKILL, -signal.SIGKILL),
+        ("build", signal.SIGTERM, -signal.SIGTERM),
+        ("build", signal.SIGINT, 130),
+    ],
+)
+def test_killed_in_mid_stage(
+    saved_model: Path, tmp_path: Path, cache: Path, stage: str, sent: signal.Signals, status: int
+) -> None:
     program = command(saved_model, "--no-verify")
     child = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not any(cache.glob(f"{stage}/.*.tmp/*" if stage == "build" else f"{stage}/.*.tmp")):
+    while not (builders(child.pid) if stage == "build" else any(cache.glob("export/.*.tmp"))):
         assert child.poll() is None
         time.sleep(0.001)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    orphans = builders(child.pid)
+    os.kill(child.pid, sent)
+    assert child.wait() == status
+    deadline = time.monotonic() + 10
+    while any(map(is_running, orphans)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert not (tmp_path / "engine").exists()
 
     done = ended(saved_model, tmp_path, "--no-verify")
@@ -271,13 +298,6 @@ def test_killed_in_mid_stage(saved_model: Path, tmp_path: Path, cache: Path, sta
     assert (tmp_path / "engine" / "engine.plan").stat().st_size > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "engine"}
     assert not list(cache.glob("*/.*.tmp"))
-
-
-def test_the_command_calibrates_as_the_function_does() -> None:
-    from hasten.cli import export
-    from hasten.engines.tensorrt import stages
-
-    assert export.PROMPTS == stages.PROMPTS
 
 
 def test_the_help_names_every_target_and_its_gpus(run: Run) -> None:

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hasten.cli import options
+from hasten.engines.tensorrt import PROMPTS
 from hasten.errors import Faults, InputError
 from hasten.units import format_bytes
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.manifest import Manifest
-    from hasten.engines.tensorrt.preflight import Asked
+    from hasten.engines.tensorrt.preflight import ExportOptions
     from hasten.settings import CallOptions, Settings
 
 export = typer.Typer(help="Engines for runtimes other than torch.", rich_markup_mode=None)
 
-PROMPTS = 4
 RESUME = "run the same command again to go on: finished stages are kept"
 
 
@@ -70,25 +70,25 @@ def tensorrt(
     debug: options.Debug = False,
 ) -> None:
     """Build a TensorRT for RTX engine, on a machine that needs no GPU."""
-    from hasten.engines.tensorrt.preflight import LARGEST, Asked
+    from hasten.engines.tensorrt.preflight import LARGEST, ExportOptions
     from hasten.engines.tensorrt.targets import parse_targets
     from hasten.recipe import parse_size
     from hasten.settings import CallOptions
 
     faults = Faults()
     called = CallOptions(model, device, dtype, steps=steps, max_sequence_length=max_sequence_length)
-    asked = Asked(precision, (), LARGEST, calibration, verify=not no_verify)
+    wanted = ExportOptions(precision, (), LARGEST, calibration, verify=not no_verify)
     with faults.gather():
         if target is None:
             raise InputError(
                 "--target is missing: the GPUs to build for",
                 "for example --target sm89 (RTX 40), or --target none for the graph alone",
             )
-        asked = replace(asked, targets=parse_targets(target))
+        wanted = replace(wanted, targets=parse_targets(target))
     with faults.gather():
         if max_size is not None:
-            asked = replace(asked, max_size=parse_size(max_size, at_most=True))
-    request = _request(called, asked, out, prompts, limit, faults)
+            wanted = replace(wanted, max_size=parse_size(max_size, at_most=True))
+    request = _request(called, wanted, out, prompts, limit, faults)
     key = _key(request)
     before = _before(request, key)
     try:
@@ -104,13 +104,18 @@ class Request:
 
     called: CallOptions
     settings: Settings
-    asked: Asked
+    wanted: ExportOptions
     prompts: tuple[str, ...]
     out: Path
 
 
 def _request(
-    called: CallOptions, asked: Asked, out: Path, prompts: str | None, limit: int, faults: Faults
+    called: CallOptions,
+    wanted: ExportOptions,
+    out: Path,
+    prompts: str | None,
+    limit: int,
+    faults: Faults,
 ) -> Request:
     """Check all of the input; raises everything that is wrong with it at once, with `faults`."""
     from hasten.engines.tensorrt.preflight import check_request
@@ -127,9 +132,9 @@ def _request(
     if called.device not in ("auto", "cpu"):  # these two are always there: no need to look
         with faults.gather():
             machine().usable_device(called.device)
-    check_request(asked, out, faults)
+    check_request(wanted, out, faults)
     faults.raise_any()
-    return Request(called, settings, asked, tuple(texts), out)
+    return Request(called, settings, wanted, tuple(texts), out)
 
 
 def _before(request: Request, key: str | None) -> Manifest | None:
@@ -153,20 +158,20 @@ def _exported(request: Request, key: str | None) -> Manifest:
         from hasten.engines.tensorrt.store import Store
         from hasten.models import load_pipeline
 
-        called, asked = request.called, request.asked
+        called, wanted = request.called, request.wanted
         pipe = load_pipeline(called.model, device=called.device, dtype=called.dtype)
         key = key or _key(request)
         manifest = export_tensorrt(
             pipe,
             request.out,
-            precision=asked.precision,
-            targets=asked.targets,
-            max_size=asked.max_size,
-            method=asked.method,
+            precision=wanted.precision,
+            targets=wanted.targets,
+            max_size=wanted.max_size,
+            method=wanted.method,
             prompts=request.prompts,
             steps=request.settings.steps,
             max_sequence_length=request.settings.max_sequence_length,
-            verify=asked.verify,
+            verify=wanted.verify,
             model=_shown(called.model),
             tell=_tell,
             show=progress.stage,

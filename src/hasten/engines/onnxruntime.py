@@ -39,7 +39,7 @@ class OnnxRuntime:
                 "delete the folder that it is in, then export it again",
             ) from error
         self.dtypes = {one.name: DTYPES[one.type] for one in self.session.get_inputs()}
-        self.what = f"onnxruntime {ort.__version__} on the CPU, for its pictures and not for speed"
+        self.what = f"onnxruntime {ort.__version__} on the CPU, for its images and not for speed"
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
         """The velocity, 1×S×C, in the graph's dtype."""

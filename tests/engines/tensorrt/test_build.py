@@ -82,8 +82,8 @@ def test_the_peak_is_the_builder_s_own(graph: Path, engine: Path) -> None:
         (lambda graph: graph.write_bytes(b""), "no whole ONNX graph"),
         (lambda graph: graph.write_bytes(graph.read_bytes()[:300]), "no whole ONNX graph"),
         (lambda graph: graph.write_bytes(b"\xff" * 300), "no whole ONNX graph"),
-        (lambda graph: graph.with_name(DATA).unlink(), "weights beside"),
-        (lambda graph: os.truncate(graph.with_name(DATA), 100), "weights beside"),
+        (lambda graph: graph.with_name(DATA).unlink(), "the weights of"),
+        (lambda graph: os.truncate(graph.with_name(DATA), 100), "the weights of"),
     ],
     ids=["empty", "cut short", "noise", "no weights", "weights cut short"],
 )

@@ -20,7 +20,7 @@ from hasten.engines.tensorrt import files, keys, stages
 from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, default_root, facts_of_file
 from hasten.engines.tensorrt.keys import weights_digest
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
-from hasten.engines.tensorrt.preflight import Asked
+from hasten.engines.tensorrt.preflight import ExportOptions
 from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.errors import EngineError, HastenError
 from hasten.families.flux1.blocks import FluxFamily
@@ -86,7 +86,7 @@ def quick_export(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_too_small_for_the_model_s_own_size_is_noted() -> None:
-    asked = Asked("bf16", (), max_size=(64, 64))
+    asked = ExportOptions("bf16", (), max_size=(64, 64))
     said: list[str] = []
     for width in (64, 80):
         settings = Settings.of_model(ModelDefaults(width=width, height=64))

@@ -47,7 +47,7 @@ REMEDIES = (
     ),
     (
         r"Failed to open file|external weights offset|out of range for file",
-        "the weights beside {graph} are missing or cut short",
+        "the weights of {graph} are missing or cut short",
         EXPORT_AGAIN,
     ),
     (
@@ -58,7 +58,7 @@ REMEDIES = (
     (
         r"optimization profiles|violate shape constraints|[Dd]imensions? (mismatch|not compatible)"
         r"|missing dimensions",
-        "{graph} does not take the sizes that were asked for",
+        "{graph} does not take the requested sizes",
         "export again with the text length and sizes that the engine is to have",
     ),
     (

@@ -134,7 +134,7 @@ def _refuse(
         raise EngineError(
             f"the calibration does not belong to this model in {precision}: {len(odd)} linears "
             f"differ, the first is {odd[0]}",
-            "calibrate this very model, for fp8 alone",
+            "calibrate this model, for fp8 only",
         )
 
 
@@ -221,8 +221,10 @@ def _kept(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 class _Weights:
-    """The values of a graph's initialisers by name, made when asked for, as `in_precision` has
-    them. The tensors of one linear are made together and kept until another's are asked for."""
+    """The values of a graph's initialisers by name, made on access, as `in_precision` has them.
+
+    The tensors of one linear are made together and kept until another linear's are accessed.
+    """
 
     def __init__(
         self, transformer: nn.Module, dtype: torch.dtype, amax: Mapping[str, Amax]
@@ -259,7 +261,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_weights(model: Any, weights: _Weights, path: Path) -> frozenset[str]:
-    """Put values behind the graph's hollow initialisers, in a file beside it; their names."""
+    """Write the values of the hollow initialisers to a file alongside the graph; their names."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     ir = needed("onnx_ir")

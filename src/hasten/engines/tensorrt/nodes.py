@@ -149,7 +149,7 @@ def swap(module: nn.Module, amax: Mapping[str, Amax]) -> None:
         raise EngineError(
             f"{len(wrong)} calibrated layers are no plain linears of this model, the first is "
             f"{wrong[0]}",
-            "calibrate this very model; load it in bfloat16 or float32, not quantised",
+            "calibrate this model; load it in bfloat16 or float32, not quantised",
         )
     del linears
     for name, largest in amax.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.check import refuse_optimized
+from hasten.engines.tensorrt import PROMPTS
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.files import AMAX, ENGINE, GRAPH
 from hasten.engines.tensorrt.folder import resolved, write_export
@@ -35,7 +36,7 @@ from hasten.engines.tensorrt.manifest import (
 )
 from hasten.engines.tensorrt.preflight import (
     METHODS,
-    Asked,
+    ExportOptions,
     check_draws,
     check_model,
     check_request,
@@ -52,15 +53,14 @@ from hasten.settings import Settings
 if TYPE_CHECKING:
     from hasten.families.family import Family
 
-__all__ = ["PROMPTS", "export_tensorrt"]
+__all__ = ["export_tensorrt"]
 
 FIX_MEMORY = (
     "free some memory, use a machine with more, or raise its limit (ulimit, container); then run "
     "it again: finished stages are kept"
 )
-PROMPTS = 4  # to calibrate on, where nobody says which
 FEW_STEPS = 4
-LEAST_TOKENS = 64  # image tokens of the smallest picture, where the model is not smaller: 128x128
+LEAST_TOKENS = 64  # of the smallest image, 128x128, unless the model's own is smaller
 # Times the graph's bytes that the store takes: graph, engine and the float32 twin; and out, whose
 # engine takes no room of its own in the store.
 IN_STORE, IN_OUT, IN_EXPORTS = 6.0, 2.0, 1.0
@@ -110,39 +110,39 @@ def export_tensorrt(
         EngineError: A stage failed.
     """
     given = {} if max_size is None else {"max_size": max_size}
-    asked = Asked(precision, tuple(targets), method=method, verify=verify, **given)
+    options = ExportOptions(precision, tuple(targets), method=method, verify=verify, **given)
     started = time.perf_counter()
     store = Store(tell=tell)
-    family, out = _looked_at(pipe, asked, out, store)
+    family, out = _preflight(pipe, options, out, store)
     settings = _settings(pipe, Sampling(steps=steps, max_sequence_length=max_sequence_length))
-    _note_own_size(asked, settings, tell)
+    _note_own_size(options, settings, tell)
     from hasten.engines.tensorrt.export import DTYPES
 
     texts = list(prompts or read_prompts(_defaults(pipe).prompts, limit=PROMPTS))
     weights = weights_digest(pipe.transformer, DTYPES[precision])
-    export = _Export(pipe, family, asked, settings, texts, store, weights, tell, show)
+    export = _Export(pipe, family, options, settings, texts, store, weights, tell, show)
     _report(tell, "preflight", time.perf_counter() - started)
     return export.run(model or _name(pipe), out)
 
 
-def _looked_at(
-    pipe: Any, asked: Asked, out: Path | None, store: Store
+def _preflight(
+    pipe: Any, options: ExportOptions, out: Path | None, store: Store
 ) -> tuple[Family, Path | None]:
     """The pipeline's family and where `out` leads to; raises all that would stop the export."""
     faults = Faults()
-    check_request(asked, out, faults)
+    check_request(options, out, faults)
     with faults.gather():
         out = None if out is None else resolved(out)
     with faults.gather():
         refuse_optimized(pipe)
-    if asked.precision == "fp8":
+    if options.precision == "fp8":
         with faults.gather():
             check_draws(pipe)
     family = _family(pipe, faults)
     places = {store.root: IN_STORE}
     places |= {out: IN_OUT} if out else {store.root / "exports": IN_EXPORTS}
     if family is not None:
-        check_model(asked, pipe.transformer, family, places, machine(), faults)
+        check_model(options, pipe.transformer, family, places, machine(), faults)
     faults.raise_any()
     assert family is not None  # else a fault was raised
     return family, out
@@ -154,7 +154,7 @@ class _Export:
 
     pipe: Any
     family: Family
-    asked: Asked
+    options: ExportOptions
     settings: Settings
     prompts: list[str]
     store: Store
@@ -164,11 +164,11 @@ class _Export:
     stages: list[Stage] = field(default_factory=list)
 
     def run(self, model: str, out: Path | None) -> Manifest:
-        calibrated = self.calibrate() if self.asked.precision == "fp8" else None
+        calibrated = self.calibrate() if self.options.precision == "fp8" else None
         graph = self.export(calibrated)
-        verification = self.verify(graph, calibrated) if self.asked.verify else None
+        verification = self.verify(graph, calibrated) if self.options.verify else None
         made = [done for done in (calibrated, graph) if done is not None]
-        if self.asked.targets:
+        if self.options.targets:
             made.append(self.build(graph))
         start = time.perf_counter()
         manifest = self.manifest(model, made, calibrated, verification)
@@ -181,7 +181,7 @@ class _Export:
         arguments = self.settings.call_arguments()
         key = {
             "pipeline": pipeline_digest(self.pipe, self.weights),
-            "method": self.asked.method,
+            "method": self.options.method,
             "prompts": self.prompts,
             "arguments": arguments,
         }
@@ -193,7 +193,7 @@ class _Export:
                 self.pipe,
                 self.family,
                 self.prompts,
-                method=self.asked.method,
+                method=self.options.method,
                 tell=self.show,
                 **arguments,
             )
@@ -207,7 +207,7 @@ class _Export:
         key = {
             "config": config_of(transformer),
             "weights": self.weights,
-            "precision": self.asked.precision,
+            "precision": self.options.precision,
             "amax": _digests(calibrated),
             "text": self.settings.max_sequence_length,
         }
@@ -215,7 +215,7 @@ class _Export:
         def make(folder: Path) -> dict[str, Any]:
             from hasten.engines.tensorrt.export import export_onnx
 
-            precision, amax = self.asked.precision, _load(calibrated)
+            precision, amax = self.options.precision, _load(calibrated)
             export_onnx(transformer, self.family, precision, amax, self.shapes, folder)
             return {}
 
@@ -238,7 +238,7 @@ class _Export:
                 self.pipe.transformer,
                 self.family,
                 graph.folder / GRAPH,
-                self.asked.precision,
+                self.options.precision,
                 _load(calibrated),
                 self.shapes,
                 scratch,
@@ -253,12 +253,12 @@ class _Export:
     def build(self, graph: Done) -> Done:
         key = {
             "graph": _digests(graph),
-            "targets": self.asked.targets,
+            "targets": self.options.targets,
             "shapes": self.shapes.model_dump(),
         }
 
         def make(folder: Path) -> dict[str, Any]:
-            targets, path = self.asked.targets, graph.folder / GRAPH
+            targets, path = self.options.targets, graph.folder / GRAPH
             built = build(path, folder / ENGINE, targets, self.shapes, self.show)
             return {"peak_bytes": built.peak_bytes}
 
@@ -290,7 +290,7 @@ class _Export:
 
     @property
     def shapes(self) -> Shapes:
-        most, own = self.asked.most_tokens, _own_tokens(self.settings)
+        most, own = self.options.most_tokens, _own_tokens(self.settings)
         least = min(LEAST_TOKENS, own, most // 2)
         text = self.settings.max_sequence_length
         return Shapes(text=text, least=least, best=max(least, min(own, most)), most=most)
@@ -305,7 +305,7 @@ class _Export:
         from hasten.engines.tensorrt.step import graph_sizes
 
         calibration = calibrated and Calibration(
-            method=self.asked.method,
+            method=self.options.method,
             prompts=len(self.prompts),
             steps=self.settings.steps,
             sha256=calibrated.files[AMAX].sha256,
@@ -316,8 +316,8 @@ class _Export:
             model=model,
             family=self.family.name,
             weights=self.weights,
-            precision=self.asked.precision,  # type: ignore[arg-type]  # checked by preflight
-            targets=self.asked.targets,
+            precision=self.options.precision,  # type: ignore[arg-type]  # checked by preflight
+            targets=self.options.targets,
             shapes=self.shapes,
             **sizes,
             calibration=calibration,
@@ -336,10 +336,10 @@ def _report(tell: Tell, name: str, seconds: float, *, cached: bool = False) -> N
     tell(f"{name:<10}{seconds:7.1f} s{'  (made before)' if cached else ''}")
 
 
-def _note_own_size(asked: Asked, settings: Settings, tell: Tell) -> None:
+def _note_own_size(options: ExportOptions, settings: Settings, tell: Tell) -> None:
     """Report that the model's own size is too large for the engine, where it is."""
-    if _own_tokens(settings) > asked.most_tokens:
-        most = "x".join(map(str, asked.max_size))
+    if _own_tokens(settings) > options.most_tokens:
+        most = "x".join(map(str, options.max_size))
         own = f"{settings.width}x{settings.height}"
         tell(
             f"note: the engine takes images up to {most}, and the model's own size is {own}: "

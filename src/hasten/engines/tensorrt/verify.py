@@ -1,13 +1,13 @@
-"""Is the exported graph the function that torch computes? Asked of onnxruntime, on the CPU.
+"""Compare an exported graph, run by onnxruntime on the CPU, with what torch computes.
 
 Random inputs at two sizes, compared in two ways. As a whole: from the inputs to the velocity, each
-by itself. Block by block: each block of torch is fed what onnxruntime's block before it gave, so
-that nothing piles up, and a fault has an address.
+by itself. Block by block: each block of torch gets what onnxruntime's block before it computed, so
+that errors do not accumulate and a fault can be located.
 
-An FP8 graph is held to torch block by block alone. FP8 rounds so coarsely that a difference in the
-last bit of float32 flips codes, flipped codes flip others, and after a dozen blocks torch is as far
-from *itself*, its latents moved by 2^-20, as from onnxruntime. How far the whole lies apart, how
-far torch from itself, and how far from the model before it was quantised are reported beside it.
+An FP8 graph has a limit per block only. FP8 rounds so coarsely that a difference in the last bit of
+float32 flips codes, flipped codes flip others, and after a dozen blocks torch differs from
+*itself*, its latents changed by 2^-20, as much as from onnxruntime. The error of the whole, of that
+control and against the model before it was quantised are reported as well.
 
 onnxruntime multiplies no bfloat16 on a CPU. A graph in bfloat16 is checked as its float32 twin: the
 same nodes and values, against torch in float32 on the same rounded weights.
@@ -63,13 +63,22 @@ def verify(
     scratch: Path,
     tell: Callable[[str], None],
 ) -> Verification:
-    """Hold an exported graph to the transformer that it was exported from.
+    """Compare an exported graph with the transformer that it was exported from.
 
-    precision, amax, shapes: as at the export. scratch: an empty folder; a graph in bfloat16 gets
-    its float32 twin there. `tell` hears a line for each size. The transformer is left as it is.
+    Args:
+        transformer: It is left as it is.
+        family: Its family.
+        graph: The graph's file.
+        precision: As at the export, like amax and shapes.
+        amax: Of every quantised linear.
+        shapes: Sizes of the profile.
+        scratch: An empty folder for a copy of the graph.
+        tell: Reports one line per size.
 
-    Raises EngineError where the graph cannot be read or run, or misses the bar; it names the block
-    that lies furthest off. UnsupportedError where a package is missing.
+    Raises:
+        EngineError: The graph cannot be read or run, or an error is over its limit; the block with
+            the largest error is named.
+        UnsupportedError: A package is missing.
     """
     began = time.perf_counter()
     quantised = precision == "fp8"
@@ -221,7 +230,7 @@ def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
     elif found.whole_bar is not None and size.whole > found.whole_bar:
         yield (
             f"the velocity is not what torch computes: error {size.whole:.2g} {at}, bar "
-            f"{found.whole_bar}; furthest off is {block} with {error:.2g}"
+            f"{found.whole_bar}; the largest of a block is {error:.2g}, of {block}"
         )
 
 
