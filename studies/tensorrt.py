@@ -31,9 +31,10 @@ from hasten.benchmark.environment import look
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.export import export_onnx, in_precision
 from hasten.engines.tensorrt.files import DATA, GRAPH
+from hasten.engines.tensorrt.manifest import Shapes
+from hasten.engines.tensorrt.nodes import Amax
 from hasten.engines.tensorrt.preflight import graph_bytes
-from hasten.engines.tensorrt.qdq import Amax
-from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
+from hasten.engines.tensorrt.step import OUTPUT, Step, sample
 from hasten.engines.tensorrt.verify import verify
 from hasten.families.flux1 import FLUX1
 from hasten.memory import PeakMemory, status_bytes

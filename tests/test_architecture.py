@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"errors"},
     "quantization": {"errors", "recipe", "machine", "kernels"},
     "families": {"errors", "kernels", "quantization"},
-    "models": {"errors", "machine", "memory", "units", "families"},
+    "models": {"errors", "machine", "memory", "units", "families", "library_logging"},
     "settings": {"errors", "recipe", "machine", "models"},
     "schedules": {"recipe"},
     "step": {"errors"},
@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {
         "errors", "recipe", "machine", "memory", "process", "units", "atomic", "kernels",
         "families", "models", "quantization", "prompts", "library_logging", "structural_copy",
-        "check",
+        "check", "sealed", "settings",
     },
     "structural_copy": {"errors"},
     "conflicts": {"recipe", "machine"},

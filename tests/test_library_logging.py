@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hasten.library_logging import VERBOSITY, quiet_libraries
+from hasten.library_logging import VERBOSITY, disable_telemetry, quiet_libraries
 
-LOUD = {name: value for name, value in os.environ.items() if name not in VERBOSITY}
+SET_BY_US = (*VERBOSITY, "ORT_DISABLE_TELEMETRY")
+LOUD = {name: value for name, value in os.environ.items() if name not in SET_BY_US}
 
 
 def ended(program: str, *arguments: str, cwd: Path | None = None) -> tuple[str, str]:
@@ -66,3 +68,46 @@ def test_words_that_were_cut_off_are_still_named(saved_model: Path, tmp_path: Pa
     _, err = ended(GENERATE, prompt, "--model", str(saved_model), "--device", "cpu", cwd=tmp_path)
     assert len(err.splitlines()) == 1
     assert "truncated because `max_sequence_length`" in err
+
+
+IMPORTS = {
+    "a command": "from hasten.cli import main; main(['recipes', 'list'])",
+    "a model": """
+from contextlib import suppress
+from hasten import load_pipeline
+with suppress(Exception):
+    load_pipeline("./no such model")
+""",
+    "an export": "from hasten.engines.tensorrt.packages import needed; needed('onnx')",
+}
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("program", IMPORTS.values(), ids=IMPORTS)
+def test_no_process_of_hasten_contacts_anyone(program: str, tmp_path: Path) -> None:
+    """As it comes, onnxruntime resolves its vendor's name and keeps an identifier of the device."""
+    pytest.importorskip("onnxruntime")
+    trace = tmp_path / "trace"
+    command = ["strace", "-f", "--seccomp-bpf", "-e", "trace=network,openat", "-o", str(trace)]
+    imports = "import onnxruntime, time; time.sleep(0.5)"
+    done = subprocess.run(
+        [*command, sys.executable, "-c", f"{program}\n{imports}"],
+        env={**LOUD, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "PTRACE" in done.stderr or "ptrace" in done.stderr:
+        pytest.skip("processes cannot be traced here")
+    assert done.returncode == 0, done.stderr
+    opened = trace.read_text()
+    assert "onnxruntime_pybind11_state" in opened
+    for part in ("AF_INET", "resolv.conf", "DeveloperTools"):
+        assert part not in opened
+    assert {path.name for path in tmp_path.iterdir()} == {"trace"}
+
+
+def test_a_choice_about_telemetry_that_was_made_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    disable_telemetry()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"

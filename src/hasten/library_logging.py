@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 
-__all__ = ["VERBOSITY", "quiet", "quiet_libraries"]
+__all__ = ["VERBOSITY", "disable_telemetry", "quiet", "quiet_libraries"]
 
 VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
 """The libraries' own settings, read when they are imported. Processes we start inherit them."""
@@ -28,9 +28,22 @@ def quiet_libraries(*, debug: bool = False) -> None:
     Call it before they are imported. A verbosity that is in the environment already stays, be it
     the user's or, in a process we started, our own.
     """
+    disable_telemetry()
     for name in VERBOSITY:
         os.environ.setdefault(name, "warning" if debug else "error")
     logging.getLogger(CUTS_PROMPTS).setLevel(logging.WARNING)
+
+
+def disable_telemetry() -> None:
+    """Keep onnxruntime from contacting its vendor and from keeping an identifier of the device.
+
+    Importing it does both at once, Diffusers imports it wherever it is installed, and no call
+    afterwards can undo that. Its environment variable is the only switch that is read in time. So
+    the processes of hasten's own set it first of all, by `quiet_libraries`; in other processes it
+    is set where hasten is about to import either library and not on `import hasten`. Processes
+    that we start inherit it. A value that the user has set stays.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 LOGGERS = (

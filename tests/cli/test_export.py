@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hasten.engines.tensorrt.hashes import facts_of_file
+from hasten.engines.tensorrt.files import facts_of_file
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.targets import TARGETS
+from hasten.sealed import unseal
 from tests.cli.conftest import Run
 from tests.cli.test_app import PROGRAM
+from tests.engines.tensorrt.test_build import is_running
 from tests.engines.tensorrt.test_manifest import made
 from tests.hub_cache import write_hub_cache
 
@@ -147,7 +150,9 @@ def test_a_model_that_changes_meanwhile_is_exported_again(
             index = saved_model / "model_index.json"
             index.write_text(index.read_text() + " ")
         out.mkdir(exist_ok=True)
-        manifest = made(files={})
+        manifest = made(precision="bf16", targets=())
+        for name in manifest.files:
+            (out / name).touch()
         manifest.write(out / MANIFEST)
         return manifest
 
@@ -171,7 +176,7 @@ def test_ctrl_c_says_that_stages_are_kept(
     assert done.code == 130
     assert done.err.splitlines() == [
         "error: interrupted",
-        "fix: the same command goes on: finished stages are kept",
+        "fix: run the same command again to go on: finished stages are kept",
     ]
 
 
@@ -181,7 +186,7 @@ def test_export_repeat_and_rebuild(saved_model: Path, tmp_path: Path, cache: Pat
     assert done.returncode == 0, done.stderr
     assert stage_lines(done.stderr) == dict.fromkeys(STAGES, False)
     told: dict[str, Any] = json.loads(done.stdout)
-    assert told == json.loads((tmp_path / "engine" / "manifest.json").read_text())
+    assert told == unseal((tmp_path / "engine" / "manifest.json").read_text())
     assert told["model"] == saved_model.name
     assert told["shapes"] == {"text": 8, "least": 4, "best": 4, "most": 16}
     engine = facts_of_file(tmp_path / "engine" / "engine.plan")
@@ -249,16 +254,41 @@ def test_the_bundled_model(tmp_path: Path, precision: str) -> None:
         assert (size["unquantised"] is None) == (precision != "fp8")
 
 
+def builders(process: int) -> list[int]:
+    """Processes that build an engine for this one."""
+    found = []
+    with suppress(OSError):
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            if b"hasten.engines.tensorrt.build" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["export", "build"])
-def test_killed_in_mid_stage(saved_model: Path, tmp_path: Path, cache: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "sent", "status"),
+    [
+        ("export", signal.SIGKILL, -signal.SIGKILL),
+        ("build", signal.SIGKILL, -signal.SIGKILL),
+        ("build", signal.SIGTERM, -signal.SIGTERM),
+        ("build", signal.SIGINT, 130),
+    ],
+)
+def test_killed_in_mid_stage(
+    saved_model: Path, tmp_path: Path, cache: Path, stage: str, sent: signal.Signals, status: int
+) -> None:
     program = command(saved_model, "--no-verify")
     child = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not any(cache.glob(f"{stage}/.*.tmp/*" if stage == "build" else f"{stage}/.*.tmp")):
+    while not (builders(child.pid) if stage == "build" else any(cache.glob("export/.*.tmp"))):
         assert child.poll() is None
         time.sleep(0.001)
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    orphans = builders(child.pid)
+    os.kill(child.pid, sent)
+    assert child.wait() == status
+    deadline = time.monotonic() + 10
+    while any(map(is_running, orphans)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert not (tmp_path / "engine").exists()
 
     done = ended(saved_model, tmp_path, "--no-verify")
@@ -268,13 +298,6 @@ def test_killed_in_mid_stage(saved_model: Path, tmp_path: Path, cache: Path, sta
     assert (tmp_path / "engine" / "engine.plan").stat().st_size > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "engine"}
     assert not list(cache.glob("*/.*.tmp"))
-
-
-def test_the_command_calibrates_as_the_function_does() -> None:
-    from hasten.cli import export
-    from hasten.engines.tensorrt import stages
-
-    assert export.PROMPTS == stages.PROMPTS
 
 
 def test_the_help_names_every_target_and_its_gpus(run: Run) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hasten.engines.tensorrt.manifest import FileEntry
 from hasten.machine import Gpu, Machine
 from hasten.recipe import Recipe, preset_names, resolve
 from tests.cli.conftest import Run
@@ -128,11 +127,12 @@ def test_check_looks_at_the_export_that_a_recipe_names(
     folder = tmp_path / "deep" / "flux"
     folder.mkdir(parents=True)
     if targets is not None:
-        graph = {"model.onnx": FileEntry(bytes=3, sha256="0" * 64)}
-        listed = graph if fault is not None and "model.onnx" in fault else {}
-        made(targets=targets, files=listed).write(folder / "manifest.json")
-    if fault is not None and "damaged" in fault:
-        (folder / "model.onnx").write_text("shorter" * 2)
+        manifest = made(targets=targets)
+        manifest.write(folder / "manifest.json")
+        for name in manifest.files:
+            (folder / name).write_text("x" if fault and f"{name}: damaged" in fault else "")
+    if fault is not None and "missing" in fault:
+        (folder / "model.onnx").unlink()
     text = f'[engine]\nprecision = "{precision}"\npath = "flux"\n'
     (tmp_path / "deep" / "mine.toml").write_text(text)
     ended = run("recipes", "check", "deep/mine.toml")

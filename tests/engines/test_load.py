@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import hasten
+from hasten.engines.load import EngineBody
+from hasten.engines.tensorrt.manifest import MANIFEST, Manifest, Shapes
 from hasten.engines.tensorrt.stages import export_tensorrt
+from hasten.engines.tensorrt.step import INPUTS
 from hasten.errors import (
     AlreadyOptimizedError,
     EngineError,
@@ -151,6 +156,61 @@ def test_a_damaged_export_is_named(pipe: Any, written: Path, tmp_path: Path) -> 
         hasten.optimize(pipe, recipe(folder))
 
 
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"family": "another"}, "has family another, and this pipeline has flux"),
+        ({"channels": 16}, "has channels 16, and this pipeline has 64"),
+        ({"text_dim": 64}, "has text_dim 64, and this pipeline has 32"),
+        ({"row_width": 1}, "has row_width 1, and this pipeline has 1024"),
+        ({"head_dim": 8}, "has head_dim 8, and this pipeline has 16"),
+        ({"weights": "0" * 64}, "was exported from other weights"),
+    ],
+    ids=str,
+)
+def test_a_manifest_with_other_facts_is_refused(
+    pipe: Any, written: Path, tmp_path: Path, change: dict[str, Any], fault: str
+) -> None:
+    """Sealed again, so that only the model itself can show it."""
+    folder = tmp_path / "other"
+    shutil.copytree(written, folder)
+    Manifest.read(folder).model_copy(update=change).write(folder / MANIFEST)
+    with pytest.raises(EngineError, match=fault) as caught:
+        hasten.optimize(pipe, recipe(folder))
+    assert len(caught.value.faults) == 1
+    assert caught.value.fix
+
+
+def test_an_edited_manifest_is_refused(pipe: Any, written: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(written, folder)
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"text": 8', '"text": 16'))
+    with pytest.raises(InputError, match="its content is not what was written") as caught:
+        hasten.optimize(pipe, recipe(folder))
+    assert "export again" in caught.value.fix
+
+
+def test_a_user_that_does_not_exist_is_named(pipe: Any) -> None:
+    with pytest.raises(InputError, match="there is no such user"):
+        hasten.optimize(pipe, recipe(Path("~nosuchuser/engine")))
+
+
+@pytest.mark.slow
+def test_weights_in_half_precision_are_compared_in_it(
+    make_pipe: Callable[[], Any], tmp_path: Path
+) -> None:
+    """float16 holds differences that bfloat16 does not."""
+    pipe, other = make_pipe(), make_pipe()
+    arguments: dict[str, Any] = {"precision": "fp16", "targets": (), "verify": False}
+    export_tensorrt(pipe, tmp_path / "half", max_sequence_length=TEXT, **arguments)
+    with torch.no_grad():
+        other.transformer.x_embedder.weight.mul_(1 + 2**-10)
+    hasten.optimize(pipe, recipe(tmp_path / "half", precision="fp16"))
+    with pytest.raises(EngineError, match="exported from other weights"):
+        hasten.optimize(other, recipe(tmp_path / "half", precision="fp16"))
+
+
 def test_a_folder_without_an_export_says_what_makes_one(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no export is there") as caught:
         hasten.optimize(pipe, recipe(tmp_path))
@@ -161,7 +221,7 @@ def test_calls_outside_of_the_profile_are_refused(pipe: Any, call: Call, written
     fast = hasten.optimize(pipe, recipe(written))
     with pytest.raises(EngineError, match="exported for 8 text tokens, and this call has 12"):
         call(fast, **SIZE, max_sequence_length=12)
-    with pytest.raises(EngineError, match="pixels\\), and the engine takes") as caught:
+    with pytest.raises(EngineError, match="pixels\\) is outside the engine") as caught:
         call(fast, width=512, height=256)
     assert "--max-size" in caught.value.fix
     assert call(fast, **SIZE).isfinite().all(), "the pipeline still works"
@@ -207,3 +267,73 @@ def test_an_optimised_pipeline_is_not_exported(pipe: Any, tmp_path: Path) -> Non
     fast = hasten.optimize(pipe, "cache")
     with pytest.raises(AlreadyOptimizedError):
         export_tensorrt(fast, tmp_path / "out", precision="bf16", targets=())
+
+
+SHAPES = Shapes(text=3, least=4, best=6, most=8)
+
+
+class Driver:
+    """Answers with twice the latents in float32, and keeps what it was given."""
+
+    what = "a driver"
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, Tensor]] = []
+
+    def run(self, inputs: dict[str, Tensor]) -> Tensor:
+        self.given.append(inputs)
+        return inputs["latents"].float() * 2
+
+    def close(self) -> None:
+        self.given.clear()
+
+
+def inputs(image: int = 5, text: int = 3, batch: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(image)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    rotary = torch.randn(2, text + image, 4, generator=generator)
+    return [normal(batch, image, 2), normal(batch, text, 7), normal(batch, 9), *rotary]
+
+
+def test_a_batch_runs_one_image_at_a_time_each_with_its_own_inputs() -> None:
+    driver = Driver()
+    latents, text, row, cos, sin = inputs()
+    velocity = EngineBody(driver, SHAPES)(latents, text, row, cos, sin)
+    assert velocity.dtype == torch.bfloat16
+    assert torch.equal(velocity, latents * 2)
+    assert [tuple(given) for given in driver.given] == [INPUTS, INPUTS]
+    for one, given in enumerate(driver.given):
+        assert torch.equal(given["text"], text[one, None])
+        assert torch.equal(given["row"], row[one, None])
+        assert given["cos"] is cos
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "fault", "fix"),
+    [
+        (
+            9,
+            3,
+            "48x48 (2304 pixels) is outside the engine's range: 32x32 ",
+            "--max-size",
+        ),
+        (3, 3, "16x48 (768 pixels)", "larger width"),
+        (5, 4, "exported for 3 text tokens, and this call has 4", "max_sequence_length = 3"),
+    ],
+)
+def test_what_is_outside_the_profile_is_refused_before_the_engine_sees_it(
+    image: int, text: int, fault: str, fix: str
+) -> None:
+    driver = Driver()
+    with pytest.raises(EngineError, match=re.escape(fault)) as caught:
+        EngineBody(driver, SHAPES)(*inputs(image, text))
+    assert fix in caught.value.fix
+    assert driver.given == []
+
+
+@pytest.mark.parametrize("image", [4, 8])
+def test_the_profiles_ends_are_inside(image: int) -> None:
+    assert EngineBody(Driver(), SHAPES)(*inputs(image)).shape == (2, image, 2)

@@ -1,27 +1,27 @@
-"""`hasten export`: what a model becomes for other runtimes; TensorRT engines so far."""
+"""`hasten export`: models for other runtimes, TensorRT engines so far."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hasten.cli import options
+from hasten.engines.tensorrt import PROMPTS
 from hasten.errors import Faults, InputError
 from hasten.units import format_bytes
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.manifest import Manifest
-    from hasten.engines.tensorrt.preflight import Asked
+    from hasten.engines.tensorrt.preflight import ExportOptions
     from hasten.settings import CallOptions, Settings
 
 export = typer.Typer(help="Engines for runtimes other than torch.", rich_markup_mode=None)
 
-PROMPTS = 4
-RESUME = "the same command goes on: finished stages are kept"
+RESUME = "run the same command again to go on: finished stages are kept"
 
 
 @export.callback(invoke_without_command=True)
@@ -48,7 +48,7 @@ def tensorrt(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where it goes.")] = Path("engine"),
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="WxH", help="The largest picture.  [default: 2048x2048]"),
+        typer.Option(metavar="WxH", help="The largest image.  [default: 2048x2048]"),
     ] = None,
     calibration: Annotated[
         str, typer.Option(metavar="max|smoothquant", help="How fp8 finds its scales.")
@@ -57,7 +57,9 @@ def tensorrt(
     limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = PROMPTS,
     no_verify: Annotated[
         bool,
-        typer.Option("--no-verify", help="Do not hold the graph to torch, with onnxruntime."),
+        typer.Option(
+            "--no-verify", help="Skip the check of the graph against torch (in onnxruntime)."
+        ),
     ] = False,
     model: options.Model = "tiny",
     device: options.Device = "auto",
@@ -68,11 +70,25 @@ def tensorrt(
     debug: options.Debug = False,
 ) -> None:
     """Build a TensorRT for RTX engine, on a machine that needs no GPU."""
+    from hasten.engines.tensorrt.preflight import LARGEST, ExportOptions
+    from hasten.engines.tensorrt.targets import parse_targets
+    from hasten.recipe import parse_size
     from hasten.settings import CallOptions
 
+    faults = Faults()
     called = CallOptions(model, device, dtype, steps=steps, max_sequence_length=max_sequence_length)
-    graph = Graph(precision, target, max_size, calibration, verify=not no_verify)
-    request = _request(called, graph, out, prompts, limit)
+    wanted = ExportOptions(precision, (), LARGEST, calibration, verify=not no_verify)
+    with faults.gather():
+        if target is None:
+            raise InputError(
+                "--target is missing: the GPUs to build for",
+                "for example --target sm89 (RTX 40), or --target none for the graph alone",
+            )
+        wanted = replace(wanted, targets=parse_targets(target))
+    with faults.gather():
+        if max_size is not None:
+            wanted = replace(wanted, max_size=parse_size(max_size, at_most=True))
+    request = _request(called, wanted, out, prompts, limit, faults)
     key = _key(request)
     before = _before(request, key)
     try:
@@ -83,67 +99,47 @@ def tensorrt(
 
 
 @dataclass(frozen=True)
-class Graph:
-    """What is to be exported, as it was asked for."""
-
-    precision: str
-    target: str | None
-    max_size: str | None
-    calibration: str
-    verify: bool
-
-
-@dataclass(frozen=True)
 class Request:
-    """All that was asked for, looked at."""
+    """All options, checked."""
 
     called: CallOptions
     settings: Settings
-    asked: Asked
+    wanted: ExportOptions
     prompts: tuple[str, ...]
     out: Path
 
 
 def _request(
-    called: CallOptions, graph: Graph, out: Path, prompts: str | None, limit: int
+    called: CallOptions,
+    wanted: ExportOptions,
+    out: Path,
+    prompts: str | None,
+    limit: int,
+    faults: Faults,
 ) -> Request:
-    """Look at all of the input, and raise everything that is wrong with it at once."""
-    from hasten.engines.tensorrt.preflight import LARGEST, Asked, check_request
-    from hasten.engines.tensorrt.targets import parse_targets
+    """Check all of the input; raises everything that is wrong with it at once, with `faults`."""
+    from hasten.engines.tensorrt.preflight import check_request
     from hasten.machine import machine
     from hasten.prompts import read_prompts
-    from hasten.recipe import parse_size
     from hasten.settings import Settings, chosen_settings, model_defaults, whole_number
 
-    faults = Faults()
     defaults = model_defaults(called.model, faults)
     settings = chosen_settings(called, Settings.of_model(defaults), faults)
-    targets: tuple[str, ...] = ()
-    size, texts = LARGEST, []
-    with faults.gather():
-        if graph.target is None:
-            raise InputError(
-                "--target is missing: the GPUs to build for",
-                "for example --target sm89 (RTX 40), or --target none for the graph alone",
-            )
-        targets = parse_targets(graph.target)
-    with faults.gather():
-        size = LARGEST if graph.max_size is None else parse_size(graph.max_size, at_most=True)
+    texts: list[str] = []
     count = whole_number("limit", limit, PROMPTS, (1, 1000), faults)
     with faults.gather():
         texts = read_prompts(prompts or defaults.prompts, limit=count)
     if called.device not in ("auto", "cpu"):  # these two are always there: no need to look
         with faults.gather():
             machine().usable_device(called.device)
-    asked = Asked(graph.precision, targets, size, graph.calibration, graph.verify)
-    check_request(asked, out, faults)
+    check_request(wanted, out, faults)
     faults.raise_any()
-    return Request(called, settings, asked, tuple(texts), out)
+    return Request(called, settings, wanted, tuple(texts), out)
 
 
 def _before(request: Request, key: str | None) -> Manifest | None:
     """What this very request wrote earlier, if it is still there and whole. Loads no torch."""
-    from hasten.engines.tensorrt.request_memo import finished
+    from hasten.engines.tensorrt.folder import finished
     from hasten.engines.tensorrt.store import Store
 
     return None if key is None else finished(Store(tell=_tell), key, request.out)
@@ -157,25 +153,25 @@ def _exported(request: Request, key: str | None) -> Manifest:
     with ProgressBar() as progress:
         progress.stage("loading")
         silence_library_bars()
-        from hasten.engines.tensorrt.request_memo import remember
+        from hasten.engines.tensorrt.folder import remember
         from hasten.engines.tensorrt.stages import export_tensorrt
         from hasten.engines.tensorrt.store import Store
         from hasten.models import load_pipeline
 
-        called, asked = request.called, request.asked
+        called, wanted = request.called, request.wanted
         pipe = load_pipeline(called.model, device=called.device, dtype=called.dtype)
         key = key or _key(request)
         manifest = export_tensorrt(
             pipe,
             request.out,
-            precision=asked.precision,
-            targets=asked.targets,
-            max_size=asked.max_size,
-            method=asked.method,
+            precision=wanted.precision,
+            targets=wanted.targets,
+            max_size=wanted.max_size,
+            method=wanted.method,
             prompts=request.prompts,
             steps=request.settings.steps,
             max_sequence_length=request.settings.max_sequence_length,
-            verify=asked.verify,
+            verify=wanted.verify,
             model=_shown(called.model),
             tell=_tell,
             show=progress.stage,
@@ -187,7 +183,7 @@ def _exported(request: Request, key: str | None) -> Manifest:
 
 def _key(request: Request) -> str | None:
     """Of the request and the model's files by size and time; None where there are none to see."""
-    from hasten.engines.tensorrt.request_memo import request_key
+    from hasten.engines.tensorrt.keys import request_key
     from hasten.models.defaults import model_directory
     from hasten.models.hub import cached_snapshot
 
@@ -214,12 +210,12 @@ def _print_result(manifest: Manifest, out: Path, *, before: bool, as_json: bool)
         print(manifest.model_dump_json(by_alias=True, indent=2))
         return
     what = f"engine for {', '.join(manifest.targets)}" if manifest.targets else "graph"
-    facts = [_sizes(manifest), _seen(manifest), *(["made before"] if before else [])]
+    facts = [_sizes(manifest), _error(manifest), *(["made before"] if before else [])]
     print(f"{out}: {manifest.precision} {what} of {manifest.model}; {'; '.join(facts)}")
 
 
 def _sizes(manifest: Manifest) -> str:
-    """What the graph takes, and the engine."""
+    """Sizes of the graph and the engine."""
     from hasten.engines.tensorrt.files import DATA, ENGINE, GRAPH
 
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
@@ -227,8 +223,8 @@ def _sizes(manifest: Manifest) -> str:
     return f"{graph}, engine {format_bytes(sizes[ENGINE])}" if ENGINE in sizes else graph
 
 
-def _seen(manifest: Manifest) -> str:
-    """How far the graph was from torch, in a few words."""
+def _error(manifest: Manifest) -> str:
+    """The graph's error against torch, in a few words."""
     found = manifest.verification
     if found is None:
         return "the graph was not verified"

@@ -1,26 +1,81 @@
-"""From a recipe's `[engine]` to the body that runs: find or make the export, load its driver."""
+"""What runs in place of the blocks: the export of a recipe's `[engine]`, made if it is missing."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from hasten.engines.body import Driver, EngineBody
+import torch
+from torch import Tensor
+
 from hasten.engines.onnxruntime import OnnxRuntime
-from hasten.engines.tensorrt.digests import weights_digest
+from hasten.engines.tensorrt.export import DTYPES
 from hasten.engines.tensorrt.files import ENGINE, GRAPH
-from hasten.engines.tensorrt.hashes import content_key
-from hasten.engines.tensorrt.manifest import Manifest
+from hasten.engines.tensorrt.graph import float32_twin
+from hasten.engines.tensorrt.keys import STAGES, content_key, weights_digest
+from hasten.engines.tensorrt.manifest import Manifest, Shapes
 from hasten.engines.tensorrt.stages import export_tensorrt
-from hasten.engines.tensorrt.step import Shapes
+from hasten.engines.tensorrt.step import INPUTS, graph_sizes
 from hasten.engines.tensorrt.store import Store
-from hasten.engines.tensorrt.twin import float32_twin
-from hasten.engines.tensorrt.versions import STAGES
 from hasten.errors import EngineError, InputError
+from hasten.families.family import family_of
 from hasten.recipe import Engine, Sampling, parse_size
 
-__all__ = ["load_body", "read_export"]
+__all__ = ["Driver", "EngineBody", "load_body", "read_export"]
+
+SIDE = 16  # pixels of a token
+
+
+class Driver(Protocol):
+    """What runs the exported graph for one image: onnxruntime, or an engine on a GPU."""
+
+    what: str
+
+    def run(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The velocity, 1×S×C on any device, of inputs by name, each with a batch of one."""
+
+    def close(self) -> None:
+        """Free what it holds; it is not run again."""
+
+
+class EngineBody:
+    """(latents B×S×C, embedded text B×T×D, modulation row B×width, cos, sin) -> velocity B×S×C.
+
+    The engine takes one image, so the images of a batch run one after another. A call outside the
+    engine's profile raises EngineError.
+    """
+
+    def __init__(self, driver: Driver, shapes: Shapes) -> None:
+        self.driver = driver
+        self.shapes = shapes
+
+    def __call__(
+        self, latents: Tensor, text: Tensor, row: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        self._check(latents.shape[1], text.shape[1])
+        images = []
+        for one in range(len(latents)):
+            given = (latents[one, None], text[one, None], row[one, None], cos, sin)
+            images.append(self.driver.run(dict(zip(INPUTS, given, strict=True))))
+        return torch.cat(images).to(latents.device, latents.dtype)
+
+    def _check(self, image: int, text: int) -> None:
+        shapes = self.shapes
+        if text != shapes.text:
+            raise EngineError(
+                f"the engine was exported for {shapes.text} text tokens, and this call has {text}",
+                f"call with max_sequence_length = {shapes.text}, or export again with another",
+            )
+        if not shapes.least <= image <= shapes.most:
+            raise EngineError(
+                f"image size {_size(image)} is outside the engine's range: "
+                f"{_size(shapes.least)} to {_size(shapes.most)}",
+                "export again with --max-size WIDTHxHEIGHT (engine.max_size)"
+                if image > shapes.most
+                else "use a larger width and height",
+            )
 
 
 def load_body(
@@ -31,14 +86,22 @@ def load_body(
     tell: Callable[[str], None],
     show: Callable[[str], None],
 ) -> EngineBody:
-    """The engine that `[engine]` asks for, on the pipeline's device.
-
-    sampling: steps to calibrate at and the text length of every call, the model's own by default.
+    """The engine of a recipe's `[engine]`, on the pipeline's device.
 
     Without a path, what is missing of the export is made, which takes minutes for a large model,
-    and kept for the next time; `tell` hears each finished stage, `show` what goes on inside one.
-    Raises EngineError or InputError where the export is of another model or precision, damaged, or
-    has no engine for this GPU.
+    and kept for the next time.
+
+    Args:
+        pipe: A pipeline that is not optimised.
+        recipe: The section.
+        sampling: Steps to calibrate at and the text length of every call; the model's own by
+            default.
+        tell: Reports each finished stage.
+        show: Reports progress within a stage.
+
+    Raises:
+        EngineError: The export is of another model, damaged, or has no engine for this GPU.
+        InputError: There is no export at the path, or one of another precision.
     """
     target = _target(pipe.device) if recipe.kind == "tensorrt" else None
     if recipe.path is None:
@@ -59,8 +122,7 @@ def load_body(
         manifest = _written(pipe, recipe, target)
     assert manifest.folder is not None  # it was read from there
     driver = _driver(recipe.kind, manifest, manifest.folder, pipe.device, tell)
-    tokens = manifest.shapes
-    return EngineBody(driver, Shapes(tokens.text, tokens.least, tokens.best, tokens.most))
+    return EngineBody(driver, manifest.shapes)
 
 
 def _driver(
@@ -83,25 +145,35 @@ def _driver(
 
 
 def read_export(recipe: Engine, target: str | None) -> Manifest:
-    """What lies at the recipe's path, by its manifest and the sizes of its files.
+    """The export at the recipe's path, by its manifest and the sizes of its files.
 
-    target: of the GPU that is to run it, None where there is none. Raises InputError or EngineError
-    where no whole export is there, or one of another precision or for other GPUs.
+    Args:
+        recipe: A section with a path.
+        target: The GPU that is to run it; None where there is none.
+
+    Raises:
+        InputError: No export is there, or one of another precision.
+        EngineError: It is damaged, or has no engine for this GPU.
     """
-    folder = Path(recipe.path or "").expanduser()
+    try:
+        folder = Path(recipe.path or "").expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"engine.path {recipe.path!r}: there is no such user", "write the whole path"
+        ) from None
     manifest = Manifest.read(folder)
     if manifest.precision != recipe.precision:
         raise InputError(
             f"{folder} holds {manifest.precision}, and engine.precision is {recipe.precision!r}",
-            f'set engine.precision = "{manifest.precision}", or export anew',
+            f'set engine.precision = "{manifest.precision}", or export again',
         )
     if target is not None and target not in manifest.targets:
         built = ", ".join(manifest.targets) or "no GPU"
         raise EngineError(
             f"{folder} has an engine for {built}, and this GPU is {target}",
-            f"export anew with --target {target}",
+            f"export again with --target {target}",
         )
-    _refuse(folder, manifest.other_size(folder))
+    _refuse(folder, manifest.damaged(folder, read=False))
     return manifest
 
 
@@ -115,23 +187,37 @@ def _refuse(folder: Path, faults: Mapping[str, str]) -> None:
 
 
 def _written(pipe: Any, recipe: Engine, target: str | None) -> Manifest:
-    """What `hasten export tensorrt` wrote, held to the recipe, the model and its own files."""
+    """The export at the recipe's path, compared with the recipe, the model and its own files."""
     manifest = read_export(recipe, target)
     folder = manifest.folder
     assert folder is not None  # it was read from there
+    family = family_of(pipe)
+    expected = {"family": family.name, **graph_sizes(pipe.transformer, family)}
+    other = [
+        f"{folder} has {name} {getattr(manifest, name)}, and this pipeline has {value}"
+        for name, value in expected.items()
+        if getattr(manifest, name) != value
+    ]
+    if other:
+        raise EngineError(other, "export again from this model")
     _refuse(folder, manifest.damaged(folder))
-    if manifest.weights != weights_digest(pipe.transformer):
+    if manifest.weights != weights_digest(pipe.transformer, DTYPES[manifest.precision]):
         raise EngineError(
             f"{folder} was exported from other weights than this pipeline's",
-            "load it in the dtype that it was exported in, or export anew from this model, with "
+            "load it in the dtype that it was exported in, or export again from this model, with "
             "its LoRA adapters fused",
         )
     return manifest
 
 
 def _target(device: Any) -> str:
-    """The GPU's own, such as sm89; `check` has seen to it that there is one."""
-    import torch
-
+    """The name of a GPU's architecture, such as sm89; `check` has ensured that there is a GPU."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
+
+
+def _size(tokens: int) -> str:
+    """The most square size of so many image tokens, and its pixels."""
+    width = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
+    height = tokens // width
+    return f"{width * SIDE}x{height * SIDE} ({tokens * SIDE**2} pixels)"

@@ -1,7 +1,7 @@
-"""The exported graph on a CPU, by onnxruntime: the pictures of the engine, without its speed.
+"""The exported graph on a CPU, by onnxruntime: the images of the engine, without its speed.
 
 onnxruntime has no bfloat16 products on a CPU, so a graph in bfloat16 runs as its float32 twin:
-the same nodes and the same values, FP8 codes and scales among them, rounded less in between.
+the same nodes and values, FP8 codes and scales included, with less rounding in between.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class OnnxRuntime:
         except Exception as error:  # its classes share no base but Exception
             raise EngineError(
                 f"onnxruntime cannot load {graph.name}: {str(error).splitlines()[0][:200]}",
-                "export it anew: delete the folder first",
+                "delete the folder that it is in, then export it again",
             ) from error
         self.dtypes = {one.name: DTYPES[one.type] for one in self.session.get_inputs()}
-        self.what = f"onnxruntime {ort.__version__} on the CPU, for its pictures and not for speed"
+        self.what = f"onnxruntime {ort.__version__} on the CPU, for its images and not for speed"
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Velocity 1×S×C in the graph's dtype."""
+        """The velocity, 1×S×C, in the graph's dtype."""
         if self.session is None:
             raise EngineError("the engine was closed", "optimise the pipeline again")
         given = {

@@ -1,12 +1,11 @@
 """The engine on an RTX GPU, by TensorRT for RTX, on torch's own memory.
 
-An engine is compiled for the very GPU when its first context is made and a shape first runs; what
-comes of it is kept in a runtime cache beside the engine, for the next process to start with.
+An engine is compiled for the GPU at hand when its first context is made and a shape first runs. The
+result is kept in a runtime cache alongside the engine, for the next process to start with.
 """
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.engines.tensorrt.files import RUNTIME_CACHE
+from hasten.atomic import write_bytes
+from hasten.engines.tensorrt.files import RUNTIME_CACHE, read_regular
+from hasten.engines.tensorrt.packages import error_log
 from hasten.engines.tensorrt.step import OUTPUT
 from hasten.errors import EngineError
+from hasten.sealed import DamagedError
 
 __all__ = ["RtxEngine"]
 
@@ -24,9 +26,14 @@ NO_DRIVER = "cudaError 35"
 
 
 class RtxEngine:
-    """One engine with one context. It runs on a stream of its own, ordered with torch's.
+    """One engine with one context, on a stream of its own that is ordered with torch's.
 
-    plan: the engine's file; device: the GPU. EngineError where this machine cannot load it.
+    Args:
+        plan: The engine's file.
+        device: The GPU.
+
+    Raises:
+        EngineError: This machine cannot load it.
     """
 
     def __init__(self, plan: Path, device: torch.device) -> None:
@@ -35,21 +42,21 @@ class RtxEngine:
         self.cache_file = plan.with_name(RUNTIME_CACHE)
         self.sizes: set[int] = set()  # image tokens that have run
         self.device = device
-        self.said = _messages(trt)
-        self.runtime = trt.Runtime(self.said)
+        self.messages = error_log(trt)
+        self.runtime = trt.Runtime(self.messages)
         with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
             self.engine: Any = self.runtime.deserialize_cuda_engine(plan.read_bytes())
         if self.engine is None:
-            raise _refused(plan, self.said.errors)
+            raise _refused(plan, self.messages.errors)
         with torch.cuda.device(device):
             config = self.engine.create_runtime_config()
             self.cache: Any = config.create_runtime_cache()
-            with suppress(FileNotFoundError):
-                self.cache.deserialize(self.cache_file.read_bytes())  # False: made elsewhere
+            with suppress(OSError, DamagedError):
+                self.cache.deserialize(read_regular(self.cache_file))  # False: made elsewhere
             config.set_runtime_cache(self.cache)
             self.context: Any = self.engine.create_execution_context(config)
             if self.context is None:
-                raise _refused(plan, self.said.errors)
+                raise _refused(plan, self.messages.errors)
             self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.dtypes = {
             name: _dtype(trt, self.engine.get_tensor_dtype(name))
@@ -60,8 +67,11 @@ class RtxEngine:
         self.what = f"TensorRT for RTX {trt.__version__} on {torch.cuda.get_device_name(device)}"
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Velocity 1×S×C in the engine's dtype; returns before the GPU is done, as torch does, but
-        for the first call of each size, whose kernels it waits for and keeps."""
+        """The velocity, 1×S×C, in the engine's dtype.
+
+        Returns before the GPU is done, as torch does, except for the first call of each size,
+        whose kernels it waits for and keeps.
+        """
         if self.context is None:
             raise EngineError("the engine was closed", "optimise the pipeline again")
         current = torch.cuda.current_stream(self.device)
@@ -96,43 +106,23 @@ class RtxEngine:
     def _keep(self) -> None:
         """Write what has been compiled for this GPU so far."""
         self.stream.synchronize()
-        part = self.cache_file.with_suffix(f".{os.getpid()}")
         with suppress(OSError):  # a full disk or a folder that is read only keeps no cache
-            try:
-                part.write_bytes(bytes(self.cache.serialize()))
-                os.replace(part, self.cache_file)
-            finally:
-                part.unlink(missing_ok=True)
+            write_bytes(self.cache_file, bytes(self.cache.serialize()))
 
     def _failed(self, how: str) -> EngineError:
-        reason = f": {self.said.errors[-1]}" if self.said.errors else ""
-        return EngineError(f"the engine {how}{reason}", "see `hasten doctor`; export it anew")
-
-
-def _messages(trt: Any) -> Any:
-    """A logger that keeps errors: TensorRT gives its reasons nowhere else."""
-
-    class Messages(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(" ".join(text.split())[:300])
-
-    return Messages()
+        reason = f": {self.messages.errors[-1][:300]}" if self.messages.errors else ""
+        return EngineError(f"the engine {how}{reason}", "see `hasten doctor`; export it again")
 
 
 def _refused(plan: Path, errors: list[str]) -> EngineError:
-    said = errors[0] if errors else "no reason given"
+    reason = errors[0][:300] if errors else "no reason given"
     if any(NO_DRIVER in error for error in errors):
         return EngineError(
             "TensorRT found no NVIDIA driver, or one that is older than CUDA 13",
             "install a driver of version 580 or newer",
         )
     return EngineError(
-        f"TensorRT cannot load {plan}: {said}",
+        f"TensorRT cannot load {plan}: {reason}",
         "export it for this GPU with this version: hasten export tensorrt --target ...",
     )
 

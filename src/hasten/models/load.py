@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hasten.errors import HastenError, ModelError, causes
+from hasten.library_logging import disable_telemetry
 from hasten.machine import check_dtype, machine
 from hasten.memory import ran_out
 from hasten.models.architecture import shape_named
@@ -31,6 +32,7 @@ def load_pipeline(
     Raises ModelError (missing, incomplete, gated, unreadable), InputError (an unknown shape,
     device or dtype) or UnsupportedError (more memory than there is, before anything is loaded).
     """
+    disable_telemetry()
     check_model(model)
     dtype = str(dtype).removeprefix("torch.")
     check_dtype(dtype)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.engines.tensorrt.qdq import Amax
-from hasten.engines.tensorrt.step import Shapes
+from hasten.engines.tensorrt.manifest import Shapes
+from hasten.engines.tensorrt.nodes import Amax
 from hasten.families.flux1.blocks import FluxFamily
 from hasten.models.random_weights import variance_preserving_
 

@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from hasten.engines.tensorrt.files import DATA, GRAPH
-from hasten.engines.tensorrt.step import Shapes
+from hasten.engines.tensorrt.manifest import Shapes
 
 SHAPES = Shapes(text=8, least=4, best=16, most=64)
 CHANNELS, HEAD = 64, 16

@@ -16,8 +16,8 @@ from torch.nn import functional
 import hasten
 from hasten.calibration.activations import largest_inputs
 from hasten.engines.tensorrt.calibrate import calibrate, load, save
+from hasten.engines.tensorrt.nodes import Amax
 from hasten.engines.tensorrt.preflight import METHODS
-from hasten.engines.tensorrt.qdq import Amax
 from hasten.errors import (
     AlreadyOptimizedError,
     EngineError,
@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("modelopt.torch.quantization")
 
-SHORT = {"steps": 2, "height": 32, "width": 32, "max_sequence_length": 8}
+SHORT = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 8}
 PROMPTS = ["a red fox", "a kite"]
 
 
@@ -75,6 +75,16 @@ def test_it_finds_the_largest_inputs_and_weights(
     assert list(amax) == [name for name, _ in linears]
     for name, linear in linears:
         assert amax[name] == Amax(inputs[name], float(linear.weight.abs().max()))
+
+
+def test_a_pipeline_whose_first_argument_is_an_image(pipe: Any) -> None:
+    from diffusers import FluxKontextPipeline
+
+    components = {**pipe.components, "image_encoder": None, "feature_extractor": None}
+    kontext = FluxKontextPipeline(**components)
+    arguments = {**SHORT, "max_area": 32 * 32, "_auto_resize": False}
+    amax = calibrate(kontext, FAMILY, ["a red kite"], **arguments)
+    assert amax == calibrate(pipe, FAMILY, ["a red kite"], **SHORT)
 
 
 def test_what_it_tells_reaches_the_screen(pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,25 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from hasten.engines.tensorrt import preflight
-from hasten.engines.tensorrt.preflight import Asked, check_model, check_request, graph_bytes
+from hasten.engines.tensorrt.preflight import ExportOptions, check_model, check_request, graph_bytes
 from hasten.errors import EngineError, Faults, HastenError, InputError, UnsupportedError
 from hasten.families.flux1.blocks import FluxFamily
 from hasten.machine import Machine
 
 GIB = 1 << 30
 FAMILY = FluxFamily()
-ASKED = Asked("fp8", ("sm89",), (512, 512))
+OPTIONS = ExportOptions("fp8", ("sm89",), (512, 512))
 ROOMY = Machine("3.11", "Linux", "a CPU", 2, 1 << 50, "2.11")
 
 
-def faults_of(asked: Asked, out: Path | None = None) -> list[HastenError]:
+def faults_of(asked: ExportOptions, out: Path | None = None) -> list[HastenError]:
     faults = Faults()
     check_request(asked, out, faults)
     return faults.errors
 
 
 def model_faults(
-    transformer: Any, asked: Asked = ASKED, machine: Machine = ROOMY, **places: float
+    transformer: Any, asked: ExportOptions = OPTIONS, machine: Machine = ROOMY, **places: float
 ) -> list[HastenError]:
     faults = Faults()
     given = {Path(name): times for name, times in places.items()}
@@ -40,7 +40,7 @@ def model_faults(
 
 
 def test_nothing_to_say(tmp_path: Path, pipe: Any) -> None:
-    assert faults_of(ASKED, tmp_path / "new" / "engine") == []
+    assert faults_of(OPTIONS, tmp_path / "new" / "engine") == []
     assert model_faults(pipe.transformer) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -49,7 +49,7 @@ def test_all_faults_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setitem(sys.modules, "onnx", None)
     (tmp_path / "file").write_text("")
-    asked = Asked("fp8", ("sm86", "sm90"), (100, 512), "entropy")
+    asked = ExportOptions("fp8", ("sm86", "sm90"), (100, 512), "entropy")
     found = [fault for error in faults_of(asked, tmp_path / "file") for fault in error.faults]
     parts = ("win32", "not installed: onnx", "width 100", "'entropy'", "sm86", "sm90", "a file")
     assert len(found) == len(parts)
@@ -60,7 +60,7 @@ def test_all_faults_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("system", ["win32", "darwin"])
 def test_other_systems(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", system)
-    (error,) = faults_of(ASKED)
+    (error,) = faults_of(OPTIONS)
     assert isinstance(error, UnsupportedError)
     assert system in error.faults[0]
     assert "on Linux" in error.fix
@@ -72,16 +72,16 @@ def test_other_systems(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("onnx", None),
         ("onnxscript", None),
         ("onnx_ir", None),
-        ("onnxruntime", replace(ASKED, verify=False)),
-        ("tensorrt_rtx", replace(ASKED, targets=())),
-        ("modelopt", replace(ASKED, precision="bf16")),
+        ("onnxruntime", replace(OPTIONS, verify=False)),
+        ("tensorrt_rtx", replace(OPTIONS, targets=())),
+        ("modelopt", replace(OPTIONS, precision="bf16")),
     ],
 )
 def test_the_extra_is_not_installed(
-    module: str, without: Asked | None, monkeypatch: pytest.MonkeyPatch
+    module: str, without: ExportOptions | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    (error,) = faults_of(ASKED)
+    (error,) = faults_of(OPTIONS)
     assert isinstance(error, UnsupportedError)
     assert error.faults == (f"not installed: {module}",)
     assert error.fix == "pip install 'hasten[tensorrt]'"
@@ -91,14 +91,14 @@ def test_the_extra_is_not_installed(
 
 @pytest.mark.parametrize("size", [(16, 16), (0, 0), (512, 513), (512, 9000)])
 def test_sizes_that_cannot_be(size: tuple[int, int]) -> None:
-    (error,) = faults_of(replace(ASKED, max_size=size))
+    (error,) = faults_of(replace(OPTIONS, max_size=size))
     assert isinstance(error, InputError)
     assert error.fix
 
 
 def test_image_tokens() -> None:
-    assert Asked("bf16", (), (1024, 512)).most_tokens == 2048
-    assert Asked("bf16", ()).most_tokens == 16384
+    assert ExportOptions("bf16", (), (1024, 512)).most_tokens == 2048
+    assert ExportOptions("bf16", ()).most_tokens == 16384
 
 
 def test_unfused_lora(pipe: Any) -> None:
@@ -139,7 +139,7 @@ def test_weights_that_another_library_has_quantised(
 ) -> None:
     for block in pipe.transformer.transformer_blocks:
         block.attn.to_k.weight = quantised(block.attn.to_k.weight.detach())
-    (error,) = model_faults(pipe.transformer, replace(ASKED, precision=precision))
+    (error,) = model_faults(pipe.transformer, replace(OPTIONS, precision=precision))
     assert isinstance(error, UnsupportedError)
     assert error.faults == (
         "2 weights of the transformer are quantised already; "
@@ -170,13 +170,13 @@ def test_bytes_of_the_graph(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("asked", "what"),
     [
-        (replace(ASKED, verify=False), "building"),
-        (replace(ASKED, targets=()), "checking the graph"),
-        (replace(ASKED, targets=(), verify=False), "exporting"),
+        (replace(OPTIONS, verify=False), "building"),
+        (replace(OPTIONS, targets=()), "checking the graph"),
+        (replace(OPTIONS, targets=(), verify=False), "exporting"),
     ],
 )
 def test_not_enough_memory(
-    pipe: Any, asked: Asked, what: str, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, asked: ExportOptions, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "graph_bytes", lambda *_: 8 * GIB)
     monkeypatch.setattr(preflight, "_parameters", lambda *_: 8 * GIB)
@@ -193,7 +193,7 @@ def test_building_takes_two_and_a_half_times_the_weights(
 ) -> None:
     monkeypatch.setattr(preflight, "graph_bytes", lambda *_: 8 * GIB)
     monkeypatch.setattr(preflight, "status_bytes", lambda _: GIB)
-    asked = replace(ASKED, verify=False)
+    asked = replace(OPTIONS, verify=False)
     assert model_faults(pipe.transformer, asked, replace(ROOMY, ram_bytes=22 * GIB)) == []
     (error,) = model_faults(pipe.transformer, asked, replace(ROOMY, ram_bytes=21 * GIB))
     assert "takes about 21.5 GiB" in error.faults[0]

@@ -11,7 +11,8 @@ import torch
 from hasten.families.modulations import Modulations, RowReader
 from torch import nn
 
-from hasten.engines.tensorrt.step import INPUTS, Shapes, Step, sample
+from hasten.engines.tensorrt.manifest import Shapes
+from hasten.engines.tensorrt.step import INPUTS, Step, sample
 from hasten.errors import InputError
 from tests.engines.tensorrt.conftest import FAMILY, SHAPES, unchanged_globals
 
@@ -103,4 +104,4 @@ def test_a_model_without_guidance_has_samples(transformer: Any) -> None:
 )
 def test_impossible_profiles_are_refused(shapes: tuple[int, int, int, int]) -> None:
     with pytest.raises(InputError, match="no profile"):
-        Shapes(*shapes)
+        Shapes(**dict(zip(("text", "least", "best", "most"), shapes, strict=True)))

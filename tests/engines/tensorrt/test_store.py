@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hasten.engines.tensorrt.hashes import content_key, facts_of_file
+from hasten.engines.tensorrt.files import FileFacts, facts_of_file, write_sealed
+from hasten.engines.tensorrt.keys import content_key
 from hasten.engines.tensorrt.store import RECORD, Store, out_of_space
 from hasten.errors import EngineError, InputError
 
 KEY = content_key({"weights": "abc"})
+EMPTY = hashlib.sha256().hexdigest()
 
 
 @pytest.fixture
@@ -74,13 +78,13 @@ def test_made_once(store: Store, said: list[str]) -> None:
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda folder: os.truncate(folder / "a", 10), "a is damaged"),
-        (lambda folder: os.truncate(folder / "a", 0), "a is damaged"),
+        (lambda folder: os.truncate(folder / "a", 10), "a is damaged (10 bytes instead of 7000)"),
+        (lambda folder: os.truncate(folder / "a", 0), "a is damaged (0 bytes instead of 7000)"),
         (lambda folder: flip_a_bit(folder / "a"), "a is damaged"),
         (lambda folder: (folder / "inner" / "b").unlink(), "inner/b is missing"),
-        (lambda folder: (folder / RECORD).unlink(), "stage.json cannot be read"),
-        (lambda folder: (folder / RECORD).write_text("{"), "stage.json cannot be read"),
-        (lambda folder: (folder / RECORD).write_text("{}"), "stage.json cannot be read"),
+        (lambda folder: (folder / RECORD).unlink(), "stage.json is not what was written"),
+        (lambda folder: (folder / RECORD).write_text("{"), "stage.json is not what was written"),
+        (lambda folder: (folder / RECORD).write_text("{}"), "stage.json is not what was written"),
     ],
     ids=["cut short", "empty", "one bit", "missing", "no record", "no JSON", "nothing in it"],
 )
@@ -150,15 +154,86 @@ def test_no_space_as_other_libraries_say_it(store: Store) -> None:
 
 def test_a_root_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for name, act in {
-        "stage": lambda store: store.stage("export", KEY, Maker()),
-        "remember": lambda store: store.remember(KEY, {}),
-    }.items():
-        with pytest.raises(InputError) as caught:
-            act(Store(tmp_path / "file"))
-        assert "cannot be used" in caught.value.faults[0], name
-        assert "HASTEN_CACHE" in caught.value.fix
-    assert Store(tmp_path / "file").recall(KEY) is None
+    with pytest.raises(InputError) as caught:
+        Store(tmp_path / "file").stage("export", KEY, Maker())
+    assert "cannot be used" in caught.value.faults[0]
+    assert "HASTEN_CACHE" in caught.value.fix
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at work", "before its record"])
+def test_a_store_that_is_removed_meanwhile(store: Store, late: bool) -> None:
+    def make(folder: Path) -> dict[str, Any]:
+        facts = Maker()(folder)
+        shutil.rmtree(store.root)
+        if not late:
+            (folder / "more").write_text("")
+        return facts
+
+    with pytest.raises(EngineError, match="removed while a stage was at work") as caught:
+        store.stage("export", KEY, make)
+    assert caught.value.fix == "run it again"
+    assert not store.stage("export", KEY, Maker()).cached
+
+
+def plant_file(path: Path) -> None:
+    path.write_text("someone's")
+
+
+def plant_link(path: Path) -> None:
+    path.symlink_to(path.parent / "none")
+
+
+@pytest.mark.parametrize("plant", [plant_file, plant_link])
+@pytest.mark.parametrize("name", [KEY, f".{KEY}.tmp"])
+def test_what_lies_in_the_place_of_a_folder_is_replaced(
+    store: Store, name: str, plant: Callable[[Path], None]
+) -> None:
+    (store.root / "export").mkdir(parents=True)
+    plant(store.root / "export" / name)
+    assert not store.stage("export", KEY, Maker()).cached
+    assert store.stage("export", KEY, Maker()).cached
+
+
+@pytest.mark.parametrize("name", [KEY, f".{KEY}.tmp", f".{KEY}.lock"])
+def test_links_are_not_followed(store: Store, tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "a").write_text("someone's")
+    (store.root / "export").mkdir(parents=True)
+    (store.root / "export" / name).symlink_to(victim)
+    with suppress(InputError):
+        store.stage("export", KEY, Maker())
+    assert {path.name: path.read_text() for path in victim.iterdir()} == {"a": "someone's"}
+
+
+def test_a_record_of_another_key_is_not_taken(store: Store) -> None:
+    """Nor one of another stage: what a stage made is known by what it was made from."""
+    other = content_key({"weights": "other"})
+    done = store.stage("export", KEY, Maker())
+    shutil.copytree(done.folder, store.root / "export" / other)
+    shutil.copytree(done.folder, store.root / "build" / KEY)
+    assert not store.stage("export", other, Maker()).cached
+    assert not store.stage("build", KEY, Maker()).cached
+
+
+@pytest.mark.parametrize("files", [[], {"a": 1}, {"a": {"bytes": 1}}, None], ids=repr)
+def test_a_record_of_another_shape_is_not_taken(store: Store, files: Any) -> None:
+    done = store.stage("export", KEY, Maker())
+    record = {"facts": {}, "seconds": 0, "files": files}
+    write_sealed(done.folder / RECORD, record, stage="export", key=KEY)
+    assert not store.stage("export", KEY, Maker()).cached
+
+
+def test_a_record_does_not_lead_out_of_its_folder(store: Store) -> None:
+    done = store.stage("export", KEY, Maker())
+    for name in ("../../outside", "/dev/zero", "zero"):
+        (store.root / "outside").write_text("")
+        shutil.rmtree(done.folder)
+        done.folder.mkdir()
+        (done.folder / "zero").symlink_to("/dev/zero")
+        record = {"facts": {}, "seconds": 0, "files": {name: FileFacts(0, EMPTY)._asdict()}}
+        write_sealed(done.folder / RECORD, record, stage="export", key=KEY)
+        assert not store.stage("export", KEY, Maker()).cached, name
 
 
 WORKER = """
@@ -211,14 +286,6 @@ def test_two_processes_do_not_do_the_same_work(store: Store, said: list[str]) ->
         assert other.stdout.read().splitlines()[-1] == "made"
 
 
-def test_small_values(store: Store) -> None:
-    assert store.recall(KEY) is None
-    store.remember(KEY, {"out": "engine"})
-    assert store.recall(KEY) == {"out": "engine"}
-    (store.root / "finished" / f"{KEY}.json").write_text('{"out": "eng')
-    assert store.recall(KEY) is None
-
-
 def test_importing_loads_nothing_heavy() -> None:
     code = (
         "import sys, hasten.engines.tensorrt.stages\n"
@@ -251,7 +318,7 @@ def test_damage_that_cannot_be_removed(store: Store, monkeypatch: pytest.MonkeyP
 
     def denied(*_: Any, ignore_errors: bool = False) -> None:
         if not ignore_errors:
-            raise PermissionError(errno.EACCES, "Permission denied")
+            raise PermissionError(errno.EACCES, "Permission denied", str(done.folder))
 
     monkeypatch.setattr("hasten.engines.tensorrt.store.shutil.rmtree", denied)
     with pytest.raises(InputError, match="cannot be used: Permission denied"):

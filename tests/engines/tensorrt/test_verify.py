@@ -16,10 +16,9 @@ import torch
 from hasten.engines.tensorrt import verify as verify_module
 from hasten.engines.tensorrt.export import export_onnx
 from hasten.engines.tensorrt.files import DATA, GRAPH
-from hasten.engines.tensorrt.qdq import Amax
-from hasten.engines.tensorrt.states import state_name
-from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
-from hasten.engines.tensorrt.verification import SizeErrors, Verification
+from hasten.engines.tensorrt.manifest import Shapes, SizeErrors, Verification
+from hasten.engines.tensorrt.nodes import Amax
+from hasten.engines.tensorrt.step import OUTPUT, Step, sample, state_name
 from hasten.engines.tensorrt.verify import (
     AFTER,
     BLOCK_BARS,
@@ -236,7 +235,7 @@ def test_a_graph_gives_the_velocity_alone_and_names_its_states(exported: Export)
     ],
 )
 def test_sizes_lie_within_the_profile(least: int, most: int, expected: Any) -> None:
-    assert sizes(Shapes(4, least, least, most)) == expected
+    assert sizes(Shapes(text=4, least=least, best=least, most=most)) == expected
 
 
 def test_relative_error_is_of_the_expected_norm() -> None:

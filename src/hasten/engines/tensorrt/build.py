@@ -1,30 +1,41 @@
-"""From a graph to an engine for a list of GPUs, in a process of its own; no GPU is needed."""
+"""From a graph to an engine for a list of GPUs, in a process of its own; no GPU is needed.
+
+The builder takes 2.5 times the weights in memory, may crash, and gives that memory back only by
+ending. So `build` starts this very module as a program, `python -m ... REQUEST FD PARENT`. REQUEST
+is JSON: graph, part (the file to write), targets, and tokens: for each input with a free size, its
+least, best and largest size. The result goes to the file descriptor FD as JSON.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from hasten.atomic import drafted
+from hasten.engines.tensorrt.manifest import Shapes
+from hasten.engines.tensorrt.packages import error_log
 from hasten.engines.tensorrt.store import FIX_SPACE, Tell
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import EngineError, InputError, UnsupportedError
+from hasten.memory import status_bytes
 from hasten.process import how_it_ended, start_module
 
-if TYPE_CHECKING:
-    from hasten.engines.tensorrt.step import Shapes
+__all__ = ["Built", "build", "main"]
 
-__all__ = ["Built", "build"]
-
-BUILDER = "hasten.engines.tensorrt.builder"
+BUILDER = "hasten.engines.tensorrt.build"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 NOISE = "cudaError 35"  # there is no driver: true, and no reason why anything failed
 EXPORT_AGAIN = "delete the graph's folder and export again"
 # What the builder says -> what that means, and what to do about it.
@@ -36,7 +47,7 @@ REMEDIES = (
     ),
     (
         r"Failed to open file|external weights offset|out of range for file",
-        "the weights beside {graph} are missing or cut short",
+        "the weights of {graph} are missing or cut short",
         EXPORT_AGAIN,
     ),
     (
@@ -47,7 +58,7 @@ REMEDIES = (
     (
         r"optimization profiles|violate shape constraints|[Dd]imensions? (mismatch|not compatible)"
         r"|missing dimensions",
-        "{graph} does not take the sizes that were asked for",
+        "{graph} does not take the requested sizes",
         "export again with the text length and sizes that the engine is to have",
     ),
     (
@@ -71,39 +82,43 @@ class Built(NamedTuple):
 def build(
     graph: Path, engine: Path, targets: Sequence[str], shapes: Shapes, tell: Tell = lambda _: None
 ) -> Built:
-    """Build one engine for all targets from an exported graph, and put it at `engine`.
+    """Build one engine for all targets from an exported graph.
 
-    The same graph, targets, shapes and version of TensorRT for RTX give the same bytes. `tell`
-    hears what the builder is at.
+    The same graph, targets, shapes and version of TensorRT for RTX give the same bytes.
 
-    Raises InputError or UnsupportedError for a target there is no engine for, and EngineError where
-    the graph is damaged, does not fit, the disk is full, or the builder was killed. Then there is
-    no engine, nor a part of one; an engine that was there before stays.
+    Args:
+        graph: The ONNX file, with its weights alongside.
+        engine: Where the engine goes; one that is there stays until the new one is whole.
+        targets: GPUs, such as sm89.
+        shapes: The sizes that it is built for.
+        tell: Reports what the builder is at.
+
+    Raises:
+        InputError: No target, or an unknown one.
+        UnsupportedError: No engine can be built for a target, or TensorRT is not installed.
+        EngineError: The graph is damaged or does not fit, the disk is full, or the builder was
+            killed.
     """
     if not targets:
         raise InputError("no target to build an engine for", "for example sm89")
     check_targets(targets, "fp16")  # which every target has: what the graph needs, the builder says
     if not graph.is_file():
         raise EngineError(f"{graph}: there is no such graph", EXPORT_AGAIN)
-    part = engine.with_name(f".{engine.name}.part")
-    request = {
-        "graph": str(graph.absolute()),
-        "part": str(part.absolute()),
-        "targets": list(targets),
-        "tokens": _tokens(shapes),
-    }
     start = time.perf_counter()
     tell(f"building an engine for {', '.join(targets)}")
-    try:
-        told = _run(request)
-        _check(told, graph, engine)
-        if part.stat().st_size != told["bytes"]:
+    with drafted(engine) as part:
+        request = {
+            "graph": str(graph.absolute()),
+            "part": str(part.absolute()),
+            "targets": list(targets),
+            "tokens": _tokens(shapes),
+        }
+        result = _run(request)
+        _check(result, graph, engine)
+        if part.stat().st_size != result["bytes"]:
             raise EngineError(f"{engine}: not written whole", FIX_SPACE)
-        os.replace(part, engine)
-    finally:
-        part.unlink(missing_ok=True)
     seconds = round(time.perf_counter() - start, 3)
-    return Built(seconds, told["peak_bytes"], told["bytes"], told["sha256"])
+    return Built(seconds, result["peak_bytes"], result["bytes"], result["sha256"])
 
 
 def _tokens(shapes: Shapes) -> dict[str, list[int]]:
@@ -114,24 +129,24 @@ def _tokens(shapes: Shapes) -> dict[str, list[int]]:
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
-    """What the builder answered. Whatever raises here ends it first."""
+    """The builder's result. Whatever raises here ends the builder first."""
     receive, send = os.pipe()
-    with os.fdopen(receive, encoding="utf-8") as answer, tempfile.TemporaryFile() as output:
+    with os.fdopen(receive, encoding="utf-8") as pipe, tempfile.TemporaryFile() as output:
         try:
             child = _start(request, send, output)
         finally:
             os.close(send)
         try:
-            told = answer.read()
+            text = pipe.read()
             status = child.wait()
         finally:
             _end(child)
         output.seek(0)
-        said = output.read().decode("utf-8", "replace")
+        printed = output.read().decode("utf-8", "replace")
     if status != 0:
-        raise _died(status, said)
-    found: dict[str, Any] = json.loads(told)
-    return found
+        raise _died(status, printed)
+    result: dict[str, Any] = json.loads(text)
+    return result
 
 
 def _start(request: dict[str, Any], send: int, output: BinaryIO) -> subprocess.Popen[bytes]:
@@ -146,14 +161,14 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _died(status: int, said: str) -> EngineError | UnsupportedError:
-    """A builder that ended without an answer."""
-    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
+def _died(status: int, printed: str) -> EngineError | UnsupportedError:
+    """The error for a builder that ended without a result."""
+    last = next((line.strip() for line in reversed(printed.splitlines()) if line.strip()), "")
     if "No module named 'tensorrt_rtx'" in last:
         return UnsupportedError(
             "TensorRT for RTX is not installed", "pip install 'hasten[tensorrt]'"
         )
-    ended = f"the builder gave no answer, {how_it_ended(status)}"
+    ended = f"the builder gave no result: {how_it_ended(status)}"
     if status < 0:
         return EngineError(
             ended,
@@ -161,18 +176,18 @@ def _died(status: int, said: str) -> EngineError | UnsupportedError:
             "kept",
         )
     return EngineError(
-        f"{ended}: {last or 'it said nothing'}",
+        f"{ended}: {last or 'it printed nothing'}",
         "run it again; if that changes nothing, report this line",
     )
 
 
-def _check(told: dict[str, Any], graph: Path, engine: Path) -> None:
-    """Raise EngineError where the answer is not that of an engine that was built."""
-    if "unwritten" in told:
-        raise EngineError(f"{engine}: cannot be written: {told['unwritten']}", FIX_SPACE)
-    if "errors" not in told:
+def _check(result: dict[str, Any], graph: Path, engine: Path) -> None:
+    """Raise EngineError where the result is not that of a built engine."""
+    if "unwritten" in result:
+        raise EngineError(f"{engine}: cannot be written: {result['unwritten']}", FIX_SPACE)
+    if "errors" not in result:
         return
-    errors = [text for text in told["errors"] if NOISE not in text]
+    errors = [text for text in result["errors"] if NOISE not in text]
     first = " ".join(errors[0].split()) if errors else "without a reason"
     for pattern, fault, fix in REMEDIES:
         if found := re.search(pattern, first):
@@ -181,3 +196,101 @@ def _check(told: dict[str, Any], graph: Path, engine: Path) -> None:
         f"TensorRT for RTX refused {graph}: {first[:300]}",
         "build with the versions of hasten[tensorrt]; if that changes nothing, report this line",
     )
+
+
+def main(request: str, answer: int, parent: int) -> None:
+    """Build, and write the result to the file descriptor `answer`. The program's side."""
+    _end_with(parent)
+    result = _build(json.loads(request))
+    result["peak_bytes"] = status_bytes("VmHWM")
+    with os.fdopen(answer, "w", encoding="utf-8") as file:
+        json.dump(result, file)
+
+
+def _build(request: dict[str, Any]) -> dict[str, Any]:
+    """{"bytes", "sha256"} of the engine, or the builder's {"errors"}, or {"unwritten": reason}."""
+    import tensorrt_rtx as trt
+
+    log = error_log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    if not trt.OnnxParser(network, log).parse_from_file(request["graph"]):
+        return {"errors": log.errors}
+    config = builder.create_builder_config()
+    _set_targets(trt, config, request["targets"])
+    if config.add_optimization_profile(_profile(builder, network, request["tokens"])) < 0:
+        return {"errors": log.errors}
+    with Path(request["part"]).open("r+b") as file:
+        writer = _writer(trt, file)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+        if writer.fault is None:
+            writer.fault = _flush(file)
+    if writer.fault is not None:  # the builder ignores it and reports success
+        return {"unwritten": os.strerror(writer.fault)}
+    if not built:
+        return {"errors": log.errors}
+    return {"bytes": writer.bytes, "sha256": writer.digest.hexdigest()}
+
+
+def _set_targets(trt: Any, config: Any, targets: list[str]) -> None:
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        known = trt.ComputeCapability.__members__[target.upper()]
+        if not config.set_compute_capability(known, index):
+            raise RuntimeError(f"this TensorRT for RTX takes no target {target}")
+
+
+def _profile(builder: Any, network: Any, tokens: dict[str, list[int]]) -> Any:
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        given = network.get_input(index)
+        sizes = tokens.get(given.name, [0, 0, 0])
+        shapes = [[size if n == -1 else n for n in given.shape] for size in sizes]
+        profile.set_shape(given.name, *shapes)
+    return profile
+
+
+def _flush(file: BinaryIO) -> int | None:
+    """Put a file on the disk; the errno where that failed."""
+    try:
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def _writer(trt: Any, file: BinaryIO) -> Any:
+    """A stream that keeps its own exception: the builder would print it and go on."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.fault: int | None = None
+            self.bytes = 0
+            self.digest = hashlib.sha256()
+
+        def write(self, data: Any) -> int:
+            if self.fault is not None:
+                return 0
+            try:
+                file.write(data)
+            except OSError as error:
+                self.fault = error.errno
+                return 0
+            self.digest.update(data)
+            self.bytes += len(data)
+            return len(data)
+
+    return Writer()
+
+
+def _end_with(parent: int) -> None:
+    """Have Linux kill this process when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

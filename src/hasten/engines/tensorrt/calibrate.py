@@ -1,8 +1,8 @@
 """The largest inputs and weights of a model's linears, by NVIDIA's Model Optimizer.
 
-It watches the whole pipeline draw pictures and keeps the largest absolute value that each tensor
-ever had ("max"), or first moves outliers of the inputs into the weights ("smoothquant", Xiao et
-al., arXiv:2211.10438, with α = 0.5).
+It observes the whole pipeline as it generates images, and keeps the largest absolute value that
+each tensor ever had ("max"), or first moves outliers of the inputs into the weights ("smoothquant",
+Xiao et al., arXiv:2211.10438, with α = 0.5).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from hasten.check import refuse_optimized
 from hasten.engines.tensorrt.export import refuse_adapters
+from hasten.engines.tensorrt.nodes import Amax
 from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.preflight import METHODS
-from hasten.engines.tensorrt.qdq import Amax
 from hasten.errors import EngineError, InputError, ModelError
 from hasten.families.family import Family
 from hasten.library_logging import quiet
@@ -39,21 +39,32 @@ def calibrate(
     family: Family,
     prompts: Sequence[str],
     *,
-    steps: int,
     method: str = METHODS[0],
     tell: Callable[[str], None] = lambda _: None,
     seed: int = 0,
     **arguments: Any,
 ) -> dict[str, Amax]:
-    """What `family.quantizable` names, with its largest input over all steps of these prompts.
+    """The largest input per linear that `family.quantizable` names, over all steps of all prompts.
 
-    Calibrate at the number of steps that will be run: the noise levels matter. arguments: of the
-    pipeline's call. `tell` hears a line a prompt. Deterministic for a seed. Draws with a structural
-    copy, so the pipeline stays as it was, whatever happens.
+    Deterministic for a seed. Runs a structural copy, so the pipeline stays as it was, whatever
+    happens.
 
-    Raises InputError (no prompts, a linear that never ran), EngineError (adapters, an unknown
-    method, what Model Optimizer refuses), ModelError (values that are not finite), UnsupportedError
-    (Model Optimizer is missing; a model that is offloaded or compiled) and AlreadyOptimizedError.
+    Args:
+        pipe: A text-to-image pipeline.
+        family: Its family.
+        prompts: A few are enough.
+        method: max or smoothquant.
+        tell: Reports one line per prompt.
+        seed: Of the first prompt's noise.
+        **arguments: Of the pipeline's calls. Calibrate at the number of steps that will be run: the
+            noise levels matter.
+
+    Raises:
+        InputError: No prompts, or a linear that never ran.
+        EngineError: Adapters, an unknown method, or what Model Optimizer refuses.
+        ModelError: Values that are not finite.
+        UnsupportedError: Model Optimizer is missing, or the model is offloaded or compiled.
+        AlreadyOptimizedError: The pipeline is optimised.
     """
     if not prompts:
         raise InputError("there are no prompts to calibrate on", "a few are enough")
@@ -72,8 +83,7 @@ def calibrate(
         for index, prompt in enumerate(prompts):
             tell(f"calibrating: prompt {index + 1} of {len(prompts)}")
             noise = torch.Generator().manual_seed(seed + index)
-            latents = {"output_type": "latent", "generator": noise}
-            plain(prompt, num_inference_steps=steps, **latents, **arguments)
+            plain(prompt=prompt, output_type="latent", generator=noise, **arguments)
 
     watched = _watch(plain.transformer, names, method, draw)
     return {name: _found(name, watched.get_submodule(name), method) for name in names}
@@ -93,7 +103,11 @@ def save(amax: Mapping[str, Amax], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Amax]:
-    """What `save` wrote, by name in alphabetical order. InputError where it is anything else."""
+    """Read what `save` wrote, by name in alphabetical order.
+
+    Raises:
+        InputError: The file is anything else.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

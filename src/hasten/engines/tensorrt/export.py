@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.engines.tensorrt.attention import translation
-from hasten.engines.tensorrt.files import DATA, GRAPH, place, writing
+from hasten.engines.tensorrt.files import DATA, GRAPH
+from hasten.engines.tensorrt.graph import hide, label, place
+from hasten.engines.tensorrt.manifest import Shapes
+from hasten.engines.tensorrt.nodes import Amax, QdqLinear, swap, translation
 from hasten.engines.tensorrt.packages import needed
-from hasten.engines.tensorrt.qdq import Amax, QdqLinear, swap
-from hasten.engines.tensorrt.states import Watched, hide, label
-from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Shapes, sample
+from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Watched, sample
 from hasten.errors import EngineError
 from hasten.families.family import Family
 from hasten.library_logging import quiet
@@ -53,26 +53,30 @@ def export_onnx(
     shapes: Shapes,
     folder: Path,
 ) -> None:
-    """Write `model.onnx` and `model.onnx.data` of a `Step` into an empty folder.
+    """Write `model.onnx` and `model.onnx.data` of a `Step`.
 
-    precision: "bf16", "fp16", or "fp8": then `amax` names every quantisable linear. The transformer
-    stays as it is, and may be in any floating-point dtype and on any device.
+    Args:
+        transformer: In any floating-point dtype, on any device; it stays as it is.
+        family: Its family.
+        precision: bf16, fp16 or fp8.
+        amax: For fp8, of every quantisable linear.
+        shapes: Only their text length matters.
+        folder: An empty folder.
 
-    Raises EngineError (adapters, tensors without values, calibration that does not belong to the
-    model, a step that cannot be exported, a full disk) and leaves the folder empty then;
-    UnsupportedError where a package is missing, or the transformer is offloaded or compiled.
+    Raises:
+        EngineError: Adapters, tensors without values, a calibration of another model, or a step
+            that cannot be exported.
+        UnsupportedError: A package is missing, or the transformer is offloaded or compiled.
+        OSError: The folder cannot be written.
     """
     _refuse(transformer, family, precision, amax)
-    if any(folder.iterdir()):
-        raise EngineError(f"{folder} is not empty", "export into a new folder")
     model = _graph(transformer, family, precision, amax or {}, shapes)
     weights = _Weights(transformer, DTYPES[precision], amax or {})
-    with writing(folder):
-        written = _write_weights(model, weights, folder / DATA)
-        _simplify(model, written)
-        hide(model)
-        _strip(model)
-        needed("onnx_ir").save(model, folder / GRAPH)
+    written = _write_weights(model, weights, folder / DATA)
+    _simplify(model, written)
+    hide(model)
+    _strip(model)
+    needed("onnx_ir").save(model, folder / GRAPH)
 
 
 def in_precision(
@@ -130,7 +134,7 @@ def _refuse(
         raise EngineError(
             f"the calibration does not belong to this model in {precision}: {len(odd)} linears "
             f"differ, the first is {odd[0]}",
-            "calibrate this very model, for fp8 alone",
+            "calibrate this model, for fp8 only",
         )
 
 
@@ -217,8 +221,10 @@ def _kept(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 class _Weights:
-    """The values of a graph's initialisers by name, made when asked for, as `in_precision` has
-    them. The tensors of one linear are made together and kept until another's are asked for."""
+    """The values of a graph's initialisers by name, made on access, as `in_precision` has them.
+
+    The tensors of one linear are made together and kept until another linear's are accessed.
+    """
 
     def __init__(
         self, transformer: nn.Module, dtype: torch.dtype, amax: Mapping[str, Amax]
@@ -255,7 +261,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_weights(model: Any, weights: _Weights, path: Path) -> frozenset[str]:
-    """Put values behind the graph's hollow initialisers, in a file beside it; their names."""
+    """Write the values of the hollow initialisers to a file alongside the graph; their names."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     ir = needed("onnx_ir")

@@ -1,38 +1,52 @@
-"""The files of an export by name, where they are kept, and how they are written."""
+"""The files of an export: their names, where they are kept, and whether they are what was written.
+
+Engines are too large to hash at every start, so the sha256 of a large file is remembered while its
+inode, size and times stay as they are. No torch.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import stat
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-from hasten.errors import EngineError, InputError
+from hasten.atomic import write_text
+from hasten.errors import InputError
+from hasten.sealed import DamagedError, seal, unseal
 
 __all__ = [
-    "AMAX",
-    "DATA",
-    "ENGINE",
-    "GRAPH",
-    "RUNTIME_CACHE",
-    "bytes_below",
-    "default_root",
-    "place",
-    "read_object",
-    "writing",
-]
+    "AMAX", "DATA", "ENGINE", "GRAPH", "RUNTIME_CACHE", "FileFacts", "bytes_below",
+    "default_root", "facts_of_file", "fault_of_file", "note_facts", "read_regular", "read_sealed",
+    "write_sealed",
+]  # fmt: skip
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"  # the second holds the weights of the first
 ENGINE, AMAX = "engine.plan", "amax.safetensors"
-RUNTIME_CACHE = "runtime.cache"  # what an engine became on the GPU that ran it
-PAGE = 4096  # bytes: large values begin at one, so that they can be mapped into memory
-WORD = 64  # bytes: small ones begin at a multiple of it
+RUNTIME_CACHE = "runtime.cache"  # the engine as compiled for the GPU that ran it
+
+WORTH_IT = 2**20  # bytes: smaller files are read faster than looked up
+TICK, COARSE_TICK = 0.05, 2.5  # seconds: two changes within one could leave the same time behind
+LARGEST_RECORD = 2**24  # bytes of a JSON file that hasten reads back
+
+
+class FileFacts(NamedTuple):
+    """Size and sha256 (hexadecimal) of a file."""
+
+    bytes: int
+    sha256: str
 
 
 def default_root() -> Path:
-    """$HASTEN_CACHE/tensorrt, or ~/.cache/hasten/tensorrt. InputError where there is no home."""
+    """$HASTEN_CACHE/tensorrt, or ~/.cache/hasten/tensorrt.
+
+    Raises:
+        InputError: There is no home directory.
+    """
     if chosen := os.environ.get("HASTEN_CACHE"):
         return Path(chosen) / "tensorrt"
     try:
@@ -45,45 +59,148 @@ def default_root() -> Path:
 
 
 def bytes_below(folder: Path) -> int:
-    """Of all files in a folder and those in it; a file of two names counts once."""
-    found: dict[int, int] = {}
+    """Bytes of all files below a folder; a file with two names counts once."""
+    sizes: dict[int, int] = {}
     for place, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):  # it was removed meanwhile
                 facts = os.lstat(os.path.join(place, name))
-                found[facts.st_ino] = facts.st_size
-    return sum(found.values())
+                sizes[facts.st_ino] = facts.st_size
+    return sum(sizes.values())
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none that can be read."""
+def read_regular(path: Path, limit: int | None = None) -> bytes:
+    """The content of a regular file, which is opened without following a link or waiting.
+
+    Args:
+        path: The file.
+        limit: The most bytes that it may have; more is not read.
+
+    Raises:
+        DamagedError: It is a link, a device or a folder, or larger than `limit`.
+        OSError: It cannot be read.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise DamagedError("it is not a regular file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            raise DamagedError("it is not a regular file")
+        if limit is not None and facts.st_size > limit:
+            raise DamagedError(f"it has {facts.st_size} bytes, more than any that hasten writes")
+        return file.read(facts.st_size)
+
+
+def read_sealed(path: Path, **identity: Any) -> dict[str, Any] | None:
+    """The content of a sealed record, or None where it is not what was written under `identity`."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        content = unseal(read_regular(path, LARGEST_RECORD))
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    same = all(content.pop(name, None) == value for name, value in identity.items())
+    return content if same else None
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Both files of a graph are there once this is left, or neither. A full disk raises
-    EngineError."""
+def write_sealed(path: Path, content: Mapping[str, Any], **identity: Any) -> None:
+    """Write a record that `read_sealed` reads back; `identity` says what it is a record of."""
+    write_text(path, seal({**content, **identity}, indent=1))
+
+
+def fault_of_file(folder: Path, name: str, expected: FileFacts, *, read: bool = True) -> str | None:
+    """What is wrong with a file of a folder, in a few words; None where nothing is.
+
+    Nothing outside of the folder is opened, and no file whose size is already wrong.
+
+    Args:
+        folder: Where the file belongs.
+        name: Its path in the folder.
+        expected: What it was when it was written.
+        read: Whether to compare its content too, not its size alone.
+    """
+    path = folder / name
+    outside = os.path.isabs(name) or ".." in Path(name).parts
     try:
-        yield
-    except BaseException as error:
-        for name in (GRAPH, DATA):
-            (folder / name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise EngineError(
-                f"the graph cannot be written to {folder}: {error.strerror or error}",
-                "make room there: a graph takes what its weights take",
-            ) from error
-        raise
+        if outside or path.parent.resolve() != (folder.resolve() / name).parent:
+            return "not a file within the folder"
+        facts = os.lstat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            return "not a regular file"
+        if facts.st_size != expected.bytes:
+            return f"damaged ({facts.st_size} bytes instead of {expected.bytes})"
+        return "damaged" if read and facts_of_file(path) != expected else None
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a NUL
+        return f"unreadable ({getattr(error, 'strerror', None) or error})"
 
 
-def place(file: BinaryIO, length: int) -> int:
-    """Where a value of so many bytes goes: the file is filled up to there with zeros."""
-    step = PAGE if length >= PAGE else WORD
-    offset = -(-file.tell() // step) * step
-    file.write(b"\0" * (offset - file.tell()))
-    return offset
+def facts_of_file(path: Path) -> FileFacts:
+    """Size and sha256 of a file.
+
+    Reads the whole file, except a large one that has been read before and whose inode, size and
+    times of change are as they were then.
+    """
+    before = _settled(path)
+    if (known := _noted(path, before)) is not None:
+        return known
+    with path.open("rb") as file:
+        facts = FileFacts(before["bytes"], hashlib.file_digest(file, "sha256").hexdigest())
+    if _identity(path) == before:
+        _note(path, before, facts)
+    return facts
+
+
+def note_facts(path: Path, facts: FileFacts) -> None:
+    """Remember what `facts_of_file` would find, of a file that was just made or moved."""
+    with suppress(OSError):  # it has been removed meanwhile
+        if (identity := _settled(path))["bytes"] == facts.bytes:
+            _note(path, identity, facts)
+
+
+def _identity(path: Path) -> dict[str, int]:
+    facts = os.stat(path)
+    return {
+        "device": facts.st_dev,
+        "inode": facts.st_ino,
+        "bytes": facts.st_size,
+        "modified": facts.st_mtime_ns,
+        "changed": facts.st_ctime_ns,
+    }
+
+
+def _settled(path: Path) -> dict[str, int]:
+    """The identity of a large file, once a further change is sure to give it another one."""
+    identity = _identity(path)
+    if identity["bytes"] >= WORTH_IT and (wait := TICK - _age(identity)) > 0:
+        time.sleep(min(wait, TICK))
+        identity = _identity(path)
+    return identity
+
+
+def _age(identity: Mapping[str, int]) -> float:
+    return time.time() - max(identity["modified"], identity["changed"]) / 1e9
+
+
+def _note(path: Path, identity: dict[str, int], facts: FileFacts) -> None:
+    whole_seconds = identity["modified"] % 10**9 == 0  # as some disks keep time
+    tick = COARSE_TICK if whole_seconds else TICK
+    if identity["bytes"] < WORTH_IT or _age(identity) < tick:
+        return
+    with suppress(OSError, InputError):  # it is read again then
+        note = _note_path(path)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(note, {"sha256sum": facts.sha256}, identity=identity)
+
+
+def _noted(path: Path, identity: dict[str, int]) -> FileFacts | None:
+    try:
+        note = read_sealed(_note_path(path), identity=identity)
+    except InputError:  # there is no cache
+        return None
+    return None if note is None else FileFacts(identity["bytes"], note["sha256sum"])
+
+
+def _note_path(path: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return default_root() / "hashes" / f"{name}.json"

@@ -1,41 +1,80 @@
-"""The folder that an export goes to: what in it is an export's, and whether it can be written."""
+"""The folder that an export goes to: what may be replaced there, and how it is written.
+
+Files are copied into a folder within, then moved to their places. The old manifest is removed
+before that and the new one comes last, so that nothing without a manifest is taken for an export
+and nothing with one is half an export. While files move, the manifest in the folder within marks
+what lies outside as part of an export.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, RUNTIME_CACHE
+from hasten.atomic import drafted
+from hasten.engines.tensorrt.files import (
+    AMAX,
+    DATA,
+    ENGINE,
+    GRAPH,
+    RUNTIME_CACHE,
+    FileFacts,
+    note_facts,
+    read_sealed,
+    write_sealed,
+)
+from hasten.engines.tensorrt.keys import content_key
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
-from hasten.errors import InputError
+from hasten.engines.tensorrt.store import FIX_SPACE, Store, out_of_space
+from hasten.errors import EngineError, InputError
 
-__all__ = ["OURS", "SCRATCH", "check_folder", "nearest", "resolved"]
+__all__ = [
+    "OURS", "SCRATCH", "check_folder", "finished", "nearest", "remember", "resolved",
+    "write_export",
+]  # fmt: skip
 
-OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE}  # what an export is made of
-SCRATCH = ".hasten-export"  # in the folder while files are put there, see `write`
+OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE}  # the files of an export
+SCRATCH = ".hasten-export"  # in the folder while files are put there
 PROBE = ".hasten-probe-"
 ANOTHER = "choose another --out"
 
 
 def resolved(out: Path) -> Path:
-    """Where a link leads to, which is what an export replaces. InputError where that has no end."""
+    """Where a path leads to, which is what an export replaces.
+
+    Raises:
+        InputError: It leads to itself, or cannot be a path.
+    """
     try:
-        return out.resolve()
+        path = out.resolve()
+        os.path.lexists(path)  # ValueError for a NUL
+        if path.parent.is_dir() and len(os.fsencode(path.name)) > 255:
+            raise ValueError("its name is too long")
+        return path
     except (OSError, RuntimeError):
         raise InputError(f"{out}: a link that leads to itself", ANOTHER) from None
+    except ValueError as error:
+        raise InputError(f"{str(out)!r:.200}: not a path: {error}", ANOTHER) from None
 
 
 def nearest(path: Path) -> Path:
-    """It, or the folder around it that exists."""
+    """The path, or the closest folder around it that exists."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
 def check_folder(given: Path) -> None:
-    """It can be made and written, and nothing is lost that no export wrote. Leaves nothing there.
+    """Check that a folder can be made and written, and that no file of someone else's is lost.
 
-    Raises InputError.
+    Leaves nothing there.
+
+    Raises:
+        InputError: It cannot be written, or holds files that no export wrote.
     """
     out = resolved(given)
     place = nearest(out)
@@ -46,34 +85,173 @@ def check_folder(given: Path) -> None:
             pass
         names = {path.name for path in out.iterdir()} if place == out else set()
     except OSError as error:
-        raise InputError(
-            f"{place}: cannot be written: {error.strerror or error}", ANOTHER
-        ) from None
+        raise _unwritable(place, error) from None
     _refuse_others(out, {name for name in names if not name.startswith(PROBE)} - {SCRATCH})
 
 
+def write_export(
+    manifest: Manifest, files: Mapping[str, Path], out: Path | None, store: Store
+) -> Manifest:
+    """Put all files into `out`; those that are there already stay as they are.
+
+    Args:
+        manifest: Of the export.
+        files: Where each file lies now, whole.
+        out: A resolved path; None for a folder of the store's, whose engine takes no extra room.
+        store: Of the stages' files.
+
+    Returns:
+        The manifest, with its folder.
+
+    Raises:
+        EngineError: The disk is full; an export that was there is as it was.
+        InputError: The folder cannot be written.
+    """
+    folder = out if out is not None else _unnamed(manifest, store)
+    with store.locked("exports", content_key({"folder": str(folder)})):
+        try:
+            missing = manifest.damaged(folder)
+            if before := _export_in(folder):
+                _tell_of(before, manifest, missing, store)
+            wanted = {name: files[name] for name in missing}
+            _put(folder, manifest, wanted, shared=out is None)
+        except OSError as error:
+            if out_of_space(error):
+                raise EngineError(f"{folder}: no space left for the export", FIX_SPACE) from error
+            raise _unwritable(folder, error) from error
+        for name, entry in manifest.files.items():  # copies and second names have new identities
+            for path in (folder / name, files[name]):
+                note_facts(path, FileFacts(entry.bytes, entry.sha256))
+    return manifest.model_copy(update={"folder": folder})
+
+
+def finished(store: Store, key: str, out: Path) -> Manifest | None:
+    """The export in `out` if a request with this key wrote it and its files are as they were."""
+    identity = {"request": key, "out": str(out.absolute())}
+    if (memo := read_sealed(_memo(store, key), **identity)) is None:
+        return None
+    manifest = _export_in(out)
+    if manifest is None or _digest(manifest) != memo.get("manifest") or manifest.damaged(out):
+        return None
+    return manifest
+
+
+def remember(store: Store, key: str, out: Path, manifest: Manifest) -> None:
+    """Keep what a request led to, for `finished`. Without it a repeat takes longer."""
+    identity = {"request": key, "out": str(out.absolute())}
+    memo = _memo(store, key)
+    with suppress(OSError):
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(memo, {"manifest": _digest(manifest)}, **identity)
+
+
+def _memo(store: Store, key: str) -> Path:
+    return store.root / "finished" / f"{key}.json"
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(manifest.text().encode()).hexdigest()
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"{folder}: cannot be written: {error.strerror or error}", ANOTHER)
+
+
 def _refuse_others(out: Path, names: set[str]) -> None:
-    """InputError for files of someone else's, or that might be."""
+    """InputError for files that are, or might be, someone else's."""
     if not names:
         return
-    if strange := sorted(names - OURS):
+    if strange := sorted(name for name in names if name not in OURS or (out / name).is_dir()):
         raise InputError(
             f"{out}: there are files in it that no export wrote, such as {strange[0]}",
             f"{ANOTHER}, or move them away",
         )
-    if _no_manifest(out / SCRATCH) is None:  # killed while it replaced its files
+    if _export_in(out / SCRATCH):  # killed while it replaced its files
         return
-    if fault := _no_manifest(out):
-        raise InputError(
-            f"{out}: {', '.join(sorted(names))} may be someone else's: {fault}",
-            f"delete the folder if nobody needs it, or {ANOTHER}",
-        )
-
-
-def _no_manifest(folder: Path) -> str | None:
-    """Why there is no manifest of an export in a folder; None where there is one."""
     try:
-        Manifest.read(folder)
+        Manifest.read(out)
     except InputError as error:
-        return error.faults[0]
-    return None
+        raise InputError(
+            f"{out}: {', '.join(sorted(names))} may be someone else's: {error.faults[0]}",
+            f"delete the folder if nobody needs it, or {ANOTHER}",
+        ) from None
+
+
+def _export_in(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.read(folder)
+    except InputError:
+        return None
+
+
+def _unnamed(manifest: Manifest, store: Store) -> Path:
+    content = {name: entry.sha256 for name, entry in manifest.files.items()}
+    shapes = manifest.shapes.model_dump()
+    return (store.root / "exports" / content_key({**content, "shapes": shapes})).absolute()
+
+
+def _put(folder: Path, manifest: Manifest, files: Mapping[str, Path], *, shared: bool) -> None:
+    """Copy what is not there yet, then move it to its place; the caller holds the lock."""
+    kept = {MANIFEST, *manifest.files}
+    if ENGINE in manifest.files and ENGINE not in files:
+        kept.add(RUNTIME_CACHE)  # of this very engine
+    made, scratch = not folder.exists(), folder / SCRATCH
+    if scratch.is_symlink():
+        scratch.unlink()
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, path in files.items():
+            _place(path, scratch / name, shared=shared and name == ENGINE)
+        if (scratch / MANIFEST).is_symlink():
+            (scratch / MANIFEST).unlink()
+        manifest.write(scratch / MANIFEST)
+    except BaseException:
+        _empty(scratch, made=made)
+        raise
+    others = [folder / name for name in OURS - kept if os.path.lexists(folder / name)]
+    if files or others:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    for path in others:
+        path.unlink()
+    for name in (*files, MANIFEST):
+        os.replace(scratch / name, folder / name)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _empty(scratch: Path, *, made: bool) -> None:
+    """Leave the folder around as it was; a manifest of a run that was killed before stays."""
+    with suppress(OSError):
+        for path in scratch.iterdir():
+            if path.name != MANIFEST:
+                path.unlink()
+        scratch.rmdir()
+        if made:
+            scratch.parent.rmdir()
+
+
+def _place(source: Path, target: Path, *, shared: bool) -> None:
+    """Give the file a second name where that is wanted and possible, else copy it.
+
+    Not for a graph's files: the onnx packages refuse a second name as an attack.
+    """
+    target.unlink(missing_ok=True)  # of a run that was killed, or a link
+    if shared:
+        with suppress(OSError):  # a disk without second names
+            os.link(source, target)
+            return
+    with drafted(target) as draft:
+        shutil.copyfile(source, draft)
+
+
+def _tell_of(
+    before: Manifest, manifest: Manifest, missing: Mapping[str, str], store: Store
+) -> None:
+    """Report what happens to an export that is there already, unless it stays."""
+    if before.files != manifest.files:
+        what = f"engine for {', '.join(before.targets)}" if before.targets else "graph"
+        store.tell(
+            f"write: the {before.precision} {what} of {before.model} in {before.folder} is replaced"
+        )
+    elif missing:
+        faults = ", ".join(f"{name} {fault}" for name, fault in missing.items())
+        store.tell(f"write: {faults} in {before.folder}, so it is written again")

@@ -1,32 +1,35 @@
-"""What an export is made of: `manifest.json` beside the files it lists. No torch."""
+"""What an export consists of: `manifest.json`, sealed, and the files that it lists. No torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hasten.atomic import write_text
-from hasten.engines.tensorrt.hashes import facts_of_file
+from hasten.engines.tensorrt.files import (
+    AMAX,
+    DATA,
+    ENGINE,
+    GRAPH,
+    LARGEST_RECORD,
+    FileFacts,
+    fault_of_file,
+    read_regular,
+)
 from hasten.engines.tensorrt.targets import Precision
-from hasten.engines.tensorrt.verification import Verification
 from hasten.errors import InputError
+from hasten.sealed import DamagedError, parse_json, seal, unseal
 
 __all__ = [
-    "MANIFEST",
-    "SCHEMA",
-    "Calibration",
-    "FileEntry",
-    "Manifest",
-    "Stage",
-    "Tokens",
-]
+    "MANIFEST", "SCHEMA", "Calibration", "FileEntry", "Manifest", "Shapes", "SizeErrors", "Stage",
+    "Verification",
+]  # fmt: skip
 
 MANIFEST = "manifest.json"
-SCHEMA: Literal[1] = 1
+MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond any profile
+SCHEMA: Literal[2] = 2  # 1 had no checksum
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -34,7 +37,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class FileEntry(_Record):
@@ -45,8 +48,14 @@ class FileEntry(_Record):
 
 
 class Stage(_Record):
-    """Seconds that it took when it was made, its peak of memory where that is known, and whether
-    this export found it made already."""
+    """A stage of the export.
+
+    Attributes:
+        name: Of the stage.
+        seconds: What it took when it was made.
+        peak_bytes: Its peak of memory, where that is known.
+        cached: Whether this export found it made already.
+    """
 
     name: str
     seconds: Annotated[float, Field(ge=0)]
@@ -54,13 +63,44 @@ class Stage(_Record):
     cached: bool
 
 
-class Tokens(_Record):
-    """Text tokens of every call; image tokens at least, at best and at most."""
+class Shapes(_Record):
+    """The sizes that an engine is built for.
 
-    text: Positive
-    least: Positive
-    best: Positive
-    most: Positive
+    Attributes:
+        text: Tokens of every call.
+        least: The fewest image tokens.
+        best: The number of image tokens that it is tuned for.
+        most: The most image tokens.
+
+    Raises:
+        InputError: Not 1 <= least <= best <= most, or no text token.
+    """
+
+    text: int
+    least: int
+    best: int
+    most: int
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.text < 1 or not 1 <= self.least <= self.best <= self.most <= MOST_TOKENS:
+            raise InputError(
+                f"no profile: {self.text} text tokens and {self.least} to {self.most} image "
+                f"tokens, best {self.best}",
+                f"at least one text token, and 1 <= least <= best <= most <= {MOST_TOKENS}",
+            )
+        return self
+
+    def dynamic(self) -> dict[str, dict[int, Any] | None]:
+        """The free sizes, for torch.export: the same whatever the profile, and so the graph is.
+
+        From 2 on, because torch.export makes a constant of a 1; the resulting graph takes 1 too.
+        """
+        from torch.export import Dim
+
+        image = Dim("image_tokens", min=2, max=MOST_TOKENS)
+        tokens = {0: self.text + image}
+        return {"latents": {1: image}, "text": None, "row": None, "cos": tokens, "sin": tokens}
 
 
 class Calibration(_Record):
@@ -72,23 +112,71 @@ class Calibration(_Record):
     sha256: Sha256
 
 
-class Manifest(_Record):
-    """What was exported, from what, how, and how well the graph was found to agree with torch.
+class SizeErrors(_Record):
+    """Relative errors at one size.
 
-    weights: sha256 over all tensors of the transformer. channels, text_dim, row_width, head_dim:
-    the graph's fixed sizes. targets: empty where only the graph was made. verification: what
-    `hasten.engines.tensorrt.verify` found, None where it was left out. folder: where it was read
-    from; not part of the file.
+    Attributes:
+        height: Image tokens.
+        width: Image tokens.
+        whole: The graph against torch, each by itself from the inputs to the velocity.
+        blocks: The largest error among a block's outputs, by the block's name, where torch's block
+            got what the graph's block before it computed.
+        control: FP8 only: torch against itself with its latents changed by 2^-20.
+        unquantised: FP8 only: the graph against the model in float32.
     """
 
-    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    height: int
+    width: int
+    whole: float
+    blocks: dict[str, float]
+    control: float | None = None
+    unquantised: float | None = None
+
+    @property
+    def worst(self) -> str:
+        """The block with the largest error."""
+        return max(self.blocks, key=self.blocks.__getitem__)
+
+
+class Verification(_Record):
+    """What was compared, the errors and their limits; without `whole_bar` the whole has none."""
+
+    what: str
+    whole_bar: float | None
+    block_bar: float
+    sizes: tuple[SizeErrors, ...]
+    seconds: float
+
+    @property
+    def worst_whole(self) -> float:
+        """The largest error of the whole graph at any size."""
+        return max(size.whole for size in self.sizes)
+
+    @property
+    def worst_block(self) -> float:
+        """The largest error of a block at any size."""
+        return max(size.blocks[size.worst] for size in self.sizes)
+
+
+class Manifest(_Record):
+    """What was exported, from what, how, and how well the graph agrees with torch.
+
+    Attributes:
+        weights: sha256 over all tensors of the transformer, in the dtype of the precision.
+        targets: Empty where only the graph was exported.
+        channels: Of the latents; with text_dim, row_width and head_dim a fixed size of the graph.
+        verification: What `hasten.engines.tensorrt.verify` found; None where it was left out.
+        folder: Where the manifest was read from; not part of the file.
+    """
+
+    schema_version: Literal[2] = Field(default=SCHEMA, alias="schema")
     hasten: str
     model: str
     family: str
     weights: Sha256
     precision: Precision
     targets: tuple[str, ...]
-    shapes: Tokens
+    shapes: Shapes
     channels: Positive
     text_dim: Positive
     row_width: Positive
@@ -101,76 +189,77 @@ class Manifest(_Record):
     folder: Path | None = Field(default=None, exclude=True)
 
     def write(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Write the file, whole or not at all."""
         write_text(path, self.text())
 
     def text(self) -> str:
-        """What is written."""
-        return self.model_dump_json(by_alias=True, indent=1) + "\n"
+        """The text of the file, sealed."""
+        return seal(self.model_dump(mode="json", by_alias=True), indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest in a folder; InputError where there is none or it cannot be understood.
+        """The manifest in a folder. The files that it lists are not looked at: see `damaged`.
 
-        The files that it lists are not looked at: see `damaged`.
+        Raises:
+            InputError: There is none, or it is not what an export wrote.
         """
         path = folder / MANIFEST
-        again = f"delete the folder, then `hasten export tensorrt --out {folder}`"
+        export = f"`hasten export tensorrt --out {folder}`"
         try:
-            found = json.loads(path.read_text("utf-8"))
+            text = read_regular(path, LARGEST_RECORD)
+            _check_schema(text)
+            manifest = cls.model_validate({**unseal(text), "folder": folder})
+            _check_files(manifest)
         except FileNotFoundError:
             raise InputError(
                 f"{folder}: no {MANIFEST}, so no export is there",
-                f"check the path, or export there: `hasten export tensorrt --out {folder}`",
+                f"check the path, or export there: {export}",
             ) from None
         except NotADirectoryError:
             raise InputError(
                 f"{folder}: a file, not the folder of an export", "check the path"
             ) from None
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read: {_first_line(error)}", again) from None
-        version = found.get("schema") if isinstance(found, Mapping) else None
-        if version != SCHEMA:
-            raise InputError(
-                f"{path}: its schema is {version!r}, this hasten reads {SCHEMA}", again
-            )
-        try:
-            return cls.model_validate({**found, "folder": folder})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path}: {where}: {first['msg']}", again) from None
+            fix = f"delete the folder, then export again: {export}"
+            raise InputError(f"{path}: {_reason(error)}", fix) from None
+        return manifest
 
-    def other_size(self, folder: Path) -> dict[str, str]:
-        """Its files that are missing from a folder or of another size, by name, and why: `missing`
-        or `damaged`. Reads none."""
-        found = {name: _fault_of_size(folder / name, entry) for name, entry in self.files.items()}
-        return {name: fault for name, fault in found.items() if fault is not None}
+    def damaged(self, folder: Path, *, read: bool = True) -> dict[str, str]:
+        """Its files that are not in a folder as they were, by name, and what is wrong with each.
 
-    def damaged(self, folder: Path) -> dict[str, str]:
-        """Its files that are not in a folder as they were, by name, and why: `missing` or
-        `damaged`. Reads all of them."""
-        found = {name: _fault(folder / name, entry) for name, entry in self.files.items()}
-        return {name: fault for name, fault in found.items() if fault is not None}
+        Args:
+            folder: Where the files should be.
+            read: Whether to compare contents too, not sizes alone.
+        """
+        faults = {
+            name: fault_of_file(folder, name, FileFacts(entry.bytes, entry.sha256), read=read)
+            for name, entry in self.files.items()
+        }
+        return {name: fault for name, fault in faults.items() if fault is not None}
 
 
-def _fault(path: Path, entry: FileEntry) -> str | None:
-    if fault := _fault_of_size(path, entry):
-        return fault
-    try:
-        return None if facts_of_file(path).sha256 == entry.sha256 else "damaged"
-    except OSError:  # it cannot be read, or is a folder
-        return "damaged"
+def _check_schema(text: bytes) -> None:
+    content = parse_json(text)
+    version = content.get("schema") if isinstance(content, dict) else None
+    if version != SCHEMA:
+        raise DamagedError(f"its schema is {version!r:.80}, this hasten reads {SCHEMA}")
 
 
-def _fault_of_size(path: Path, entry: FileEntry) -> str | None:
-    try:
-        return None if path.stat().st_size == entry.bytes else "damaged"
-    except FileNotFoundError:
-        return "missing"
-    except OSError:
-        return "damaged"
+def _check_files(manifest: Manifest) -> None:
+    """The files are exactly those of such an export."""
+    expected = {GRAPH, DATA}
+    expected |= {ENGINE} if manifest.targets else set()
+    expected |= {AMAX} if manifest.precision == "fp8" else set()
+    if odd := sorted(expected ^ set(manifest.files)):
+        kind = "a missing" if odd[0] in expected else "an unknown"
+        raise DamagedError(f"{kind} entry in its list of files: {odd[0]!r:.80}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _reason(error: Any) -> str:
+    """An error in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    return " ".join(str(error).split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, get_args
 
 from hasten.check import empty_weights
 from hasten.engines.tensorrt.folder import check_folder, nearest
+from hasten.engines.tensorrt.packages import is_installed
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import Faults, InputError, UnsupportedError
 from hasten.machine import Machine
@@ -19,12 +19,12 @@ from hasten.memory import status_bytes
 from hasten.recipe import Engine, parse_size
 from hasten.units import format_bytes
 
-__all__ = ["METHODS", "Asked", "check_draws", "check_model", "check_request", "graph_bytes"]
+__all__ = ["METHODS", "ExportOptions", "check_draws", "check_model", "check_request", "graph_bytes"]
 
 METHODS: tuple[str, ...] = get_args(Engine.model_fields["calibration"].annotation)
-LARGEST = (2048, 2048)  # pixels, where nobody says
+LARGEST = (2048, 2048)  # pixels of the largest image, by default
 PIXELS_A_TOKEN = 16  # along each side
-FEWEST_TOKENS = 4  # of the largest picture: a profile needs room
+FEWEST_TOKENS = 4  # of the largest image: a profile needs a range
 
 TEXT_TO_IMAGE = ("FluxPipeline", "FluxKontextPipeline")
 
@@ -34,9 +34,16 @@ SINGLE = 4  # bytes: the check runs in float32, once in onnxruntime and once in 
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be exported. targets: () for the graph alone; max_size: width and height of the
-    largest picture in pixels; method: how FP8 is calibrated."""
+class ExportOptions:
+    """What is to be exported.
+
+    Attributes:
+        precision: bf16, fp16 or fp8.
+        targets: GPUs, such as sm89; () for the graph alone.
+        max_size: Width and height of the largest image in pixels.
+        method: How FP8 is calibrated.
+        verify: Whether the graph is compared with torch.
+    """
 
     precision: str
     targets: tuple[str, ...]
@@ -46,25 +53,25 @@ class Asked:
 
     @property
     def most_tokens(self) -> int:
-        """Image tokens of the largest picture."""
+        """Image tokens of the largest image."""
         width, height = self.max_size
         return (width // PIXELS_A_TOKEN) * (height // PIXELS_A_TOKEN)
 
 
-def check_request(asked: Asked, out: Path | None, faults: Faults) -> None:
+def check_request(options: ExportOptions, out: Path | None, faults: Faults) -> None:
     """Note what is wrong with the request, whatever the model. Loads neither torch nor packages."""
     for check in (_check_system, _check_packages, _check_size, _check_method):
         with faults.gather():
-            check(asked)
+            check(options)
     with faults.gather():
-        check_targets(asked.targets, asked.precision)
+        check_targets(options.targets, options.precision)
     if out is not None:
         with faults.gather():
             check_folder(out)
 
 
 def check_model(
-    asked: Asked,
+    options: ExportOptions,
     transformer: Any,
     family: Any,
     places: Mapping[Path, float],
@@ -87,11 +94,11 @@ def check_model(
         _refuse_special_weights(
             transformer, "transformer", "FP8 is made by the export itself (--precision fp8)"
         )
-    if asked.precision not in get_args(Engine.model_fields["precision"].annotation):
+    if options.precision not in get_args(Engine.model_fields["precision"].annotation):
         return  # noted already, and there is no size without it
-    weights = graph_bytes(transformer, family, asked.precision)
+    weights = graph_bytes(transformer, family, options.precision)
     with faults.gather():
-        _check_memory(asked, weights, _parameters(transformer, family), machine)
+        _check_memory(options, weights, _parameters(transformer, family), machine)
     with faults.gather():
         _check_disk(weights, places)
 
@@ -149,7 +156,7 @@ def _parameters(transformer: Any, family: Any) -> int:
     return int(sum(p.numel() for p in transformer.parameters()) - modulations)
 
 
-def _check_system(_: Asked) -> None:
+def _check_system(_: ExportOptions) -> None:
     if sys.platform != "linux":
         raise UnsupportedError(
             f"engines are exported on Linux, and this is {sys.platform}",
@@ -157,54 +164,47 @@ def _check_system(_: Asked) -> None:
         )
 
 
-def _check_packages(asked: Asked) -> None:
+def _check_packages(options: ExportOptions) -> None:
     wanted = {
         "onnx": True,
         "onnx_ir": True,
         "onnxscript": True,
-        "onnxruntime": asked.verify,
-        "tensorrt_rtx": bool(asked.targets),
-        "modelopt": asked.precision == "fp8",
+        "onnxruntime": options.verify,
+        "tensorrt_rtx": bool(options.targets),
+        "modelopt": options.precision == "fp8",
     }
-    missing = [name for name, needed in wanted.items() if needed and not _installed(name)]
+    missing = [name for name, needed in wanted.items() if needed and not is_installed(name)]
     if missing:
         raise UnsupportedError(
             f"not installed: {', '.join(missing)}", "pip install 'hasten[tensorrt]'"
         )
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # ValueError: it is there without a specification
-        return False
-
-
-def _check_size(asked: Asked) -> None:
-    width, height = asked.max_size
+def _check_size(options: ExportOptions) -> None:
+    width, height = options.max_size
     parse_size(f"{width}x{height}", at_most=True)
-    if asked.most_tokens < FEWEST_TOKENS:
+    if options.most_tokens < FEWEST_TOKENS:
         raise InputError(
             f"the largest size {width}x{height} is too small for an engine",
-            "32x32 is the smallest, 2048x2048 what nobody has to ask for",
+            "32x32 is the smallest, 2048x2048 the default",
         )
 
 
-def _check_method(asked: Asked) -> None:
-    if asked.method not in METHODS:
+def _check_method(options: ExportOptions) -> None:
+    if options.method not in METHODS:
         raise InputError(
-            f"no calibration is called {asked.method!r}", f"one of {', '.join(METHODS)}"
+            f"no calibration is called {options.method!r}", f"one of {', '.join(METHODS)}"
         )
 
 
-def _check_memory(asked: Asked, weights: int, parameters: int, machine: Machine) -> None:
+def _check_memory(options: ExportOptions, weights: int, parameters: int, machine: Machine) -> None:
     if machine.ram_bytes is None:
         return
     ours = status_bytes("RssAnon") or 0
     needs = {"exporting": ours + BUILD_BASE}
-    if asked.targets:
+    if options.targets:
         needs["building"] = ours + int(BUILD_FACTOR * weights) + BUILD_BASE
-    if asked.verify:
+    if options.verify:
         needs["checking the graph"] = ours + 2 * SINGLE * parameters
     what = max(needs, key=lambda name: needs[name])
     if needs[what] <= machine.ram_bytes:

@@ -1,7 +1,7 @@
 """The whole way to an engine: preflight → calibrate → export → verify → build → write.
 
-Each stage is kept under a key of all that it depends on, so that an interrupted export goes on
-where it was, and one that differs in part repeats only that part. Importing this loads no torch.
+Each stage is kept under a key of everything that it depends on, so that an interrupted export goes
+on where it was, and one that differs in part repeats only that part. Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -9,49 +9,58 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.check import refuse_optimized
+from hasten.engines.tensorrt import PROMPTS
 from hasten.engines.tensorrt.build import build
-from hasten.engines.tensorrt.digests import config_of, pipeline_digest, weights_digest
 from hasten.engines.tensorrt.files import AMAX, ENGINE, GRAPH
-from hasten.engines.tensorrt.folder import resolved
-from hasten.engines.tensorrt.hashes import content_key
-from hasten.engines.tensorrt.manifest import Calibration, FileEntry, Manifest, Stage, Tokens
+from hasten.engines.tensorrt.folder import resolved, write_export
+from hasten.engines.tensorrt.keys import (
+    STAGES,
+    config_of,
+    content_key,
+    pipeline_digest,
+    versions,
+    weights_digest,
+)
+from hasten.engines.tensorrt.manifest import (
+    Calibration,
+    FileEntry,
+    Manifest,
+    Shapes,
+    Stage,
+    Verification,
+)
 from hasten.engines.tensorrt.preflight import (
     METHODS,
-    Asked,
+    ExportOptions,
     check_draws,
     check_model,
     check_request,
 )
 from hasten.engines.tensorrt.store import Done, Store, Tell
-from hasten.engines.tensorrt.verification import Verification
-from hasten.engines.tensorrt.versions import STAGES, versions
-from hasten.engines.tensorrt.write import write_export
 from hasten.errors import EngineError, Faults
 from hasten.machine import machine, version_of
 from hasten.memory import PeakMemory, ran_out
 from hasten.models.defaults import ModelDefaults, defaults_for
 from hasten.prompts import read_prompts
+from hasten.recipe import Sampling
+from hasten.settings import Settings
 
 if TYPE_CHECKING:
-    import torch
-
-    from hasten.engines.tensorrt.step import Shapes
     from hasten.families.family import Family
 
-__all__ = ["PROMPTS", "export_tensorrt"]
+__all__ = ["export_tensorrt"]
 
 FIX_MEMORY = (
     "free some memory, use a machine with more, or raise its limit (ulimit, container); then run "
     "it again: finished stages are kept"
 )
-PROMPTS = 4  # to calibrate on, where nobody says which
 FEW_STEPS = 4
-LEAST_TOKENS = 64  # image tokens of the smallest picture, where the model is not smaller: 128x128
+LEAST_TOKENS = 64  # of the smallest image, 128x128, unless the model's own is smaller
 # Times the graph's bytes that the store takes: graph, engine and the float32 twin; and out, whose
 # engine takes no room of its own in the store.
 IN_STORE, IN_OUT, IN_EXPORTS = 6.0, 2.0, 1.0
@@ -75,58 +84,65 @@ def export_tensorrt(
 ) -> Manifest:
     """Export the transformer of a pipeline, build one engine for all targets, and write both.
 
-    out: a folder; None keeps it in the cache, where `Manifest.folder` says. targets: () for the
-    graph alone. max_size: width and height in pixels. prompts, steps: to calibrate FP8 with; the
-    model's own by default. max_sequence_length: the text tokens of every call, the model's own by
-    default. `tell` hears one line a stage and what was found damaged, `show` what goes on inside
-    one. The pipeline stays as it was.
+    The pipeline stays as it was. Finished stages are kept, so that a repeat goes on after them;
+    `out` is written whole or not at all.
 
-    Raises what would stop it at once, before anything is made; EngineError where a stage fails.
-    Finished stages are kept then and a repeat goes on behind them; `out` is written whole or not at
-    all.
+    Args:
+        pipe: A pipeline that is not optimised.
+        out: A folder; None keeps the export in the cache, where `Manifest.folder` says.
+        precision: bf16, fp16 or fp8.
+        targets: GPUs, such as sm89; () for the graph alone.
+        max_size: Width and height in pixels of the largest image.
+        method: How FP8 is calibrated: max or smoothquant.
+        prompts: To calibrate FP8 with; the model's own by default.
+        steps: To calibrate FP8 at; the model's own by default.
+        max_sequence_length: Text tokens of every call; the model's own by default.
+        verify: Whether to compare the graph with torch.
+        model: The model's name for the manifest.
+        tell: Reports each finished stage in a line, and files that were damaged.
+        show: Reports progress within a stage.
+
+    Returns:
+        What was written, with its folder.
+
+    Raises:
+        HastenError: Everything that would stop it, at once and before anything is made.
+        EngineError: A stage failed.
     """
     given = {} if max_size is None else {"max_size": max_size}
-    asked = Asked(precision, tuple(targets), method=method, verify=verify, **given)
+    options = ExportOptions(precision, tuple(targets), method=method, verify=verify, **given)
     started = time.perf_counter()
     store = Store(tell=tell)
-    family, out = _looked_at(pipe, asked, out, store)
-    defaults = _defaults(pipe)
-    export = _Export(
-        pipe=pipe,
-        family=family,
-        asked=asked,
-        defaults=defaults,
-        text=max_sequence_length or defaults.max_sequence_length,
-        prompts=list(prompts or read_prompts(defaults.prompts, limit=PROMPTS)),
-        steps=steps or defaults.steps,
-        store=store,
-        tell=tell,
-        show=show,
-    )
-    _note_own_size(asked, defaults, tell)
-    export.weights = weights_digest(pipe.transformer)
+    family, out = _preflight(pipe, options, out, store)
+    settings = _settings(pipe, Sampling(steps=steps, max_sequence_length=max_sequence_length))
+    _note_own_size(options, settings, tell)
+    from hasten.engines.tensorrt.export import DTYPES
+
+    texts = list(prompts or read_prompts(_defaults(pipe).prompts, limit=PROMPTS))
+    weights = weights_digest(pipe.transformer, DTYPES[precision])
+    export = _Export(pipe, family, options, settings, texts, store, weights, tell, show)
     _report(tell, "preflight", time.perf_counter() - started)
     return export.run(model or _name(pipe), out)
 
 
-def _looked_at(
-    pipe: Any, asked: Asked, out: Path | None, store: Store
+def _preflight(
+    pipe: Any, options: ExportOptions, out: Path | None, store: Store
 ) -> tuple[Family, Path | None]:
     """The pipeline's family and where `out` leads to; raises all that would stop the export."""
     faults = Faults()
-    check_request(asked, out, faults)
+    check_request(options, out, faults)
     with faults.gather():
         out = None if out is None else resolved(out)
     with faults.gather():
         refuse_optimized(pipe)
-    if asked.precision == "fp8":
+    if options.precision == "fp8":
         with faults.gather():
             check_draws(pipe)
     family = _family(pipe, faults)
     places = {store.root: IN_STORE}
     places |= {out: IN_OUT} if out else {store.root / "exports": IN_EXPORTS}
     if family is not None:
-        check_model(asked, pipe.transformer, family, places, machine(), faults)
+        check_model(options, pipe.transformer, family, places, machine(), faults)
     faults.raise_any()
     assert family is not None  # else a fault was raised
     return family, out
@@ -134,27 +150,25 @@ def _looked_at(
 
 @dataclass
 class _Export:
-    """One export on its way. Each stage method leaves what the next ones need."""
+    """One export in progress; weights: the transformer's digest in the precision's dtype."""
 
     pipe: Any
     family: Family
-    asked: Asked
-    defaults: ModelDefaults
-    text: int
+    options: ExportOptions
+    settings: Settings
     prompts: list[str]
-    steps: int
     store: Store
+    weights: str
     tell: Tell
     show: Tell
-    weights: str = ""
     stages: list[Stage] = field(default_factory=list)
 
     def run(self, model: str, out: Path | None) -> Manifest:
-        calibrated = self.calibrate() if self.asked.precision == "fp8" else None
+        calibrated = self.calibrate() if self.options.precision == "fp8" else None
         graph = self.export(calibrated)
-        verification = self.verify(graph, calibrated) if self.asked.verify else None
+        verification = self.verify(graph, calibrated) if self.options.verify else None
         made = [done for done in (calibrated, graph) if done is not None]
-        if self.asked.targets:
+        if self.options.targets:
             made.append(self.build(graph))
         start = time.perf_counter()
         manifest = self.manifest(model, made, calibrated, verification)
@@ -164,32 +178,24 @@ class _Export:
         return written
 
     def calibrate(self) -> Done:
-        settings: dict[str, Any] = {
-            "height": self.defaults.height,
-            "width": self.defaults.width,
-            "guidance_scale": self.defaults.guidance,
-            "max_sequence_length": self.text,
-        }
+        arguments = self.settings.call_arguments()
         key = {
             "pipeline": pipeline_digest(self.pipe, self.weights),
-            "method": self.asked.method,
+            "method": self.options.method,
             "prompts": self.prompts,
-            "steps": self.steps,
-            "settings": settings,
+            "arguments": arguments,
         }
 
         def make(folder: Path) -> dict[str, Any]:
             from hasten.engines.tensorrt.calibrate import calibrate, save
 
-            method: Any = self.asked.method
             amax = calibrate(
                 self.pipe,
                 self.family,
                 self.prompts,
-                steps=self.steps,
-                method=method,
+                method=self.options.method,
                 tell=self.show,
-                **settings,
+                **arguments,
             )
             save(amax, folder / AMAX)
             return {}
@@ -197,21 +203,19 @@ class _Export:
         return self.stage("calibrate", key, make)
 
     def export(self, calibrated: Done | None) -> Done:
-        transformer, weights = self.pipe.transformer, self.weights
-        if self.asked.precision == "fp16":  # `self.weights` is of what bfloat16 holds
-            weights = weights_digest(transformer, _dtype("fp16"))
+        transformer = self.pipe.transformer
         key = {
             "config": config_of(transformer),
-            "weights": weights,
-            "precision": self.asked.precision,
+            "weights": self.weights,
+            "precision": self.options.precision,
             "amax": _digests(calibrated),
-            "text": self.text,
+            "text": self.settings.max_sequence_length,
         }
 
         def make(folder: Path) -> dict[str, Any]:
             from hasten.engines.tensorrt.export import export_onnx
 
-            precision, amax = self.asked.precision, _load(calibrated)
+            precision, amax = self.options.precision, _load(calibrated)
             export_onnx(transformer, self.family, precision, amax, self.shapes, folder)
             return {}
 
@@ -222,7 +226,7 @@ class _Export:
             "graph": _digests(graph),
             "weights": self.weights,
             "amax": _digests(calibrated),
-            "shapes": asdict(self.shapes),
+            "shapes": self.shapes.model_dump(),
         }
 
         def make(folder: Path) -> dict[str, Any]:
@@ -234,7 +238,7 @@ class _Export:
                 self.pipe.transformer,
                 self.family,
                 graph.folder / GRAPH,
-                self.asked.precision,
+                self.options.precision,
                 _load(calibrated),
                 self.shapes,
                 scratch,
@@ -249,19 +253,19 @@ class _Export:
     def build(self, graph: Done) -> Done:
         key = {
             "graph": _digests(graph),
-            "targets": self.asked.targets,
-            "shapes": asdict(self.shapes),
+            "targets": self.options.targets,
+            "shapes": self.shapes.model_dump(),
         }
 
         def make(folder: Path) -> dict[str, Any]:
-            targets, path = self.asked.targets, graph.folder / GRAPH
+            targets, path = self.options.targets, graph.folder / GRAPH
             built = build(path, folder / ENGINE, targets, self.shapes, self.show)
             return {"peak_bytes": built.peak_bytes}
 
         return self.stage("build", key, make)
 
     def stage(self, name: str, key: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Done:
-        """One stage of the store under its whole key, timed and told of."""
+        """One stage of the store under its whole key, timed and reported."""
 
         def watched(folder: Path) -> dict[str, Any]:
             with PeakMemory() as peak:
@@ -286,12 +290,10 @@ class _Export:
 
     @property
     def shapes(self) -> Shapes:
-        from hasten.engines.tensorrt.step import Shapes
-
-        most = self.asked.most_tokens
-        own = (self.defaults.width // 16) * (self.defaults.height // 16)
+        most, own = self.options.most_tokens, _own_tokens(self.settings)
         least = min(LEAST_TOKENS, own, most // 2)
-        return Shapes(text=self.text, least=least, best=max(least, min(own, most)), most=most)
+        text = self.settings.max_sequence_length
+        return Shapes(text=text, least=least, best=max(least, min(own, most)), most=most)
 
     def manifest(
         self,
@@ -300,22 +302,25 @@ class _Export:
         calibrated: Done | None,
         verification: Verification | None,
     ) -> Manifest:
-        from hasten.families.modulations import Modulations
+        from hasten.engines.tensorrt.step import graph_sizes
 
-        transformer = self.pipe.transformer
+        calibration = calibrated and Calibration(
+            method=self.options.method,
+            prompts=len(self.prompts),
+            steps=self.settings.steps,
+            sha256=calibrated.files[AMAX].sha256,
+        )
+        sizes: Any = graph_sizes(self.pipe.transformer, self.family)
         return Manifest(
             hasten=version_of("hasten") or "not installed",
             model=model,
             family=self.family.name,
             weights=self.weights,
-            precision=self.asked.precision,  # type: ignore[arg-type]  # checked by preflight
-            targets=self.asked.targets,
-            shapes=Tokens(**asdict(self.shapes)),
-            channels=transformer.config.in_channels,
-            text_dim=transformer.inner_dim,
-            row_width=Modulations(self.family.modulated_norms(transformer)).width,
-            head_dim=transformer.config.attention_head_dim,
-            calibration=None if calibrated is None else self.calibration(calibrated),
+            precision=self.options.precision,  # type: ignore[arg-type]  # checked by preflight
+            targets=self.options.targets,
+            shapes=self.shapes,
+            **sizes,
+            calibration=calibration,
             files={
                 name: FileEntry(**facts._asdict())
                 for done in made
@@ -326,29 +331,24 @@ class _Export:
             versions=versions(),
         )
 
-    def calibration(self, calibrated: Done) -> Calibration:
-        return Calibration(
-            method=self.asked.method,
-            prompts=len(self.prompts),
-            steps=self.steps,
-            sha256=calibrated.files[AMAX].sha256,
-        )
-
 
 def _report(tell: Tell, name: str, seconds: float, *, cached: bool = False) -> None:
     tell(f"{name:<10}{seconds:7.1f} s{'  (made before)' if cached else ''}")
 
 
-def _note_own_size(asked: Asked, defaults: ModelDefaults, tell: Tell) -> None:
-    """Tell where the pictures that the model draws unasked are too large for the engine."""
-    width, height = defaults.width, defaults.height
-    if (width // 16) * (height // 16) > asked.most_tokens:
-        most = "x".join(map(str, asked.max_size))
+def _note_own_size(options: ExportOptions, settings: Settings, tell: Tell) -> None:
+    """Report that the model's own size is too large for the engine, where it is."""
+    if _own_tokens(settings) > options.most_tokens:
+        most = "x".join(map(str, options.max_size))
+        own = f"{settings.width}x{settings.height}"
         tell(
-            f"note: the engine takes pictures up to {most}, and the model's own size is "
-            f"{width}x{height}: ask for smaller ones, or for --max-size {width}x{height} "
-            "(engine.max_size)"
+            f"note: the engine takes images up to {most}, and the model's own size is {own}: "
+            f"set a smaller size in each call, or --max-size {own} (engine.max_size)"
         )
+
+
+def _own_tokens(settings: Settings) -> int:
+    return (settings.width // 16) * (settings.height // 16)
 
 
 def _family(pipe: Any, faults: Faults) -> Any:
@@ -357,6 +357,11 @@ def _family(pipe: Any, faults: Faults) -> Any:
     with faults.gather():
         return family_of(pipe)
     return None
+
+
+def _settings(pipe: Any, sampling: Sampling) -> Settings:
+    """What the pipeline is called with."""
+    return Settings.of_model(_defaults(pipe)).under(sampling)
 
 
 def _defaults(pipe: Any) -> ModelDefaults:
@@ -374,12 +379,6 @@ def _defaults(pipe: Any) -> ModelDefaults:
 def _name(pipe: Any) -> str:
     """What the pipeline was loaded as; of a directory, its last part: paths stay private."""
     return Path(getattr(pipe, "name_or_path", None) or type(pipe).__name__).name
-
-
-def _dtype(precision: str) -> torch.dtype:
-    from hasten.engines.tensorrt.export import DTYPES
-
-    return DTYPES[precision]
 
 
 def _load(calibrated: Done | None) -> Any:

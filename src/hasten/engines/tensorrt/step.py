@@ -15,49 +15,25 @@ S, the number of image tokens, is free within the engine's profile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import InputError
+from hasten.engines.tensorrt.manifest import Shapes
 from hasten.families.family import Family
 from hasten.families.modulations import Modulations, RowReader
 
-__all__ = ["INPUTS", "OUTPUT", "Shapes", "Step", "sample"]
+__all__ = [
+    "INPUTS", "OUTPUT", "STATE", "Step", "Watched", "block_of", "graph_sizes", "hooked",
+    "sample", "state_name",
+]  # fmt: skip
 
 INPUTS = ("latents", "text", "row", "cos", "sin")
 OUTPUT = "velocity"
-MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond what a profile asks for
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """text: tokens of every call; least, best, most: image tokens that a profile allows, and the
-    number it is tuned for. Raises InputError unless 1 <= least <= best <= most."""
-
-    text: int
-    least: int
-    best: int
-    most: int
-
-    def __post_init__(self) -> None:
-        if self.text < 1 or not 1 <= self.least <= self.best <= self.most <= MOST_TOKENS:
-            raise InputError(
-                f"no profile: {self.text} text tokens and {self.least} to {self.most} image "
-                f"tokens, best {self.best}",
-                f"at least one text token, and 1 <= least <= best <= most <= {MOST_TOKENS}",
-            )
-
-    def dynamic(self) -> dict[str, dict[int, Any] | None]:
-        """For torch.export: which sizes are free. The same whatever the profile, and so the graph.
-
-        From 2 on, because torch.export makes a constant of a 1; the graph it gives takes 1 too.
-        """
-        image = torch.export.Dim("image_tokens", min=2, max=MOST_TOKENS)
-        tokens = {0: self.text + image}
-        return {"latents": {1: image}, "text": None, "row": None, "cos": tokens, "sin": tokens}
+STATE = "block/"  # begins the names of the blocks' outputs in a graph
 
 
 class Step(nn.Module):
@@ -87,6 +63,69 @@ class Step(nn.Module):
             for _, after in self.family.blocks(self.transformer, state):
                 state = after
             return self.family.epilogue(self.transformer, state)
+
+
+def state_name(block: str, position: int) -> str:
+    """The name in a graph of a block's output at this position.
+
+    Of FLUX.1's blocks, 0 is text (1×T×D) and 1 is image (1×S×D).
+    """
+    return f"{STATE}{block}/{position}"
+
+
+def block_of(state: str) -> str:
+    """The block whose output has this name."""
+    return state.removeprefix(STATE).rpartition("/")[0]
+
+
+@contextmanager
+def hooked(
+    blocks: Sequence[tuple[str, nn.Module]], seen: Callable[[str, Any], Any]
+) -> Iterator[None]:
+    """Call `seen(name, output)` after each block; unless None, its result replaces the output."""
+    with ExitStack() as hooks:
+        for name, block in blocks:
+
+            def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
+                return seen(name, output)
+
+            hooks.callback(block.register_forward_hook(hook).remove)
+        yield
+
+
+class Watched(Step):
+    """A step for the exporter: returns the velocity, then all outputs of all blocks.
+
+    `names` are those of the latter, known once it has run. Exported with them as graph outputs,
+    the tensors stay separate through optimisation and a finished graph can be read block by block;
+    `hasten.engines.tensorrt.graph.hide` makes them inner values again.
+    """
+
+    names: tuple[str, ...] = ()
+
+    def forward(  # type: ignore[override]
+        self, latents: Tensor, text: Tensor, row: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The velocity, 1×S×C, then the outputs of each block; inputs as those of `Step`."""
+        found: dict[str, Tensor] = {}
+
+        def seen(name: str, output: tuple[Tensor, ...]) -> None:
+            found.update({state_name(name, at): tensor for at, tensor in enumerate(output)})
+
+        with hooked(self.family.repeated_blocks(self.transformer), seen):
+            velocity = super().forward(latents, text, row, cos, sin)
+        self.names = tuple(found)
+        return velocity, *found.values()
+
+
+def graph_sizes(transformer: Any, family: Family) -> dict[str, int]:
+    """The fixed sizes of a transformer's graph, under their names in a manifest."""
+    return {
+        "channels": transformer.config.in_channels,
+        "text_dim": transformer.inner_dim,
+        "row_width": Modulations(family.modulated_norms(transformer)).width,
+        "head_dim": transformer.config.attention_head_dim,
+    }
 
 
 @torch.no_grad()

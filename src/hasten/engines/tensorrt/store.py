@@ -1,32 +1,37 @@
 """Finished stages by what they were made from, in a folder, so that no work is done twice.
 
-ROOT/STAGE/KEY/          what a stage made; stage.json has its files' sizes and sha256
+ROOT/STAGE/KEY/          what a stage made; stage.json, sealed, has its files' sizes and sha256
 ROOT/STAGE/.KEY.tmp/     a stage at work; left behind only by a process that was killed
 ROOT/STAGE/.KEY.lock     held while one process makes or checks it; the others wait
-ROOT/finished/KEY.json   what a request led to, see `remember`
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hasten.atomic import sync, write_text
-from hasten.engines.tensorrt.files import default_root, read_object
-from hasten.engines.tensorrt.hashes import FileFacts, facts_of_file, note_facts
+from hasten.atomic import sync
+from hasten.engines.tensorrt.files import (
+    FileFacts,
+    default_root,
+    facts_of_file,
+    fault_of_file,
+    note_facts,
+    read_sealed,
+    write_sealed,
+)
 from hasten.errors import EngineError, HastenError, InputError
 
 __all__ = ["FIX_SPACE", "Done", "Store", "Tell", "out_of_space"]
 
 Tell = Callable[[str], None]
-"""Takes one line for whoever waits."""
+"""Reports one line to whoever waits."""
 
 RECORD = "stage.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,8 +42,15 @@ FIX_SPACE = (
 
 
 class Done(NamedTuple):
-    """A finished stage: its folder, what `make` said of it, whether it was there already, how many
-    seconds making it took, then or now, and its files by their names in the folder."""
+    """A finished stage.
+
+    Attributes:
+        folder: Where its files are.
+        facts: What `make` returned.
+        cached: Whether it was there already.
+        seconds: What making it took, then or now.
+        files: By their names in the folder.
+    """
 
     folder: Path
     facts: dict[str, Any]
@@ -48,43 +60,48 @@ class Done(NamedTuple):
 
 
 class Store:
-    """Stages below `root`; `tell` hears of damaged files and of waiting for another process."""
+    """Stages below `root`; `tell` reports damaged files and waiting for another process."""
 
     def __init__(self, root: Path | None = None, tell: Tell = lambda _: None) -> None:
         self.root = root or default_root()
         self.tell = tell
 
     def stage(self, name: str, key: str, make: Callable[[Path], dict[str, Any]]) -> Done:
-        """What `make` writes into the empty folder it is given, made once for each key.
+        """What `make` writes into the empty folder that it is given, made once for each key.
 
-        make returns facts, values that JSON keeps as they are. The folder gets its name when it is
-        whole; when it is found again its files are compared with their sha256, and it is made anew
-        where one differs. Raises InputError where the store cannot be used, EngineError where the
-        disk is full; whatever `make` raises leaves nothing behind.
+        The folder gets its name when it is whole. When it is found again its files are compared
+        with their sha256, and it is made again where one differs.
+
+        Args:
+            name: Of the stage.
+            key: Of everything that the result depends on, see `content_key`.
+            make: Fills the folder and returns facts, values that JSON keeps as they are. Whatever
+                it raises leaves nothing behind.
+
+        Raises:
+            InputError: The store cannot be used.
+            EngineError: The disk is full.
         """
         place = self._place(name)
         with self.locked(name, key):
-            shutil.rmtree(place / f".{key}.tmp", ignore_errors=True)
-            _remove_leftovers(place)
-            return self._found(place / key) or self._made(place, key, make)
+            try:
+                _remove(place / f".{key}.tmp")
+                _remove_leftovers(place)
+                return self._found(place / key) or self._made(place, key, make)
+            except Exception as error:
+                if trouble := self._trouble(place, error):
+                    raise trouble from error
+                raise
 
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:
         """One process at a time; the system frees the lock of one that was killed."""
         path = self._place(name) / f".{key}.lock"
         with _lockable(path) as file:
-            if not _lock(file, wait=False):
+            if not _lock(file, path, wait=False):
                 self.tell(f"{name}: another process is at it, waiting for that to end")
-                _lock(file, wait=True)
+                _lock(file, path, wait=True)
             yield
-
-    def remember(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keep a small value, JSON, under a key."""
-        write_text(self._place("finished") / f"{key}.json", json.dumps(value, indent=1))
-
-    def recall(self, key: str) -> dict[str, Any] | None:
-        """What was kept; None where there is none that can be read."""
-        return read_object(self.root / "finished" / f"{key}.json")
 
     def _place(self, name: str) -> Path:
         place = self.root / name
@@ -94,99 +111,115 @@ class Store:
             raise _unusable(place, error) from None
         return place
 
+    def _trouble(self, place: Path, error: Exception) -> HastenError | None:
+        """An error of the store's disk or folders, for one that a stage raised."""
+        if out_of_space(error):
+            fault = f"{place.name}: no space left for its files in {self.root}"
+            return EngineError(fault, FIX_SPACE)
+        if not place.is_dir():
+            return EngineError(f"{place}: removed while a stage was at work", "run it again")
+        if isinstance(error, OSError) and str(error.filename).startswith(str(self.root)):
+            return _unusable(place, error)
+        return None
+
     def _found(self, folder: Path) -> Done | None:
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return None
-        record = read_object(folder / RECORD)
-        fault = _damage(folder, record)
-        if record is not None and fault is None:
-            return _done(folder, record, cached=True)
+        identity = {"stage": folder.parent.name, "key": folder.name}
+        done = _read_done(folder, read_sealed(folder / RECORD, **identity))
+        fault = _fault(folder, done)
+        if done is not None and fault is None:
+            return done
         self.tell(f"{folder.parent.name}: {fault}, so it is made again")
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            raise _unusable(folder, error) from None
+        _remove(folder)
         return None
 
     def _made(self, place: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> Done:
         draft = place / f".{key}.tmp"
         start = time.perf_counter()
+        draft.mkdir()
         try:
-            draft.mkdir()
             facts = make(draft)
             seconds = round(time.perf_counter() - start, 3)
-            record = _write_record(draft, facts, seconds)
+            done = Done(place / key, facts, False, seconds, _files(draft))
+            files = {name: known._asdict() for name, known in done.files.items()}
+            record = {"facts": facts, "seconds": seconds, "files": files}
+            write_sealed(draft / RECORD, record, stage=place.name, key=key)
             os.replace(draft, place / key)
-            done = _done(place / key, record, cached=False)
-        except BaseException as error:
+        finally:
             shutil.rmtree(draft, ignore_errors=True)
-            if not isinstance(error, HastenError) and out_of_space(error):
-                fault = f"{place.name}: no space left for its files in {self.root}"
-                raise EngineError(fault, FIX_SPACE) from error
-            raise
         for name, known in done.files.items():
             note_facts(done.folder / name, known)
         return done
 
 
 def out_of_space(error: BaseException) -> bool:
-    """Whether a disk, a quota or a limit on files is full; not every library says it by errno."""
+    """Whether a disk, a quota or a limit on files is full; some libraries say so only in text."""
     if isinstance(error, OSError):
         return error.errno in NO_SPACE
     return any(f"(os error {number})" in str(error) for number in NO_SPACE)
 
 
-def _done(folder: Path, record: dict[str, Any], *, cached: bool) -> Done:
-    files = {name: FileFacts(**facts) for name, facts in record["files"].items()}
-    return Done(folder, record["facts"], cached, record["seconds"], files)
+def _read_done(folder: Path, record: dict[str, Any] | None) -> Done | None:
+    """A stage by its record; None where the record is not one."""
+    try:
+        assert record is not None
+        files = {name: FileFacts(**facts) for name, facts in record["files"].items()}
+        return Done(folder, record["facts"], True, record["seconds"], files)
+    except (AssertionError, AttributeError, KeyError, TypeError):
+        return None
 
 
-def _write_record(folder: Path, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+def _files(folder: Path) -> dict[str, FileFacts]:
+    """What a stage has written, once that is on the disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
         sync(path)
-        files[path.relative_to(folder).as_posix()] = facts_of_file(path)._asdict()
-    record = {"facts": facts, "seconds": seconds, "files": files}
-    write_text(folder / RECORD, json.dumps(record, indent=1))
-    return record
+    return {path.relative_to(folder).as_posix(): facts_of_file(path) for path in paths}
 
 
-def _damage(folder: Path, record: dict[str, Any] | None) -> str | None:
+def _fault(folder: Path, done: Done | None) -> str | None:
     """What is wrong with a stage's files; None where nothing is."""
-    if record is None or not {"facts", "seconds", "files"} <= record.keys():
-        return f"{RECORD} cannot be read"
-    for name, facts in record["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        try:
-            same = facts_of_file(path)._asdict() == facts
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
-        if not same:
-            return f"{name} is damaged"
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is not a folder"
+    if done is None:
+        return f"{RECORD} is not what was written"
+    for name, facts in done.files.items():
+        if fault := fault_of_file(folder, name, facts):
+            return f"{name} is {fault}"
     return None
 
 
+def _remove(path: Path) -> None:
+    """Remove a folder, or what is in the place of one. Links are not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _remove_leftovers(place: Path) -> None:
-    """What killed processes left of other keys; a folder whose lock is held is at work."""
+    """Remove what killed processes left of other keys; a folder whose lock is held is at work."""
     for draft in place.glob(".*.tmp"):
-        with _lockable(place / f"{draft.stem}.lock") as file:
-            if draft.is_dir() and _lock(file, wait=False):
-                shutil.rmtree(draft, ignore_errors=True)
+        lock = place / f"{draft.stem}.lock"
+        with _lockable(lock) as file:
+            if _lock(file, lock, wait=False):
+                _remove(draft)
 
 
 @contextmanager
-def _lockable(path: Path) -> Iterator[Any]:
+def _lockable(path: Path) -> Iterator[int]:
     try:
-        file = path.open("a")
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise _unusable(path, error) from None
-    with file:
-        yield file
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _lock(file: Any, *, wait: bool) -> bool:
+def _lock(file: int, path: Path, *, wait: bool) -> bool:
     """Take the lock of an open file; False where another has it and we do not wait."""
     import fcntl  # not on Windows, where preflight refuses
 
@@ -194,8 +227,8 @@ def _lock(file: Any, *, wait: bool) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError as error:  # some network disks know no locks
-        raise _unusable(Path(file.name), error) from None
+    except OSError as error:  # some network disks have no locks
+        raise _unusable(path, error) from None
     return True
 
 

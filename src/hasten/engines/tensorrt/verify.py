@@ -1,16 +1,16 @@
-"""Is the exported graph the function that torch computes? Asked of onnxruntime, on the CPU.
+"""Compare an exported graph, run by onnxruntime on the CPU, with what torch computes.
 
 Random inputs at two sizes, compared in two ways. As a whole: from the inputs to the velocity, each
-by itself. Block by block: each block of torch is fed what onnxruntime's block before it gave, so
-that nothing piles up, and a fault has an address.
+by itself. Block by block: each block of torch gets what onnxruntime's block before it computed, so
+that errors do not accumulate and a fault can be located.
 
-An FP8 graph is held to torch block by block alone. FP8 rounds so coarsely that a difference in the
-last bit of float32 flips codes, flipped codes flip others, and after a dozen blocks torch is as far
-from *itself*, its latents moved by 2^-20, as from onnxruntime. How far the whole lies apart, how
-far torch from itself, and how far from the model before it was quantised are reported beside it.
+An FP8 graph has a limit per block only. FP8 rounds so coarsely that a difference in the last bit of
+float32 flips codes, flipped codes flip others, and after a dozen blocks torch differs from
+*itself*, its latents changed by 2^-20, as much as from onnxruntime. The error of the whole, of that
+control and against the model before it was quantised are reported as well.
 
 onnxruntime multiplies no bfloat16 on a CPU. A graph in bfloat16 is checked as its float32 twin: the
-very nodes and values, against torch in float32 on the same rounded weights.
+same nodes and values, against torch in float32 on the same rounded weights.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from hasten.engines.onnxruntime import OnnxRuntime
 from hasten.engines.tensorrt.export import in_float32, in_precision
-from hasten.engines.tensorrt.qdq import Amax
-from hasten.engines.tensorrt.states import block_of, hooked, opened, state_name
-from hasten.engines.tensorrt.step import OUTPUT, Shapes, Step, sample
-from hasten.engines.tensorrt.twin import float32_twin
-from hasten.engines.tensorrt.verification import SizeErrors, Verification
+from hasten.engines.tensorrt.graph import float32_twin, opened
+from hasten.engines.tensorrt.manifest import Shapes, SizeErrors, Verification
+from hasten.engines.tensorrt.nodes import Amax
+from hasten.engines.tensorrt.step import OUTPUT, Step, block_of, hooked, sample, state_name
 from hasten.errors import EngineError
 from hasten.families.family import Family
 
@@ -64,13 +63,22 @@ def verify(
     scratch: Path,
     tell: Callable[[str], None],
 ) -> Verification:
-    """Hold an exported graph to the transformer that it was exported from.
+    """Compare an exported graph with the transformer that it was exported from.
 
-    precision, amax, shapes: as at the export. scratch: an empty folder; a graph in bfloat16 gets
-    its float32 twin there. `tell` hears a line for each size. The transformer is left as it is.
+    Args:
+        transformer: It is left as it is.
+        family: Its family.
+        graph: The graph's file.
+        precision: As at the export, like amax and shapes.
+        amax: Of every quantised linear.
+        shapes: Sizes of the profile.
+        scratch: An empty folder for a copy of the graph.
+        tell: Reports one line per size.
 
-    Raises EngineError where the graph cannot be read or run, or misses the bar; it names the block
-    that lies furthest off. UnsupportedError where a package is missing.
+    Raises:
+        EngineError: The graph cannot be read or run, or an error is over its limit; the block with
+            the largest error is named.
+        UnsupportedError: A package is missing.
     """
     began = time.perf_counter()
     quantised = precision == "fp8"
@@ -125,10 +133,10 @@ def _run(
     transformer: Any, family: Family, graph: Path, precision: str, shapes: Shapes, scratch: Path
 ) -> list[_Run]:
     """The graph at both sizes. Its session, and so its copy of the weights, is gone afterwards."""
-    path, names = opened(graph if precision == "fp16" else float32_twin(graph, scratch), scratch)
+    path, names = opened(float32_twin(graph, scratch))
     _check_complete(graph, family.repeated_blocks(transformer), names)
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    driver, runs = _driver(path, graph), []
+    driver, runs = OnnxRuntime(path), []
     try:
         for height, width in sizes(shapes):
             drawn = sample(transformer, family, shapes, height, width, dtype, SEED)
@@ -141,14 +149,6 @@ def _run(
     finally:
         driver.close()
     return runs
-
-
-def _driver(path: Path, graph: Path) -> OnnxRuntime:
-    """onnxruntime on the opened copy of a graph; errors name the graph."""
-    try:
-        return OnnxRuntime(path)
-    except EngineError as error:
-        raise EngineError([f"{graph}: {fault}" for fault in error.faults], error.fix) from error
 
 
 def _check_complete(graph: Path, blocks: list[tuple[str, nn.Module]], names: list[str]) -> None:
@@ -221,7 +221,7 @@ def _hold(found: Verification, graph: Path) -> None:
 def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
     """A line for each bar that is missed at one size."""
     at = f"at {size.height} × {size.width} tokens"
-    block = size.furthest
+    block = size.worst
     error = size.blocks[block]
     if error > found.block_bar:
         yield f"{block} is not what torch computes: error {error:.2g} {at}, bar {found.block_bar}"
@@ -230,14 +230,14 @@ def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
     elif found.whole_bar is not None and size.whole > found.whole_bar:
         yield (
             f"the velocity is not what torch computes: error {size.whole:.2g} {at}, bar "
-            f"{found.whole_bar}; furthest off is {block} with {error:.2g}"
+            f"{found.whole_bar}; the largest of a block is {error:.2g}, of {block}"
         )
 
 
 def _line(size: SizeErrors) -> str:
     text = (
         f"{size.height} × {size.width} tokens: error {size.whole:.2g}, worst block "
-        f"{size.blocks[size.furthest]:.2g} ({size.furthest})"
+        f"{size.blocks[size.worst]:.2g} ({size.worst})"
     )
     if size.control is None:
         return text

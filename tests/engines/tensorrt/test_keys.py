@@ -1,14 +1,17 @@
-"""Weights by their values: the same in every dtype, another where one value differs."""
+"""Keys: weights by their values, the same in every dtype; requests by model and versions."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hasten.engines.tensorrt.digests import pipeline_digest, weights_digest
+from hasten.engines.tensorrt import keys
+from hasten.engines.tensorrt.keys import content_key, pipeline_digest, request_key, weights_digest
 from hasten.errors import EngineError
 from hasten.models import load_pipeline
 
@@ -44,3 +47,29 @@ def test_a_pipeline_is_its_tokenizers_too() -> None:
     assert pipeline_digest(pipe, "weights") == before, "a call changes nothing"
     pipe.tokenizer_2.add_tokens(["zzzunheard"])
     assert pipeline_digest(pipe, "weights") != before
+
+
+def test_keys() -> None:
+    assert content_key({"a": 1, "b": (2, 3)}) == content_key({"b": [2, 3], "a": 1})
+    assert content_key({"a": 1}) != content_key({"a": 2})
+    assert len(content_key({})) == 32
+
+
+def test_another_version_is_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = request_key("shape:flux.1-dev", {})
+    monkeypatch.setattr(keys, "version_of", lambda name: f"{name} of another day")
+    assert request_key("shape:flux.1-dev", {}) != before
+
+
+def test_a_request_s_key(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    weights = tmp_path / "inner" / "weights"
+    weights.write_text("1")
+    key = request_key(tmp_path, {"out": Path("engine")})
+    assert request_key(tmp_path, {"out": Path("engine")}) == key
+    assert request_key(tmp_path, {"out": Path("other")}) != key
+    assert request_key("shape:flux.1-dev", {"out": Path("engine")}) != key
+    times = weights.stat()
+    weights.write_text("2")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert request_key(tmp_path, {"out": Path("engine")}) != key, "same size and time"

@@ -1,42 +1,58 @@
-"""The float32 twin of a bfloat16 graph, for machines whose runtime has no bfloat16.
+"""Graph files: how they are written, their float32 twins, and their blocks' outputs.
 
-The very graph with BFLOAT16 read as FLOAT: nodes, names, shapes, weights and FP8 codes are the
-same, so it computes what the graph computes, but for the rounding of what is in between.
+The float32 twin of a bfloat16 graph is for machines whose runtime has no bfloat16: the same graph
+with BFLOAT16 read as FLOAT. Nodes, names, shapes, weights and FP8 codes are the same, so it
+computes what the graph computes, except for the rounding in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from hasten.engines.tensorrt.files import DATA, GRAPH, place, writing
+from hasten.engines.tensorrt.files import DATA, GRAPH
 from hasten.engines.tensorrt.packages import needed
+from hasten.engines.tensorrt.step import STATE
 from hasten.errors import EngineError
 
-__all__ = ["float32_twin"]
+__all__ = ["float32_twin", "hide", "label", "opened", "place"]
 
+PAGE = 4096  # bytes: large values begin at one, so that they can be mapped into memory
+WORD = 64  # bytes: small ones begin at a multiple of it
 TYPES = "to", "dtype"  # attributes that name the type a node gives
 AT_ONCE = 1 << 24  # values widened at a time
 
 
-def float32_twin(graph: Path, folder: Path) -> Path:
-    """Write the twin of a graph and its weights into a folder that is there; its path in it.
+def place(file: BinaryIO, length: int) -> int:
+    """The offset of the next value of `length` bytes; the file is filled up to there with zeros."""
+    step = PAGE if length >= PAGE else WORD
+    offset = -(-file.tell() // step) * step
+    file.write(b"\0" * (offset - file.tell()))
+    return offset
 
-    Weights are read and written one at a time. A graph without bfloat16 gives a plain copy. Raises
-    EngineError where the graph or its weights cannot be read or the folder not be written, and
-    leaves no file then.
+
+def float32_twin(graph: Path, folder: Path) -> Path:
+    """Write the twin of a graph and its weights, one weight at a time, into an existing folder.
+
+    A graph without bfloat16 gives a plain copy.
+
+    Returns:
+        The twin's path.
+
+    Raises:
+        EngineError: The graph or its weights cannot be read.
+        OSError: The folder cannot be written.
     """
     ir = needed("onnx_ir")
     if graph.parent.resolve() == folder.resolve():
         raise EngineError(f"{folder} holds the graph itself", "write its twin into another folder")
     model = _read(graph, ir)
-    with writing(folder):
-        _widen_weights(model, ir, folder)
-        _retype(model, ir)
-        ir.save(model, folder / GRAPH)
+    _widen_weights(model, ir, folder)
+    _retype(model, ir)
+    ir.save(model, folder / GRAPH)
     return folder / GRAPH
 
 
@@ -96,7 +112,7 @@ def _parts(tensor: Any, wide: bool) -> Iterator[bytes]:
 
 
 def _retype(model: Any, ir: Any) -> None:
-    """FLOAT for BFLOAT16: of values, of constants in the graph, of what nodes are told to give."""
+    """FLOAT for BFLOAT16: in values, in constants of the graph and in the types of outputs."""
     graph = model.graph
     for value in graph.initializers.values():
         if value.const_value.dtype == ir.DataType.BFLOAT16:
@@ -122,3 +138,32 @@ def _retype(model: Any, ir: Any) -> None:
 def _retype_value(value: Any, ir: Any) -> None:
     if value.dtype == ir.DataType.BFLOAT16:
         value.dtype = ir.DataType.FLOAT
+
+
+def label(model: Any, names: Sequence[str]) -> None:
+    """Name the outputs of an onnx_ir model behind the first."""
+    outputs = model.graph.outputs[1:]
+    for value, name in zip(outputs, names, strict=True):
+        value.name = name
+
+
+def hide(model: Any) -> None:
+    """Make every output but the first an inner value again; nodes that only they needed go."""
+    del model.graph.outputs[1:]
+    needed("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
+
+
+def opened(twin: Path) -> tuple[Path, list[str]]:
+    """Write a copy of a twin alongside it, with its named states as further outputs.
+
+    Returns:
+        The path of the copy, and the names of the states.
+    """
+    onnx = needed("onnx")
+    model = onnx.load(twin, load_external_data=False)
+    names = [name for node in model.graph.node for name in node.output if name.startswith(STATE)]
+    for name in names:
+        model.graph.output.add().name = name
+    path = twin.with_name("opened.onnx")
+    onnx.save(model, path)
+    return path, names

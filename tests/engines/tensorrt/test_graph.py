@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from hasten.engines.tensorrt import twin
+from hasten.engines.tensorrt import graph as graph_module
 from hasten.engines.tensorrt.export import DATA, GRAPH, in_precision
+from hasten.engines.tensorrt.graph import float32_twin
 from hasten.engines.tensorrt.step import OUTPUT, Step, sample
-from hasten.engines.tensorrt.twin import float32_twin
 from hasten.errors import EngineError
 from tests.engines.tensorrt.conftest import (
     FAMILY,
@@ -113,7 +111,7 @@ def test_weights_are_widened_in_parts(
     whole.mkdir()
     parts.mkdir()
     float32_twin(exported("fp8") / GRAPH, whole)
-    monkeypatch.setattr(twin, "AT_ONCE", 17)
+    monkeypatch.setattr(graph_module, "AT_ONCE", 17)
     float32_twin(exported("fp8") / GRAPH, parts)
     assert (whole / DATA).read_bytes() == (parts / DATA).read_bytes()
 
@@ -170,13 +168,3 @@ def test_broken_graphs_are_refused(exported: Exported, tmp_path: Path) -> None:
     refused(graph, folder, "no readable ONNX graph")
     graph.unlink()
     refused(graph, folder, "no readable ONNX graph")
-
-
-def test_a_full_disk_leaves_nothing(
-    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(twin, "place", full)
-    refused(exported("bf16") / GRAPH, tmp_path, "No space left on device")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hasten.engines.tensorrt import qdq
-from hasten.engines.tensorrt.qdq import Amax, QdqLinear, swap
+from hasten.engines.tensorrt import nodes
+from hasten.engines.tensorrt.nodes import BITS, Amax, QdqLinear, factors, swap
 from hasten.errors import EngineError
 from hasten.kernels.quantize import FP8
 from hasten.quantization.linear import EmulatedLinear
@@ -96,7 +96,7 @@ def test_smoothing_moves_factors_from_inputs_to_weights() -> None:
 def test_codes_do_not_depend_on_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, amax = linear(outputs=11), Amax(2.0, 0.3, torch.rand(8) + 0.5)
     whole = QdqLinear.from_linear(plain, amax)
-    monkeypatch.setattr(qdq, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(nodes, "ROWS_AT_ONCE", 3)
     parts = QdqLinear.from_linear(plain, amax)
     assert torch.equal(whole.weight.view(torch.uint8), parts.weight.view(torch.uint8))
 
@@ -114,7 +114,6 @@ def test_scales_are_rounded_before_codes_are_made() -> None:
     assert wide.weight.dtype == wide.input_zero.dtype == FP8
     assert wide.weight_scale.dtype == torch.float32
     assert float(wide.weight_scale) == values
-    assert "bias=True, smooth=False" in repr(wide)
 
 
 def test_it_answers_in_the_dtype_of_its_input() -> None:
@@ -148,3 +147,27 @@ def test_maxima_compare_by_value() -> None:
     assert Amax(1.0, 2.0, smooth) != Amax(1.0, 2.0, smooth * 2)
     assert Amax(1.0, 2.0) != Amax(1.5, 2.0)
     assert Amax(1.0, 2.0) != (1.0, 2.0)
+
+
+DTYPES = {"BFLOAT16": torch.bfloat16, "FLOAT16": torch.float16}
+
+
+@settings(deadline=None)
+@given(st.integers(1, 512), st.sampled_from(sorted(BITS)))
+def test_both_are_of_the_dtype_and_beat_two_equal_ones(head_dim: int, name: str) -> None:
+    """The bounds on the error are the worst of these head sizes, rounded up."""
+    scale, dtype = head_dim**-0.5, DTYPES[name]
+    pair = factors(scale, BITS[name])
+    for factor in pair:
+        assert float(torch.tensor(factor, dtype=dtype)) == factor
+        assert math.sqrt(scale) / 2 <= factor <= math.sqrt(scale) * 2
+    equal = float(torch.tensor(math.sqrt(scale), dtype=dtype))
+    error = abs(pair[0] * pair[1] / scale - 1)
+    assert error <= abs(equal * equal / scale - 1)
+    assert error < {"BFLOAT16": 2.5e-4, "FLOAT16": 4e-6}[name]
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_powers_of_two_are_exact(head_dim: int) -> None:
+    first, second = factors(head_dim**-0.5, 8)
+    assert first * second == head_dim**-0.5

@@ -1,0 +1,145 @@
+"""Keys of stages and requests: sha256 of everything that their results depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.errors import EngineError
+from hasten.machine import version_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = [
+    "STAGES", "config_of", "content_key", "pipeline_digest", "request_key", "versions",
+    "weights_digest",
+]  # fmt: skip
+
+STAGES = 3  # raise it when what a stage makes of the same input changes
+LIBRARIES = {
+    "calibrate": ("torch", "diffusers", "transformers", "nvidia-modelopt"),
+    "export": ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"),
+    "verify": ("torch", "diffusers", "onnx", "onnxruntime"),
+    "build": ("tensorrt-rtx-cu13",),
+}
+MOST_THREADS = 8  # each holds one tensor: 94 MB of FLUX.1's largest
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """32 hexadecimal digits for values that JSON can hold; tuples count as lists."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def versions(stage: str | None = None) -> dict[str, str | None]:
+    """Versions of the libraries that a stage uses, or any stage; None where not installed."""
+    names = LIBRARIES[stage] if stage else dict.fromkeys(sum(LIBRARIES.values(), ()))
+    return {name: version_of(name) for name in names}
+
+
+def request_key(model: Path | str, request: Mapping[str, Any]) -> str:
+    """The key of a request and the model that it names.
+
+    Args:
+        model: A directory, which counts by inodes, sizes and times of its files, or a shape.
+        request: Values that JSON can hold, or paths.
+    """
+    files: list[Any] = [model]
+    if isinstance(model, Path):
+        files = [
+            (
+                path.relative_to(model).as_posix(),
+                *(facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns),
+            )
+            for path in sorted(model.rglob("*"))
+            if path.is_file() and (facts := path.stat())
+        ]
+    plain = json.loads(json.dumps(request, default=str))
+    return content_key({"request": plain, "model": files, "stages": STAGES, "versions": versions()})
+
+
+def weights_digest(model: Any, dtype: torch.dtype | None = None, what: str = "transformer") -> str:
+    """sha256 over names, shapes and values of all tensors of a model.
+
+    Values are rounded first, so that a model and its copy in another dtype agree, and because a
+    graph holds no more. Several tensors are read at once; each thread holds one, rounded.
+
+    Args:
+        model: A torch module.
+        dtype: What values are rounded to; bfloat16 by default.
+        what: The model's name in errors.
+
+    Raises:
+        EngineError: A tensor has no values.
+    """
+    import torch
+
+    kept = dtype or torch.bfloat16
+    tensors: Mapping[str, Tensor] = model.state_dict()
+
+    def digest(name: str) -> str:
+        return _digest(name, tensors[name], kept, what)
+
+    with ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads())) as threads:
+        digests = threads.map(digest, sorted(tensors))
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def pipeline_digest(pipe: Any, weights: str) -> dict[str, Any]:
+    """Everything that an image depends on: modules by their weights and configuration.
+
+    Args:
+        pipe: A Diffusers pipeline.
+        weights: The digest of the transformer, which takes long to compute.
+    """
+    found: dict[str, Any] = {"dtype": str(pipe.dtype), "device": pipe.device.type}
+    for name, component in sorted(pipe.components.items()):
+        if hasattr(component, "state_dict") and name != "vae":
+            is_first = name == "transformer"
+            found[name] = weights if is_first else weights_digest(component, what=name)
+        if hasattr(component, "get_vocab"):
+            found[name] = _tokenizer(component)
+        if hasattr(component, "config"):
+            found[f"{name}.config"] = config_of(component)
+    return found
+
+
+def config_of(component: Any) -> dict[str, Any]:
+    """A configuration as JSON values, without private entries: path, versions."""
+    config = component.config
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    public = {key: value for key, value in values.items() if not key.startswith("_")}
+    found: dict[str, Any] = json.loads(json.dumps(public, sort_keys=True, default=str))
+    return found
+
+
+def _tokenizer(component: Any) -> dict[str, Any]:
+    words = json.dumps(component.get_vocab(), sort_keys=True).encode()
+    return {
+        "class": type(component).__name__,
+        "longest": component.model_max_length,
+        "vocabulary": hashlib.sha256(words).hexdigest(),
+    }
+
+
+def _digest(name: str, tensor: Tensor, dtype: torch.dtype, what: str) -> str:
+    import torch
+
+    if tensor.is_meta:
+        raise EngineError(
+            f"the tensor {name} of the {what} has no values",
+            "load the whole model before exporting it, nothing offloaded",
+        )
+    here = tensor.detach().cpu()
+    rounded = here.to(dtype) if here.is_floating_point() else here
+    flat = rounded.contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{name}{tuple(tensor.shape)}".encode())
+    values: Any = flat.view(torch.uint8).numpy()
+    digest.update(values)
+    return digest.hexdigest()
