@@ -23,7 +23,7 @@ from torch import Tensor
 import hasten
 from hasten import Recipe, quality
 from hasten.benchmark.environment import look
-from hasten.families.family import family_of
+from hasten.families import family_of
 from hasten.prompts import read_prompts
 from hasten.quantization.report import layer_errors
 from hasten.recipe import Quantize

@@ -25,7 +25,7 @@ def structural_copy(pipe: Any) -> Any:
     twin = copy.copy(pipe)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
-            setattr(twin, name, share_weights(component))
+            setattr(twin, name, _with_own_tensors(share_weights(component)))
         elif component is not None:
             setattr(twin, name, copy.deepcopy(component))
     if hasattr(twin, "fuse_lora"):
@@ -37,16 +37,11 @@ def structural_copy(pipe: Any) -> Any:
     return twin
 
 
-def share_weights(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a module tree node by node; configs and processors are shared.
-
-    Parameters and buffers become new objects over the same memory. Tensor classes of other
-    libraries are shared as they are.
-    """
+def share_weights(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """Copy a module tree node by node; tensors, configs and processors are shared."""
     memo = {} if memo is None else memo
     if id(module) in memo:
-        known: nn.Module = memo[id(module)]
-        return known
+        return memo[id(module)]
     if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
         raise UnsupportedError(
             f"{type(module).__name__} cannot be copied: it is offloaded or compiled",
@@ -58,25 +53,28 @@ def share_weights(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.M
         for key, value in module.__dict__.items()
     )
     memo[id(module)] = twin
-    for tensors in (twin._parameters, twin._buffers):
-        for name, tensor in tensors.items():
-            tensors[name] = _alias(tensor, memo)
     for name, child in module._modules.items():
         twin._modules[name] = None if child is None else share_weights(child, memo)
     return twin
 
 
-def _alias(tensor: Tensor | None, memo: dict[int, Any]) -> Any:
-    """Another tensor object over the same memory; tied ones stay tied."""
-    if tensor is None or id(tensor) in memo:
-        return tensor if tensor is None else memo[id(tensor)]
-    alias: Any = tensor
+def _with_own_tensors(twin: nn.Module) -> nn.Module:
+    """Parameters and buffers become new objects over the same memory; tied ones stay tied. Tensor
+    classes of other libraries are shared as they are."""
+    known: dict[int, Any] = {}
+    for module in twin.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = known.setdefault(id(tensor), _alias(tensor))
+    return twin
+
+
+def _alias(tensor: Tensor) -> Any:
+    """Another tensor object over the same memory."""
     if type(tensor) is nn.Parameter and type(tensor.data) is Tensor:
-        alias = nn.Parameter(tensor.detach(), tensor.requires_grad)
-    elif type(tensor) is Tensor:
-        alias = tensor.detach()
-    memo[id(tensor)] = alias
-    return alias
+        return nn.Parameter(tensor.data, tensor.requires_grad)
+    return tensor.data if type(tensor) is Tensor else tensor
 
 
 @torch.no_grad()

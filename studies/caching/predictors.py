@@ -174,7 +174,7 @@ def weighted(newest_first: Sequence[Tensor], weights: Weights) -> Tensor:
 def residual_cache(pipe: Any, path: Sequence[int], rows: Sequence[Weights]) -> Iterator[None]:
     """Inside, a skipped step adds a weighted sum of the block stack's past residuals H_end − H_0 to
     its own embedding and runs the output layers: `rows` as for velocities."""
-    from hasten.families.family import family_of
+    from hasten.families import family_of
 
     family, transformer, scheduler = family_of(pipe), pipe.transformer, pipe.scheduler
     branches: dict[int, list[Tensor]] = {}  # by order of the call in its step, newest first

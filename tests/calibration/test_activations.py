@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hasten
 from hasten.calibration.activations import calibrate_activations, largest_inputs
 from hasten.errors import AlreadyOptimizedError, InputError, ModelError, UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.models.fingerprint import fingerprint
 from hasten.quantization.linear import Fp8Linear
 from hasten.recipe import Quantize, Recipe
@@ -82,7 +82,7 @@ def test_it_writes_the_largest_input_of_every_quantised_linear(pipe: Any, call: 
         pipe, PROMPTS, recipe=recipe, progress=lambda _, done, total: told.append((done, total)),
         **SHORT,
     )  # fmt: skip
-    names = [name for name, _ in FluxFamily().quantizable(pipe.transformer)]
+    names = [name for name, _ in FLUX1.quantizable(pipe.transformer)]
     assert found.quantize is not None
     assert found.quantize.activations == "static"
     assert found.quantize.fingerprint == fingerprint(pipe.transformer)

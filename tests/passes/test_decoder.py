@@ -304,8 +304,8 @@ def test_a_compiler_is_needed(pipe: Any) -> None:
 def test_a_compiled_decoder_is_not_compiled_again(pipe: Any) -> None:
     pipe.vae.decoder.compile()
     with pytest.raises(UnsupportedError, match="decoder is compiled already"):
-        check(decoder(compile=True), pipe, FLUX1, Capable(), None)  # type: ignore[arg-type]
-    check(decoder(channels_last=True), pipe, FLUX1, Capable(), None)  # type: ignore[arg-type]
+        check(decoder(compile=True), pipe, FLUX1, Capable())  # type: ignore[arg-type]
+    check(decoder(channels_last=True), pipe, FLUX1, Capable())  # type: ignore[arg-type]
 
 
 def test_a_pipeline_without_a_vae_is_refused(pipe: Any) -> None:

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from hasten.passes.cache.planner import Planner
-from hasten.passes.cache.step import cache_steps
-from hasten.passes.fuse.on_engine import run_on_engine
 
 from hasten.engines.tensorrt.step import Step
 from hasten.errors import CallError
 from hasten.families import family_of
+from hasten.passes.cache.layer import cache_steps
+from hasten.passes.cache.plan import Planner
 from hasten.passes.cache.policy_planned import Planned
+from hasten.passes.engine import run_on_engine
 from hasten.passes.offload import offload_modulations
 from hasten.recipe import IntervalCache
 from hasten.step.applied import Applied
+from hasten.step.chain import StepChain
+from hasten.step.scheduler import SchedulerOf
 
 Call = Callable[..., torch.Tensor]
 
@@ -32,19 +34,23 @@ class Run:
         self.calls = 0
         self.closed = 0
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, latents: torch.Tensor, **constants: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        velocity: torch.Tensor = self.step(*inputs)
+        velocity: torch.Tensor = self.step(latents, **constants)
         return velocity
 
     def close(self) -> None:
         self.closed += 1
 
 
+def chain_of(pipe: Any) -> StepChain:
+    return StepChain(pipe.transformer, SchedulerOf(pipe))
+
+
 def on_engine(pipe: Any, *, release: bool = False) -> tuple[Run, Applied]:
     body = Run(pipe)
     done = run_on_engine(
-        pipe, family_of(pipe), body, "a copy in torch", close=body.close, release=release
+        chain_of(pipe), family_of(pipe), body, "a copy in torch", close=body.close, release=release
     )
     return body, done
 
@@ -76,7 +82,8 @@ def test_the_latents_are_the_plain_pipelines(
 
 def test_skipped_steps_never_enter_the_engine(pipe: Any, call: Call) -> None:
     body, _ = on_engine(pipe)
-    cache_steps(pipe, Planned(pipe.transformer.forward, Planner(IntervalCache(interval=3), None)))
+    chain = pipe.transformer.forward
+    cache_steps(chain, Planned(Planner(IntervalCache(interval=3), None)))
     call(pipe, num_inference_steps=9)
     assert 0 < body.calls < 9
 
@@ -89,7 +96,7 @@ def test_released_blocks_hold_nothing_and_the_pictures_stay(
     _, done = on_engine(pipe, release=True)
     after = sum(parameter.nbytes for parameter in pipe.transformer.parameters())
     assert after < before / 2
-    assert "torch weights let go" in done.what
+    assert "torch weights freed" in done.what
     assert "engine.release" in done.cannot_undo
     with pytest.raises(CallError, match="cannot be saved"):
         pipe.save_pretrained(tmp_path)

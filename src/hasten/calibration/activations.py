@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hasten.calibration.learn import request_of
 from hasten.calibration.static import dynamic, with_static_scales
 from hasten.errors import InputError, ModelError
-from hasten.families.family import family_of
+from hasten.families import family_of
 from hasten.kernels.quantize import TINY
 from hasten.models.fingerprint import fingerprint
 from hasten.quantization.plan import Linears, make_plan

@@ -90,7 +90,7 @@ def _measure(
         import torch
 
         from hasten import load_pipeline
-        from hasten.families.family import family_of
+        from hasten.families import family_of
         from hasten.quantization.plan import make_plan
         from hasten.quantization.report import layer_errors, worth_skipping
 

@@ -20,7 +20,7 @@ from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.engines.tensorrt.step import INPUTS, graph_sizes
 from hasten.engines.tensorrt.store import Store
 from hasten.errors import EngineError, InputError
-from hasten.families.family import family_of
+from hasten.families import family_of
 from hasten.recipe import Engine, Sampling, parse_size
 
 __all__ = ["Driver", "EngineBody", "load_body", "read_export"]

@@ -151,9 +151,11 @@ def tile(vae: Any, mode: Literal["auto", "on"]) -> Applied:
 def _tile_always(vae: Any) -> Applied:
     before = vae.use_tiling
     vae.enable_tiling()
+    side = getattr(vae, "tile_sample_min_size", None)
+    large = f"over {side} pixels a side" if side else "larger than one tile"
     return Applied(
         name="decoder",
-        what="pictures larger than one tile in tiles",
+        what=f"pictures {large} in tiles",
         undo=partial(setattr, vae, "use_tiling", before),
     )
 

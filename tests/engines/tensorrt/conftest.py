@@ -16,10 +16,10 @@ import torch
 
 from hasten.engines.tensorrt.manifest import Shapes
 from hasten.engines.tensorrt.nodes import Amax
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.models.random_weights import variance_preserving_
 
-FAMILY = FluxFamily()
+FAMILY = FLUX1
 SHAPES = Shapes(text=8, least=4, best=16, most=64)
 
 

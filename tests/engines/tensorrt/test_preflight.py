@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from hasten.engines.tensorrt import preflight
 from hasten.engines.tensorrt.preflight import ExportOptions, check_model, check_request, graph_bytes
 from hasten.errors import EngineError, Faults, HastenError, InputError, UnsupportedError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.machine import Machine
 
 GIB = 1 << 30
-FAMILY = FluxFamily()
+FAMILY = FLUX1
 OPTIONS = ExportOptions("fp8", ("sm89",), (512, 512))
 ROOMY = Machine("3.11", "Linux", "a CPU", 2, 1 << 50, "2.11")
 

@@ -23,7 +23,7 @@ from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.preflight import ExportOptions
 from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.errors import EngineError, HastenError
-from hasten.families.flux1.blocks import FluxFamily
+from hasten.families.flux1 import FLUX1
 from hasten.models.defaults import ModelDefaults
 from hasten.models.random_weights import build_shape
 from hasten.settings import Settings
@@ -252,7 +252,7 @@ def test_fp8_is_calibrated_and_leaves_the_pipeline_alone(place: Path) -> None:
     assert made_before(said) == []
     assert "calibrating: prompt 1 of 1" in inner
     assert weights_digest(pipe.transformer) == before
-    assert {type(linear) for _, linear in FluxFamily().quantizable(pipe.transformer)} == {nn.Linear}
+    assert {type(linear) for _, linear in FLUX1.quantizable(pipe.transformer)} == {nn.Linear}
     _, said = exported(place / "fp8", precision="fp8")
     assert made_before(said) == ["calibrate", "export", "verify", "build"]
 

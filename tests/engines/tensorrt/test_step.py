@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hasten.families.modulations import Modulations, RowReader
 from torch import nn
 
 from hasten.engines.tensorrt.manifest import Shapes
 from hasten.engines.tensorrt.step import INPUTS, Step, sample
 from hasten.errors import InputError
+from hasten.step.modulations import Modulations
 from tests.engines.tensorrt.conftest import FAMILY, SHAPES, unchanged_globals
 
 
@@ -26,13 +26,16 @@ def test_it_is_the_transformers_forward(transformer: Any) -> None:
         hidden_states=latents, encoder_hidden_states=text, pooled_projections=pooled,
         timestep=moment, guidance=guidance, txt_ids=ids[0], img_ids=ids[1], return_dict=False,
     )[0]  # fmt: skip
-    conditioning = FAMILY.conditioning(transformer, moment, guidance, pooled, torch.float32)
+    conditioning = FAMILY.export.conditioning(transformer, moment, guidance, pooled, torch.float32)
     row = Modulations(FAMILY.modulated_norms(transformer)).rows(conditioning)
     embedded = transformer.context_embedder(text)
     step = Step(transformer, FAMILY)
-    found = step(latents, embedded, row, *FAMILY.rotary(transformer, *ids))
+    rotary = FAMILY.export.rotary(transformer, *ids)
+    found = step(latents, embedded, row, *rotary)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert (step(latents, embedded, row * 0.9, *FAMILY.rotary(transformer, *ids)) != found).any()
+    assert (
+        step(latents, embedded, row * 0.9, *FAMILY.export.rotary(transformer, *ids)) != found
+    ).any()
 
 
 def test_its_arguments_are_the_inputs_in_order() -> None:
@@ -44,9 +47,9 @@ def test_its_arguments_are_the_inputs_in_order() -> None:
 @torch.no_grad()
 def test_it_reads_rows_in_the_copy_that_it_was_given(transformer: Any) -> None:
     step = Step(copy.deepcopy(transformer), FAMILY)
-    assert not any(isinstance(module, RowReader) for module in transformer.modules())
-    readers = [module for module in step.modules() if isinstance(module, RowReader)]
-    assert readers == step.readers
+    assert not any("forward" in module.__dict__ for module in transformer.modules())
+    readers = step.readers.readers
+    assert {id(reader.linear) for reader in readers} <= {id(module) for module in step.modules()}
     assert len(readers) == len(FAMILY.modulated_norms(transformer)) == 4
     inputs = sample(transformer, FAMILY, SHAPES, 2, 3, torch.float32, seed=0)
     with pytest.raises(RuntimeError):
@@ -78,7 +81,7 @@ def test_a_sample_has_the_shapes_of_a_step(transformer: Any, dtype: torch.dtype)
 def test_a_samples_tokens_are_in_rows(transformer: Any) -> None:
     inputs = sample(transformer, FAMILY, SHAPES, 2, 3, torch.float32, seed=0)
     places = [[0.0, y, x] for y in (0, 1) for x in (0, 1, 2)]
-    cos, sin = FAMILY.rotary(transformer, torch.zeros(8, 3), torch.tensor(places))
+    cos, sin = FAMILY.export.rotary(transformer, torch.zeros(8, 3), torch.tensor(places))
     assert torch.equal(inputs["cos"], cos)
     assert torch.equal(inputs["sin"], sin)
 

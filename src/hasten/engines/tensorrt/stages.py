@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.check import refuse_optimized
 from hasten.engines.tensorrt import PROMPTS
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.files import AMAX, ENGINE, GRAPH
@@ -46,6 +45,7 @@ from hasten.errors import EngineError, Faults
 from hasten.machine import machine, version_of
 from hasten.memory import PeakMemory, ran_out
 from hasten.models.defaults import ModelDefaults, defaults_for
+from hasten.optimization import refuse_optimized
 from hasten.prompts import read_prompts
 from hasten.recipe import Sampling
 from hasten.settings import Settings
@@ -352,7 +352,7 @@ def _own_tokens(settings: Settings) -> int:
 
 
 def _family(pipe: Any, faults: Faults) -> Any:
-    from hasten.families.family import family_of
+    from hasten.families import family_of
 
     with faults.gather():
         return family_of(pipe)

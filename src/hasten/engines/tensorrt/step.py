@@ -8,7 +8,7 @@
 | cos, sin | (T+S)×head_dim    | float32   | rotary embedding, text first |
 | velocity | 1×S×C             | precision | the output |
 
-This is the signature of `hasten.passes.fuse.forward.Body`: timestep, guidance and pooled text come
+This is the signature of `hasten.step.body.Body`: timestep, guidance and pooled text come
 in as the row, so the modulation weights (two fifths of an FP8 FLUX.1) are in no engine. T is fixed;
 S, the number of image tokens, is free within the engine's profile.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hasten.engines.tensorrt.manifest import Shapes
 from hasten.families.family import Family
-from hasten.families.modulations import Modulations, RowReader
+from hasten.step.modulations import Modulations, RowReaders
 
 __all__ = [
     "INPUTS", "OUTPUT", "STATE", "Step", "Watched", "block_of", "graph_sizes", "hooked",
@@ -39,18 +39,12 @@ STATE = "block/"  # begins the names of the blocks' outputs in a graph
 class Step(nn.Module):
     """The blocks of a transformer between latents and velocity, with a row for its modulations.
 
-    Replaces the modulation linears of the transformer that it is given by readers of the row: give
-    it a copy. The readers keep the linears, so `sample` can make rows of it.
+    The modulation linears of the transformer that it is given read the row while it runs.
     """
 
     def __init__(self, transformer: Any, family: Family) -> None:
         super().__init__()
-        modulations = Modulations(family.modulated_norms(transformer))
-        self.readers: list[RowReader] = []  # a list: they are the transformer's children, not ours
-        for name, norm in modulations.norms:
-            reader = RowReader(norm.linear, modulations.start[name])
-            norm.linear = reader
-            self.readers.append(reader)
+        self.readers = RowReaders(Modulations(family.modulated_norms(transformer)))
         self.transformer = transformer
         self.family = family
 
@@ -58,11 +52,13 @@ class Step(nn.Module):
         self, latents: Tensor, text: Tensor, row: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         """The velocity, 1×S×C; shapes as in the module's table."""
-        state = self.family.state(self.transformer, latents, text, row, (cos, sin))
-        with RowReader.reading(self.readers, row):
-            for _, after in self.family.blocks(self.transformer, state):
+        parts = self.family.export
+        state = parts.state(self.transformer, latents, text, row, (cos, sin))
+        with self.readers.reading(row):
+            for _, after in parts.blocks(self.transformer, state):
                 state = after
-            return self.family.epilogue(self.transformer, state)
+            velocity: Tensor = parts.epilogue(self.transformer, state)
+            return velocity
 
 
 def state_name(block: str, position: int) -> str:
@@ -155,12 +151,12 @@ def sample(
     half = torch.full((1,), 0.5, device=here.device, dtype=here.dtype)
     guidance = torch.full_like(half, 3.5) if config.guidance_embeds else None
     pooled = normal(1, config.pooled_projection_dim)
-    conditioning = family.conditioning(transformer, half, guidance, pooled, here.dtype)
+    conditioning = family.export.conditioning(transformer, half, guidance, pooled, here.dtype)
     row = Modulations(family.modulated_norms(transformer)).rows(conditioning)
     ids = torch.zeros(shapes.text + height * width, 3, device=here.device)
     places = torch.arange(height * width, device=here.device)
     ids[shapes.text :, 1] = (places // width).float()
     ids[shapes.text :, 2] = (places % width).float()
-    cos, sin = family.rotary(transformer, ids[: shapes.text], ids[shapes.text :])
+    cos, sin = family.export.rotary(transformer, ids[: shapes.text], ids[shapes.text :])
     rounded = {"latents": latents, "text": text, "row": row}
     return {**{name: x.to(dtype) for name, x in rounded.items()}, "cos": cos, "sin": sin}
