@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {
         "errors", "recipe", "machine", "memory", "process", "units", "atomic", "kernels",
         "families", "models", "quantization", "prompts", "library_logging", "structural_copy",
-        "check",
+        "check", "user_files",
     },
     "structural_copy": {"errors"},
     "conflicts": {"recipe", "machine"},
@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "recipe", "machine", "families", "models", "passes", "engines", "check",
         "conflicts", "structural_copy", "log", "pipeline",
     },
+    "generation": {"", "atomic", "errors", "machine", "pipeline", "recipe", "settings"},
     "calibration": {
         "errors", "recipe", "quality", "kernels", "families", "models", "passes", "quantization",
         "apply", "pipeline",

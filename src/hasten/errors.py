@@ -36,6 +36,7 @@ __all__ = [
     "causes",
     "join_fixes",
     "one_line",
+    "printable",
     "unsupported",
 ]
 
@@ -112,13 +113,17 @@ class CallError(HastenError):
     """The transformer was called in an order or with shapes the step cache cannot follow."""
 
 
+def printable(text: str) -> str:
+    """Text with a space in place of each line break, control character and unknown code."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
 def one_line(text: str, longest: int = LONGEST_FAULT) -> str:
     """Text from files and libraries, fit to be printed as one line of a terminal.
 
     Line breaks and control codes become spaces; of longer text, the middle is left out.
     """
-    if not text.isprintable() or "  " in text:
-        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = " ".join(printable(text).split())
     if len(text) <= longest:
         return text
     head = longest * 2 // 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from hasten.errors import InputError
@@ -43,7 +44,7 @@ def read_text(path: str | Path, kind: str, fix: str) -> str:
         raise InputError(f"{path}: not {name} text (byte {error.start})", fix) from None
 
 
-def expand_user(path: str | Path) -> Path:
+def expand_user(path: str | os.PathLike[str]) -> Path:
     """`Path.expanduser`, with an InputError for a user that does not exist."""
     try:
         return Path(path).expanduser()

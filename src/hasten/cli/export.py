@@ -152,7 +152,7 @@ def _before(request: Request, key: str | None) -> Manifest | None:
 def _exported(request: Request, key: str | None) -> Manifest:
     """key: before anything was loaded. What it led to is remembered where the model's files have
     not changed since; None becomes a key where loading has fetched them."""
-    from hasten.cli.progress import ProgressBar, silence_library_bars
+    from hasten.cli.terminal import ProgressBar, silence_library_bars
 
     with ProgressBar() as progress:
         progress.stage("loading")

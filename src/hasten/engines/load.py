@@ -19,6 +19,7 @@ from hasten.engines.tensorrt.twin import float32_twin
 from hasten.engines.tensorrt.versions import STAGES
 from hasten.errors import EngineError, InputError
 from hasten.recipe import Engine, Sampling, parse_size
+from hasten.user_files import expand_user
 
 __all__ = ["load_body", "read_export"]
 
@@ -88,7 +89,7 @@ def read_export(recipe: Engine, target: str | None) -> Manifest:
     target: of the GPU that is to run it, None where there is none. Raises InputError or EngineError
     where no whole export is there, or one of another precision or for other GPUs.
     """
-    folder = Path(recipe.path or "").expanduser()
+    folder = expand_user(recipe.path or "")
     manifest = Manifest.read(folder)
     if manifest.precision != recipe.precision:
         raise InputError(

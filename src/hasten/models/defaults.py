@@ -8,6 +8,7 @@ A model directory may carry `hasten.json` beside `model_index.json`:
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hasten.errors import ModelError
 from hasten.models.architecture import shape_named
+from hasten.user_files import expand_user
 
 __all__ = ["TINY_DIR", "ModelDefaults", "check_model", "defaults_for", "model_directory"]
 
@@ -40,8 +42,8 @@ def model_directory(model: str) -> Path | None:
         return TINY_DIR
     if model.startswith("shape:"):
         return None
-    path = Path(model).expanduser()
-    return path if path.exists() or _looks_like_path(model) else None
+    path = expand_user(model)
+    return path if os.path.lexists(path) or _looks_like_path(model) else None
 
 
 def check_model(model: str) -> None:
