@@ -53,7 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors", "recipe", "machine", "families", "models", "passes", "engines", "check",
         "conflicts", "structural_copy", "log", "pipeline",
     },
-    "generation": {"", "atomic", "errors", "machine", "pipeline", "recipe", "settings"},
+    "generation": {
+        "", "atomic", "errors", "machine", "memory", "pipeline", "recipe", "settings",
+    },
     "calibration": {
         "errors", "recipe", "quality", "kernels", "families", "models", "passes", "quantization",
         "apply", "pipeline",

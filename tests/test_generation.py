@@ -117,3 +117,10 @@ def test_nothing_is_written_through_a_link_that_lies_where_drafts_did(tmp_path: 
     (tmp_path / f".a.png.{os.getpid()}.tmp").symlink_to(victim)
     save_png(tmp_path / "a.png", Image.new("RGB", (16, 16)), REQUEST)
     assert victim.read_text() == "mine"
+
+
+def test_a_pipeline_that_fails_is_the_models_fault_in_one_line(pipe: Any) -> None:
+    pipe.vae.register_to_config(scaling_factor="x")
+    with pytest.raises(ModelError, match="mine: the pipeline failed: TypeError") as caught:
+        render(hasten.optimize(pipe, "baseline"), REQUEST)
+    assert "baseline" in caught.value.fix

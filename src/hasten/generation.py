@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten import __version__
 from hasten.atomic import write_bytes
-from hasten.errors import InputError, ModelError
+from hasten.errors import HastenError, InputError, ModelError
 from hasten.machine import version_of
+from hasten.memory import ran_out
 from hasten.recipe import Recipe, ScheduleCache
 from hasten.settings import Settings
 
@@ -72,21 +74,23 @@ def render(
         progress: Called after each step with the number of steps that are finished.
 
     Raises:
-        ModelError: The picture has values that are not finite.
+        ModelError: The pipeline fails, as with a damaged configuration, or the picture has values
+            that are not finite.
     """
     import numpy as np
     import torch
     from PIL import Image
 
     start = time.perf_counter()
-    pixels = fast(
-        prompt=request.prompt,
-        **request.settings.call_arguments(),
-        # On the CPU, so that a seed gives the same noise on every device.
-        generator=torch.Generator().manual_seed(request.seed),
-        callback_on_step_end=_at_step_end(progress),
-        output_type="np",
-    ).images[0]
+    with _named_failures(request.model):
+        pixels = fast(
+            prompt=request.prompt,
+            **request.settings.call_arguments(),
+            # On the CPU, so that a seed gives the same noise on every device.
+            generator=torch.Generator().manual_seed(request.seed),
+            callback_on_step_end=_at_step_end(progress),
+            output_type="np",
+        ).images[0]
     if not np.isfinite(pixels).all():
         raise _not_finite(fast, request)
     image = Image.fromarray((pixels * 255).round().astype("uint8"))  # as Diffusers does it
@@ -122,6 +126,21 @@ def png_bytes(image: Image, request: Request) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+@contextmanager
+def _named_failures(model: str) -> Iterator[None]:
+    """A ModelError for what the libraries raise; hasten's errors and lack of memory stay."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, HastenError) or ran_out(error):
+            raise
+        raise ModelError(
+            f"{model}: the pipeline failed: {type(error).__name__}: {error}",
+            "try the recipe baseline: where it fails too, the model's files are damaged or do not "
+            "belong together; else report what --debug shows",
+        ) from error
 
 
 def _at_step_end(progress: Callable[[int], None] | None) -> Any:

@@ -188,8 +188,7 @@ def _exported(request: Request, key: str | None) -> Manifest:
 def _key(request: Request) -> str | None:
     """Of the request and the model's files by size and time; None where there are none to see."""
     from hasten.engines.tensorrt.request_memo import request_key
-    from hasten.models.defaults import model_directory
-    from hasten.models.hub import cached_snapshot
+    from hasten.models.defaults import cached_snapshot, model_directory
 
     model = request.called.model
     shape = model if model.startswith("shape:") else None
