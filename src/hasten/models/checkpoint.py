@@ -162,10 +162,14 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
     )
     if "quantization_config" in _read_json(folder / "config.json"):
         return module, []  # its codes have names of their own
+    buffers = {name for name, _ in module.named_buffers()}  # made, not loaded: position_ids
     shapes = {entry[0] for entry in info["mismatched_keys"]}
     faults = [
         _fault(set(info["missing_keys"]) - shapes, "without weights in its files"),
-        _fault(info["unexpected_keys"], f"too many in its files, unknown to {kind.__name__}"),
+        _fault(
+            set(info["unexpected_keys"]) - buffers,
+            f"too many for {kind.__name__} in its files",
+        ),
         _fault(shapes, "of another shape in its files"),
     ]
     return module, [fault for fault in faults if fault]
