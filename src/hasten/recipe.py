@@ -121,7 +121,7 @@ class ScheduleCache(Section):
     """A static plan, usually learned by `hasten calibrate`: which of `steps` steps to compute.
 
     `sigmas` are the noise levels it was learned on; a run on other ones gets it resampled in
-    sigma. `weights`, one row a computed step, combine the newest outputs (newest first) into the
+    sigma. `weights`, one row per computed step, combine the newest outputs (newest first) into the
     velocity used from that step to the next computed one; without them `predictor` does.
     `fingerprint` names the model it was learned on.
     """
@@ -211,7 +211,7 @@ Cache = Annotated[
 
 
 class Fuse(Section):
-    """Work done once a run instead of once a step, and kernels that do several things in one pass.
+    """Work done once per run instead of per step, and kernels that do several things in one pass.
 
     `conditioning`: the AdaLN modulations of all steps come from one table made before the first
     step; so do the rotary and text embeddings. `kernels`: the blocks run on hasten's own fused
@@ -229,7 +229,7 @@ class Quantize(Section):
     rounds as the scheme does and multiplies in the pipeline's dtype: the scheme's quality on any
     device, without its speed.
 
-    `activations`: scaled as they come ("dynamic"), or with one scale a linear from `amax`
+    `activations`: scaled as they come ("dynamic"), or with one scale per linear from `amax`
     ("static", `fp8` only), the largest absolute input that each linear saw when
     `hasten calibrate --activations` watched the model that `fingerprint` names. Larger inputs
     become the largest code. `granularity` is then that of the weights alone.
@@ -237,7 +237,7 @@ class Quantize(Section):
 
     scheme: Literal["fp8", "int8", "fp8-weight", "int8-weight"] = "fp8"
     granularity: Literal["row", "tensor"] = Field(
-        default="row", description="one scale a row (token, output channel) or one a tensor"
+        default="row", description="one scale per row (token, output channel) or per tensor"
     )
     skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="linears to leave alone, as patterns: transformer_blocks.0.*"
@@ -273,15 +273,15 @@ class Quantize(Section):
 
 
 class Attention(Section):
-    """Which kernel multiplies queries, keys and values; "auto" times those there, once a shape."""
+    """Which kernel multiplies queries, keys and values; "auto" times them once per shape."""
 
     backend: Literal["auto", "native", "cudnn", "flash", "efficient", "math"] = "auto"
 
 
 class Compile(Section):
-    """torch.compile of the repeated blocks (one compilation a block class) or of the whole step.
+    """torch.compile of the repeated blocks (one compilation per block class) or of the whole step.
 
-    `cuda_graphs`: record the step's kernels once a shape and replay them as one launch; mode "none"
+    `cuda_graphs`: record the step's kernels once per shape and replay them as one launch; mode "none"
     does that without torch.compile.
     """
 
@@ -339,7 +339,7 @@ class Engine(Section):
     kind: Literal["tensorrt", "onnxruntime"] = "tensorrt"
     precision: Literal["bf16", "fp16", "fp8"] = "fp8"
     calibration: Literal["max", "smoothquant"] = Field(
-        default="max", description="how fp8 finds the scales of what its linears are fed"
+        default="max", description="how fp8 finds the scales of the inputs of its linears"
     )
     max_size: Size | None = Field(
         default=None, description="WIDTHxHEIGHT of the largest picture; absent: 2048x2048"

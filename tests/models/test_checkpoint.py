@@ -160,9 +160,7 @@ def test_a_missing_tensor_is_an_error(model: Path, part: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_an_unexpected_tensor_is_an_error(model: Path, part: str) -> None:
     change(model / part, lambda tensors: tensors.update({"b.c": torch.ones(1), "a": torch.ones(1)}))
-    with pytest.raises(
-        ModelError, match=f"{part} has 2 tensors too many for .* in its files, first a"
-    ):
+    with pytest.raises(ModelError, match=f"{part} has 2 tensors too many.*, first a"):
         load_pipeline(str(model), device="cpu")
 
 
