@@ -281,8 +281,8 @@ class Attention(Section):
 class Compile(Section):
     """torch.compile of the repeated blocks (one compilation per block class) or of the whole step.
 
-    `cuda_graphs`: record the step's kernels once per shape and replay them as one launch; mode "none"
-    does that without torch.compile.
+    `cuda_graphs`: record the step's kernels once per shape and replay them as one launch; mode
+    "none" does that without torch.compile.
     """
 
     mode: Literal["blocks", "full", "none"] = "blocks"
