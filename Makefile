@@ -7,8 +7,14 @@ STAMP := $(VENV)/.installed
 # Two workers were the faster on two cores; JOBS=0 runs in one process.
 JOBS ?= 2
 PYTEST_ARGS ?=
+# `make lowest` installs this torch; TORCH=torch==2.8.0 for the oldest.
+TORCH ?= torch
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/test_recipe.py tests/test_results.py tests/test_generation.py \
+  tests/models/test_load.py tests/models/test_checkpoint.py tests/cli/test_app.py \
+  tests/cli/test_generate.py tests/report/test_html.py tests/report/test_plot.py
 
-.PHONY: help setup demo bench test check format docs clean
+.PHONY: help setup demo bench test lowest check format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## what the targets do
@@ -37,6 +43,15 @@ bench: setup  ## the same with 50 prompts
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
+lowest:  ## run some tests on the oldest dependencies allowed, in .venv-lowest (Python 3.11)
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r $(LOWEST)/requirements.txt $(TORCH) pytest pytest-timeout hypothesis
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(LOWEST)/bin/python -m pip check
+	$(LOWEST)/bin/python -m pytest -k "not export" $(LOWEST_TESTS) $(PYTEST_ARGS)
+
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +66,4 @@ docs: setup  ## write docs/cli.md from the commands
 
 clean:  ## remove caches and outputs (not .venv)
 	rm -rf out dist build site .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

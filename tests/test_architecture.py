@@ -16,9 +16,10 @@ SOURCE = Path(hasten.__file__).parent
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "presets": set(),
-    "recipe": {"errors"},
+    "user_files": {"errors"},
+    "recipe": {"errors", "user_files"},
     "results": {"errors"},
-    "prompts": {"errors"},
+    "prompts": {"errors", "sealed", "user_files"},
     "memory": {"errors"},
     "machine": {"errors", "memory"},
     "process": set(),
@@ -31,8 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"errors", "results", "units"},
     "kernels": {"errors"},
     "quantization": {"errors", "recipe", "machine", "kernels"},
-    "families": {"errors", "kernels", "quantization"},
-    "models": {"errors", "machine", "memory", "units", "families", "library_logging"},
+    "families": {"errors", "kernels", "quantization", "step"},
+    "models": {
+        "errors", "machine", "memory", "sealed", "units", "user_files", "families",
+        "library_logging",
+    },
     "settings": {"errors", "recipe", "machine", "models"},
     "schedules": {"recipe"},
     "step": {"errors"},
@@ -42,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {
         "errors", "recipe", "machine", "memory", "process", "units", "atomic", "kernels",
         "families", "models", "quantization", "prompts", "library_logging", "structural_copy",
-        "check", "sealed", "settings",
+        "check", "sealed", "settings", "user_files",
     },
     "structural_copy": {"errors"},
     "conflicts": {"recipe", "machine"},
@@ -51,6 +55,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "apply": {
         "errors", "recipe", "machine", "families", "models", "passes", "engines", "check",
         "conflicts", "structural_copy", "log", "pipeline",
+    },
+    "generation": {
+        "", "atomic", "errors", "machine", "memory", "pipeline", "recipe", "settings",
     },
     "calibration": {
         "errors", "recipe", "quality", "kernels", "families", "models", "passes", "quantization",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hasten.errors import (
     EngineError,
@@ -15,6 +17,8 @@ from hasten.errors import (
     RecipeError,
     UnsupportedError,
     join_fixes,
+    one_line,
+    unsupported,
 )
 
 
@@ -92,3 +96,21 @@ def test_other_exceptions_pass() -> None:
 def test_fixes_are_joined_without_repeats_and_empty_ones() -> None:
     assert join_fixes(["a", "", "b", "a"]) == "a; b"
     assert join_fixes([]) == ""
+
+
+@given(st.text(), st.integers(20, 400))
+def test_one_line_fits_and_is_printable(text: str, longest: int) -> None:
+    line = one_line(text, longest)
+    assert line.isprintable()
+    assert len(line) <= longest
+    assert one_line(line, longest) == line
+
+
+def test_an_error_has_no_control_characters_and_no_endless_lines() -> None:
+    error = RecipeError(["a\x1b[2Jb", "c\n" * 1000], "d\0" + "e" * 5000)
+    assert error.faults[0] == "a [2Jb"
+    assert all(line.isprintable() for line in str(error).splitlines())
+    assert [len(line) for line in str(error).splitlines()] == [6, 400, 1005]
+    both = unsupported([("x\r" * 500, "y"), ("z\x1b", "y")])
+    assert all(len(line) <= 400 and line.isprintable() for line in both.faults)
+    assert both.parts[0].faults == both.faults

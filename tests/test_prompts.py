@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.errors import InputError
-from hasten.prompts import read_prompts
+from hasten.prompts import check_prompt, read_prompts
 
 
 @pytest.fixture
@@ -113,3 +115,76 @@ def test_reading_prompts_imports_no_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("set.csv", 'Prompts,Category\n"a red car, parked",Colors\na wine glass,Positional\n'),
+        ("set.tsv", "Category\tPROMPT\nColors\ta red car, parked\n\nPositional\ta wine glass\n"),
+        ("set.jsonl", '{"id": 1, "prompt": "a red car, parked"}\n\n{"Prompts": "a wine glass"}\n'),
+        ("set.NDJSON", '"a red car, parked"\r\n{"prompt": "a wine glass"}'),
+        ("lines.csv", '\ufeffprompt\r\n"a red car,\r\n  parked"\r\na wine glass\r\n'),
+        ("old-mac.txt", "a red car, parked\ra wine glass\r"),
+        ("joined.txt", "a red car, parked\n\ufeffa wine glass"),
+    ],
+)
+def test_formats_in_which_prompts_are_published(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    assert read_prompts(path) == ["a red car, parked", "a wine glass"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("set.json", '["a"]', "not read from .json files"),
+        ("set.yaml", "a: b", "not read from .yaml files"),
+        ("set.csv", "text,id\na,1\n", "one column must be called prompt; there are text, id"),
+        ("set.csv", "prompt,Prompt\na,b\n", "one column must be called prompt"),
+        (
+            "set.csv",
+            "prompt,id\na red car, parked,1\n",
+            "line 2 has 3 columns",
+        ),
+        ("set.csv", 'prompt\n"a red car\nand so on\n', "unexpected end of data"),
+        ("set.csv", "prompt\n\n", "there are no prompts in it"),
+        ("set.csv", "", "one column must be called prompt"),
+        ("set.jsonl", '{"prompt": "a"}\n{"caption": "b"}\n', "line 2 has no text under the key"),
+        ("set.jsonl", '{"prompt": 3}\n', "line 1 has no text under the key"),
+        ("set.jsonl", '{"prompt": "a"\n', "line 1: it is not valid JSON"),
+        ("set.jsonl", "[" * 100_000, "line 1: it is nested too deeply"),
+        ("set.txt", "a\nb\x1b[2J\n", "prompt 2 has the control character U\\+001B"),
+        ("set.txt", "a\0\n", "prompt 1 has the control character U\\+0000"),
+        ("set.jsonl", '"\\ud800"', "prompt 1 has the control character U\\+D800"),
+    ],
+)
+def test_formats_that_are_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=words) as caught:
+        read_prompts(path)
+    assert len(caught.value.faults) == 1
+    assert caught.value.fix
+
+
+@settings(deadline=None)
+@given(prompts=st.lists(st.text("ab,\"'\t #äé", min_size=1).filter(str.strip), min_size=1))
+def test_a_table_holds_what_was_written_into_it(
+    prompts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        with (folder / f"law{suffix}").open("w", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([["prompt"], *([p] for p in prompts)])
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (folder / "law.jsonl").write_text("\n".join(lines))
+    for suffix in (".csv", ".tsv", ".jsonl"):
+        assert read_prompts(folder / f"law{suffix}") == [prompt.strip() for prompt in prompts]
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "caf\udce9", "a\x1b[2J", "a\0"])
+def test_prompts_that_are_not_drawn(prompt: str) -> None:
+    with pytest.raises(InputError, match="the prompt"):
+        check_prompt(prompt)
+    check_prompt("ein roter Drache, 紅色風箏 🪁\nat dusk")

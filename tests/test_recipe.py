@@ -23,6 +23,7 @@ from hasten.recipe import (
     ResidualCache,
     Sampling,
     ScheduleCache,
+    _name_of,
     parse_size,
     preset_names,
     read_recipe,
@@ -182,8 +183,8 @@ def test_recipe_files(tmp_path: Path) -> None:
     path.write_text("[cache]\ninterval = 4\n")
     assert resolve(path).name == "quick"
     assert resolve(str(path)) == read_recipe(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not UTF-8"):
+    path.write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(InputError, match="not UTF-16"):
         read_recipe(path)
     with pytest.raises(InputError, match="no such recipe file"):
         resolve(tmp_path / "missing.toml")
@@ -261,3 +262,77 @@ def test_errors_carry_faults_and_one_fix() -> None:
     error = HastenError(["one", "two"], "do this")
     assert error.faults == ("one", "two")
     assert str(error) == "one\ntwo\nfix: do this"
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("schnell-für-4090", "schnell-fur-4090"),
+        ("my recipe", "my-recipe"),
+        ("v1.2_a", "v1.2_a"),
+        ("x" * 64, "x" * 64),
+        ("x" * 65, "x" * 55 + "-9537c5fd"),
+        ("紅", "recipe-"),
+    ],
+)
+def test_a_file_of_any_name_gives_its_recipe_one(tmp_path: Path, stem: str, name: str) -> None:
+    path = tmp_path / f"{stem}.toml"
+    path.write_text("[cache]\n")
+    assert resolve(path).name.startswith(name)
+
+
+@given(st.text(min_size=1).filter(lambda stem: "\0" not in stem and "/" not in stem))
+def test_every_stem_is_made_a_valid_name(stem: str) -> None:
+    name = _name_of(stem)
+    assert Recipe(name=name).name == name
+    assert _name_of(name) == name
+
+
+def test_a_copy_of_a_preset_is_called_as_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(resolve("cache").to_toml())
+    assert resolve(path) == resolve("cache").but(name="mine")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_recipes_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('description = "für zwei"\r\n[cache]\r\ninterval = 2\r\n', encoding)
+    assert resolve(path).description == "für zwei"
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("a = " + "[" * 3000, "nested too deeply"),
+        ("a = " + "[" * 20 + "]" * 20, "a: nested too deeply"),
+        ("[sampling]\nsteps = " + "9" * 5000, "a number has thousands of digits"),
+        ("[sampling]\nguidance = " + "9" * 400, "sampling.guidance: a number beyond 64 bits"),
+        ("[cache]\ninterval = 0x" + "f" * 9000, "cache.interval: a number beyond 64 bits"),
+        ('[engine]\npath = "a\\u0000"', "engine.path: has the control character U\\+0000"),
+        ('description = "a\\u001b[2J"', "description: has the control character U\\+001B"),
+        ('["\\u001b"]', "recipe: a key has the control character U\\+001B"),
+        ('[cache]\ninterval = "' + "x" * 10**5 + '"', "cache.interval = .* Input should be"),
+        ("k" * 10**5 + " = 1", "unknown key 'kkk"),
+        ("\n".join(f"k{i} = 1" for i in range(999)), "and 979 more like these"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_odd_values_are_faults_of_one_short_line(toml: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        Recipe.from_toml(toml, source="mine.toml")
+    assert all(len(fault) <= 400 for fault in caught.value.faults)
+    assert len(caught.value.faults) <= 21
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("weight", [1e300, -1e30, 1000.1])
+def test_weights_that_draw_black_pictures_are_refused(weight: float) -> None:
+    cache = {"kind": "schedule", "steps": 2, "compute": [0, 1], "weights": [[1.0], [weight]]}
+    with pytest.raises(RecipeError, match=r"than or equal to -?1000"):
+        Recipe.from_dict({"cache": cache})
+
+
+def test_which_recipes_change_nothing() -> None:
+    assert Recipe(name="a", description="b").changes_nothing
+    assert [name for name in preset_names() if resolve(name).changes_nothing] == ["baseline"]

@@ -92,7 +92,7 @@ def directory_mib(folder: Path) -> float:
 
 def check(run: Run, pipe: FluxPipeline, folder: Path, defaults: dict[str, Any]) -> float:
     """Load the directory as a user does; its pictures must be the pipeline's. Largest error."""
-    loaded = FluxPipeline.from_pretrained(folder)
+    loaded = FluxPipeline.from_pretrained(folder, use_safetensors=True)
     loaded.set_progress_bar_config(disable=True)
     loaded.to(run.device)
     types = {p.dtype for name in modules_of(loaded) for p in getattr(loaded, name).parameters()}

@@ -10,8 +10,9 @@ HastenError                 base: one message, one fix
 └── CallError               an optimised pipeline was driven in a way that cannot be followed
 
 An error carries its faults, one line each, and one fix. The command line prints exactly these
-lines; from Python `str(error)` is the same text. `Faults` gathers errors, so that a user sees all
-of them at once, each with its own fix.
+lines; from Python `str(error)` is the same text. Whatever text of a file or a library is in them,
+they hold no control characters and are at most 400 characters long (a fix 1,000). `Faults` gathers
+errors, so that a user sees all of them at once, each with its own fix.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ __all__ = [
     "UnsupportedError",
     "causes",
     "join_fixes",
+    "one_line",
+    "printable",
     "unsupported",
 ]
+
+
+LONGEST_FAULT, LONGEST_FIX = 400, 1000
 
 
 class Part(NamedTuple):
@@ -61,9 +67,13 @@ class HastenError(Exception):
     def __init__(
         self, faults: str | Sequence[str], fix: str = "", *, parts: Sequence[Part] = ()
     ) -> None:
-        self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
-        self.fix = fix
-        self.parts = tuple(parts) or (Part(self.faults, fix),)
+        faults = (faults,) if isinstance(faults, str) else tuple(faults)
+        self.parts = tuple(
+            Part(tuple(map(one_line, part.faults)), one_line(part.fix, LONGEST_FIX))
+            for part in tuple(parts) or (Part(faults, fix),)
+        )
+        self.faults: tuple[str, ...] = tuple(map(one_line, faults))
+        self.fix = one_line(fix, LONGEST_FIX)
         super().__init__("\n".join(line for part in self.parts for line in part.lines()))
 
     def __reduce__(self) -> Any:
@@ -101,6 +111,23 @@ class AlreadyOptimizedError(HastenError):
 
 class CallError(HastenError):
     """The transformer was called in an order or with shapes the step cache cannot follow."""
+
+
+def printable(text: str) -> str:
+    """Text with a space in place of each line break, control character and unknown code."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def one_line(text: str, longest: int = LONGEST_FAULT) -> str:
+    """Text from files and libraries, fit to be printed as one line of a terminal.
+
+    Line breaks and control codes become spaces; of longer text, the middle is left out.
+    """
+    text = " ".join(printable(text).split())
+    if len(text) <= longest:
+        return text
+    head = longest * 2 // 3
+    return f"{text[:head]} ... {text[head + 5 - longest :]}"
 
 
 def causes(error: BaseException) -> list[BaseException]:

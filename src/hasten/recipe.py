@@ -7,11 +7,13 @@ that its pass does not run. `Recipe()` changes nothing at all and is the preset 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +31,8 @@ from pydantic import (
     model_validator,
 )
 
-from hasten.errors import InputError, RecipeError
+from hasten.errors import InputError, RecipeError, one_line
+from hasten.user_files import control_character, read_text
 
 __all__ = [
     "Attention",
@@ -58,7 +61,9 @@ Predictor = Literal["reuse", "linear", "damped"]
 StepIndex = Annotated[int, Field(strict=True, ge=0)]
 Sigma = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Largest = Annotated[float, Field(gt=0, le=3e38)]  # what float32 holds
-Weight = Annotated[float, Field(allow_inf_nan=False)]
+# Learned weights add up to about 1, and none is above 10. Of 1e3, errors of a bfloat16 are as large
+# as what is drawn; beyond float32's range the picture is black.
+Weight = Annotated[float, Field(ge=-1e3, le=1e3, allow_inf_nan=False)]
 Weights = Annotated[tuple[Weight, ...], Field(strict=False, min_length=1, max_length=4)]
 
 
@@ -116,7 +121,7 @@ class ScheduleCache(Section):
     """A static plan, usually learned by `hasten calibrate`: which of `steps` steps to compute.
 
     `sigmas` are the noise levels it was learned on; a run on other ones gets it resampled in
-    sigma. `weights`, one row a computed step, combine the newest outputs (newest first) into the
+    sigma. `weights`, one row per computed step, combine the newest outputs (newest first) into the
     velocity used from that step to the next computed one; without them `predictor` does.
     `fingerprint` names the model it was learned on.
     """
@@ -206,7 +211,7 @@ Cache = Annotated[
 
 
 class Fuse(Section):
-    """Work done once a run instead of once a step, and kernels that do several things in one pass.
+    """Work done once per run instead of per step, and kernels that do several things in one pass.
 
     `conditioning`: the AdaLN modulations of all steps come from one table made before the first
     step; so do the rotary and text embeddings. `kernels`: the blocks run on hasten's own fused
@@ -224,7 +229,7 @@ class Quantize(Section):
     rounds as the scheme does and multiplies in the pipeline's dtype: the scheme's quality on any
     device, without its speed.
 
-    `activations`: scaled as they come ("dynamic"), or with one scale a linear from `amax`
+    `activations`: scaled as they come ("dynamic"), or with one scale per linear from `amax`
     ("static", `fp8` only), the largest absolute input that each linear saw when
     `hasten calibrate --activations` watched the model that `fingerprint` names. Larger inputs
     become the largest code. `granularity` is then that of the weights alone.
@@ -232,7 +237,7 @@ class Quantize(Section):
 
     scheme: Literal["fp8", "int8", "fp8-weight", "int8-weight"] = "fp8"
     granularity: Literal["row", "tensor"] = Field(
-        default="row", description="one scale a row (token, output channel) or one a tensor"
+        default="row", description="one scale per row (token, output channel) or per tensor"
     )
     skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="linears to leave alone, as patterns: transformer_blocks.0.*"
@@ -268,16 +273,16 @@ class Quantize(Section):
 
 
 class Attention(Section):
-    """Which kernel multiplies queries, keys and values; "auto" times those there, once a shape."""
+    """Which kernel multiplies queries, keys and values; "auto" times them once per shape."""
 
     backend: Literal["auto", "native", "cudnn", "flash", "efficient", "math"] = "auto"
 
 
 class Compile(Section):
-    """torch.compile of the repeated blocks (one compilation a block class) or of the whole step.
+    """torch.compile of the repeated blocks (one compilation per block class) or of the whole step.
 
-    `cuda_graphs`: record the step's kernels once a shape and replay them as one launch; mode "none"
-    does that without torch.compile.
+    `cuda_graphs`: record the step's kernels once per shape and replay them as one launch; mode
+    "none" does that without torch.compile.
     """
 
     mode: Literal["blocks", "full", "none"] = "blocks"
@@ -334,7 +339,7 @@ class Engine(Section):
     kind: Literal["tensorrt", "onnxruntime"] = "tensorrt"
     precision: Literal["bf16", "fp16", "fp8"] = "fp8"
     calibration: Literal["max", "smoothquant"] = Field(
-        default="max", description="how fp8 finds the scales of what its linears are fed"
+        default="max", description="how fp8 finds the scales of the inputs of its linears"
     )
     max_size: Size | None = Field(
         default=None, description="WIDTHxHEIGHT of the largest picture; absent: 2048x2048"
@@ -361,7 +366,11 @@ class Engine(Section):
 
 
 class Recipe(Section):
-    """All passes of one optimisation. Order: quantize, fuse, compile, cache, text to offload."""
+    """All passes of one optimisation. Order: quantize, fuse, compile, cache, text to offload.
+
+    `name` stands in results and file names. A recipe that was read from a file is called as the
+    file is, whatever name the file gives: copies of one recipe can be told apart.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "custom"
     description: str = ""
@@ -382,19 +391,26 @@ class Recipe(Section):
         try:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise RecipeError(
-                f"{source}: not valid TOML: {_one_line(error)}",
-                "see `hasten recipes show cache` for a recipe that is",
-            ) from None
-        return cls.from_dict(data, source=source)
+            reason = f"not valid TOML: {error}"
+        except ValueError:  # Python's limit; TOML's are 64 bits
+            reason = "a number has thousands of digits"
+        except RecursionError:
+            reason = "nested too deeply"
+        else:
+            return cls.from_dict(data, source=source)
+        raise RecipeError(
+            f"{source}: {reason}", "see `hasten recipes show cache` for a recipe that is valid"
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, source: str = "recipe") -> Recipe:
         """Validate plain data; every fault is reported at once as one RecipeError."""
+        if odd := list(_odd_values(data)):
+            raise RecipeError(_first(f"{source}: {fault}" for fault in odd), "correct these values")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            faults = [f"{source}: {_fault(detail)}" for detail in error.errors()]
+            faults = _first(f"{source}: {_fault(detail)}" for detail in error.errors())
             raise RecipeError(faults, _recipe_fix(error)) from None
 
     def to_toml(self) -> str:
@@ -405,6 +421,11 @@ class Recipe(Section):
     def json_schema(cls) -> dict[str, Any]:
         """JSON schema (draft 2020-12) of the TOML file, for editors and other tools."""
         return cls.model_json_schema()
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether there is no section in it, so that the pipeline runs as it is."""
+        return not self.model_dump(exclude_none=True, exclude={"name", "description"})
 
     def but(self, **changes: Any) -> Recipe:
         """A validated copy with some sections replaced, e.g. `recipe.but(cache=None)`."""
@@ -454,28 +475,36 @@ def resolve(recipe: str | Path | Recipe) -> Recipe:
         return Recipe.from_toml(preset.read_text("utf-8"), source=text)
     if isinstance(recipe, Path) or text.endswith(".toml") or "/" in text:
         return read_recipe(Path(text))
-    close = difflib.get_close_matches(text, preset_names(), n=1)
+    close = difflib.get_close_matches(text[:80], preset_names(), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise RecipeError(
-        f"no preset is called {text!r}",
+        f"no preset is called {one_line(text, 80)!r}",
         f"{hint}presets: {', '.join(preset_names())}; or give the path of a .toml file",
     )
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe file. Its name defaults to its stem; `engine.path` starts at its folder."""
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe file", "check the path") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text", "a recipe is a TOML file in UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}", "check the path") from None
+    """Read a recipe file, in UTF-8 or UTF-16.
+
+    Its name is the file's, without `.toml`; `engine.path` starts at the file's folder.
+
+    Raises:
+        InputError: The file cannot be read.
+        RecipeError: It is no valid recipe.
+    """
+    text = read_text(path, "recipe file", "give a preset's name, or the path of a TOML file")
     recipe = Recipe.from_toml(text, source=str(path))
-    if "name" not in recipe.model_fields_set and re.fullmatch(r"[A-Za-z0-9][\w.-]*", path.stem):
-        recipe = recipe.but(name=path.stem)
-    return _found_from(path.parent, recipe)
+    return _found_from(path.parent, recipe.but(name=_name_of(path.stem)))
+
+
+def _name_of(stem: str) -> str:
+    """A file's stem as a recipe's name: ASCII letters and digits, 64 characters at most."""
+    plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")
+    if name and len(name) <= 64:
+        return name
+    digest = hashlib.sha256(stem.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{name[:55] or 'recipe'}-{digest}"
 
 
 def _found_from(folder: Path, recipe: Recipe) -> Recipe:
@@ -486,20 +515,53 @@ def _found_from(folder: Path, recipe: Recipe) -> Recipe:
     return recipe.but(engine=engine.model_copy(update={"path": str(folder / engine.path)}))
 
 
+DEEPEST, MOST_FAULTS = 8, 20
+
+
+def _odd_values(value: Any, where: str = "", depth: int = 0) -> Iterator[str]:
+    """A fault for each value that TOML has, or allows in an escape, and no recipe can use."""
+    here = one_line(where, 80) or "recipe"
+    if depth > DEEPEST:
+        yield f"{here}: nested too deeply"
+    elif isinstance(value, str) and (found := control_character(value)):
+        yield f"{here}: has the control character {found}"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield f"{here}: a number beyond 64 bits"
+    elif isinstance(value, dict):
+        for key, below in value.items():
+            if isinstance(key, str) and (found := control_character(key)):
+                yield f"{here}: a key has the control character {found}"
+            yield from _odd_values(below, f"{where}.{key}" if where else str(key), depth + 1)
+    elif isinstance(value, list | tuple):
+        for below in value:
+            yield from _odd_values(below, where, depth + 1)
+
+
+def _first(faults: Iterator[str]) -> list[str]:
+    """As many faults as someone reads, and how many more there are."""
+    found = list(faults)
+    more = len(found) - MOST_FAULTS
+    return [*found[:MOST_FAULTS], *([f"and {more} more like these"] if more > 0 else [])]
+
+
 def _fault(detail: Any) -> str:
     """One pydantic error as one line: where, what is wrong, what was given."""
     location = list(detail["loc"])
     if location[:1] == ["cache"]:
         del location[1:2]  # the kind, which pydantic puts there
-    where = ".".join(str(part) for part in location) or "recipe"
+    where = one_line(".".join(str(part) for part in location), 80) or "recipe"
     if detail["type"] == "extra_forbidden":
         return f"unknown key {where!r}{_closest(detail['loc'])}"
     if detail["type"] == "union_tag_invalid":
-        return f"cache.kind = {json.dumps(detail['ctx']['tag'])}: choose one of {', '.join(CACHES)}"
+        return f"cache.kind = {_shown(detail['ctx']['tag'])}: choose one of {', '.join(CACHES)}"
     message = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], dict | list | tuple):
         return f"{where}: {message}"
-    return f"{where} = {json.dumps(detail['input'], default=str)}: {message}"
+    return f"{where} = {_shown(detail['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    return one_line(json.dumps(value, default=str), 80)
 
 
 CACHES: dict[str, type[Section]] = {
@@ -527,7 +589,7 @@ def _closest(location: tuple[Any, ...]) -> str:
     for part in location[:-1]:
         section = {**SECTIONS, **CACHES}.get(str(part), section)
     known = [*section.model_fields, *(["cache"] if section is Recipe else [])]
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    close = difflib.get_close_matches(str(location[-1])[:80], known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -538,7 +600,3 @@ def _recipe_fix(error: ValidationError) -> str:
     if unknown_section:
         return f"this version of hasten knows the keys {', '.join(Recipe.model_fields)}"
     return "`hasten recipes show cache-compile` prints a valid recipe; `recipes check` tests yours"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

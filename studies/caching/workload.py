@@ -101,7 +101,9 @@ class Model:
             from diffusers import FluxTransformer2DModel
 
             folder = ROOT / "training" / "teacher" / "transformer"
-            self.plain.transformer = FluxTransformer2DModel.from_pretrained(folder).float().eval()
+            self.plain.transformer = (
+                FluxTransformer2DModel.from_pretrained(folder, use_safetensors=True).float().eval()
+            )
         if self.frame.shift is not None:
             scheduler = self.plain.scheduler
             self.plain.scheduler = type(scheduler).from_config(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import hasten
+from hasten.cli.terminal import print_line, print_table, print_text
 from tests.cli.conftest import Run
 
 COMMANDS = ("generate", "bench", "recipes", "doctor", "export")
@@ -178,7 +179,7 @@ def test_a_pipe_gets_whole_lines_without_escapes(run: Run) -> None:
 
 
 PROGRESS = """
-from hasten.cli.progress import ProgressBar
+from hasten.cli.terminal import ProgressBar
 with ProgressBar() as progress:
     progress.stage("loading")
     progress.stage("steps", total=4)
@@ -205,3 +206,77 @@ def test_no_progress_in_a_pipe() -> None:
         env={**os.environ, "FORCE_COLOR": "1"},
     )
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_in_any_code_page(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "mine.toml").write_text('description = "für 紅 → ×"\n')
+    done = subprocess.run(
+        [*PROGRAM, "recipes", "show", "mine.toml"],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    expected = 'description = "für 紅 → ×"'.encode(encoding, "backslashreplace")
+    assert expected in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_failure(tmp_path: Path, closed: str) -> None:
+    code = "from hasten.cli import main; raise SystemExit(main(['recipes', 'list']))"
+    command = ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_onto_a_full_disk() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAM, "recipes", "list"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [
+        "error: No space left on device",
+        "fix: free some disk space, then run again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (
+            OSError(28, "No space left on device", "out/a"),
+            ["error: out/a: No space left on device", "fix: free some disk space, then run again"],
+        ),
+        (
+            PermissionError(13, "Permission denied", "a\x1b"),
+            [
+                "error: a : Permission denied",
+                "fix: check that it can be read and written, then run again",
+            ],
+        ),
+    ],
+    ids=["full", "forbidden"],
+)
+def test_faults_of_the_system_are_no_bugs(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: OSError, lines: list[str]
+) -> None:
+    monkeypatch.setattr("hasten.recipe.preset_names", raising(error))
+    ended = run("recipes", "list")
+    assert ended.code == 1
+    assert ended.err.splitlines() == lines
+
+
+def test_no_text_of_a_file_controls_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[2Jb\x07\x9b"
+    print_text(f"{evil}\n  {evil}")
+    print_line(evil)
+    print_table(("title",), [(evil,)])
+    out, err = capfd.readouterr()
+    assert out.splitlines()[:2] == ["a [2Jb  ", "  a [2Jb  "]
+    assert err == "a [2Jb  \n"
+    assert not set(out + err) & set("\x1b\x07\x9b")

@@ -268,3 +268,26 @@ def test_usage_errors_have_the_same_form(
     ended = refused(*arguments, code=2)
     assert words in ended.errors[0]
     assert fix in ended.fixes[0]
+
+
+@both
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--model", "~nosuchuser/m"),
+        ("--out", "~nosuchuser/a.png"),
+        ("--recipe", "~nosuchuser/a.toml"),
+    ],
+)
+def test_the_home_of_a_user_that_does_not_exist(
+    refused: Refused, command: tuple[str, ...], recipe: str, option: str, value: str
+) -> None:
+    ended = refused(*command, recipe if option == "--recipe" else option, value, code=2)
+    assert "there is no home directory for ~nosuchuser" in ended.errors[0]
+
+
+def test_the_fix_for_a_missing_directory_works_in_a_shell(refused: Refused, tmp_path: Path) -> None:
+    ended = refused(*GENERATE, "--out", "-my; 'pictures/a.png", code=2)
+    assert "no such directory" in ended.errors[0]
+    subprocess.run(ended.fixes[0].removeprefix("fix: "), shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "-my; 'pictures").is_dir()

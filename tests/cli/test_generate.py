@@ -10,10 +10,8 @@ import pytest
 from PIL import Image
 
 import hasten
-from hasten.cli.generate import Request, _save
 from hasten.log import logger
 from hasten.recipe import Recipe, resolve
-from hasten.settings import Settings
 from tests.cli.conftest import Run
 
 SMALL = ("--size", "32x32", "--steps", "6", "--max-sequence-length", "8")
@@ -109,24 +107,6 @@ def test_a_schedule_of_another_model_needs_force(run: Run, tmp_path: Path) -> No
     assert "note: schedule learned on another model, used by force" in ended.out
 
 
-def test_an_old_picture_is_replaced_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = Request("x", "tiny", resolve("baseline"), 0, Settings(16, 16, 1, 0.0, 8))
-    out = tmp_path / "a.png"
-    out.write_text("old")
-
-    def full_disk(self: Any, path: Path, **_options: Any) -> None:
-        Path(path).write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(Exception, match="No space left on device"):
-        _save(Image.new("RGB", (16, 16)), request, out)
-    assert out.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
 def test_an_interrupted_run_leaves_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +114,6 @@ def test_an_interrupted_run_leaves_nothing(
         if done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("hasten.cli.progress.ProgressBar.at", at)
+    monkeypatch.setattr("hasten.cli.terminal.ProgressBar.at", at)
     assert run("generate", "x", *SMALL).code == 130
     assert list(tmp_path.iterdir()) == []

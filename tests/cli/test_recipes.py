@@ -140,3 +140,22 @@ def test_check_looks_at_the_export_that_a_recipe_names(
     assert [fault in line for line in ended.errors] == ([] if fault is None else [True])
     assert len(ended.fixes) == len(ended.errors)
     assert run("recipes", "check", "deep/mine.toml", "--schema-only").code == 0
+
+
+def test_a_recipe_that_changes_nothing_is_said_to(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('description = "to be filled in"\n')
+    ended = run("recipes", "check", "mine.toml", "--schema-only")
+    assert (ended.code, ended.out) == (
+        0,
+        "mine.toml: valid; it has no sections, so it changes nothing\n",
+    )
+    shown = run("recipes", "check", "mine.toml", "--schema-only", "--json")
+    assert json.loads(shown.out)["changes_nothing"] is True
+    assert "nothing" not in run("recipes", "check", "cache", "--schema-only").out
+
+
+def test_a_recipe_in_utf_16_as_powershell_redirects_it(run: Run, tmp_path: Path) -> None:
+    shown = run("recipes", "show", "cache")
+    (tmp_path / "größe.toml").write_text(shown.out, "utf-16")
+    ended = run("recipes", "check", "größe.toml", "--schema-only")
+    assert (ended.code, ended.out) == (0, "größe.toml: valid\n")

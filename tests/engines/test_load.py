@@ -159,7 +159,7 @@ def test_a_damaged_export_is_named(pipe: Any, written: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"family": "another"}, "has family another, and this pipeline has flux"),
+        ({"family": "another"}, "has family another, and this pipeline has FLUX.1"),
         ({"channels": 16}, "has channels 16, and this pipeline has 64"),
         ({"text_dim": 64}, "has text_dim 64, and this pipeline has 32"),
         ({"row_width": 1}, "has row_width 1, and this pipeline has 1024"),
@@ -233,7 +233,7 @@ def test_released_weights_cannot_come_back(
     plain = make_pipe()
     expected = call(plain, **SIZE)
     fast = hasten.optimize(plain, recipe(written, release=True), copy=True)
-    assert "torch weights let go" in fast.summary()
+    assert "torch weights freed" in fast.summary()
     call(fast, **SIZE)
     for _ in range(2):  # as true the second time
         with pytest.raises(HastenError, match="engine cannot be undone"):

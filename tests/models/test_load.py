@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 import hasten
-from hasten.errors import InputError, ModelError
+from hasten.errors import HastenError, InputError, ModelError
 from hasten.machine import DTYPES
 from hasten.models import has_random_weights, load_pipeline
 from hasten.models.defaults import (
@@ -110,7 +110,7 @@ def test_failures_each_get_their_fix(
 ) -> None:
     made = error.__new__(error)
     Exception.__init__(made, "first line\nsecond line")
-    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", raising(made))
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", raising(made))
     with pytest.raises(ModelError, match=fault) as caught:
         load_pipeline("black-forest-labs/FLUX.1-dev", device="cpu")
     assert fix in caught.value.fix
@@ -152,3 +152,45 @@ def test_which_names_are_directories(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert model_directory("./here") == Path("here")
     (tmp_path / "a" / "b").mkdir(parents=True)
     assert model_directory("a/b") == Path("a/b")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fix"),
+    [
+        ("flux1-dev.safetensors", "one file of weights,", "from_single_file("),
+        ("flux1-dev-Q4_K_S.gguf", "one file of weights in GGUF", "GGUFQuantizationConfig"),
+        ("notes.txt", "a file", "save_pretrained"),
+    ],
+)
+def test_a_single_file_is_called_what_it_is(tmp_path: Path, name: str, kind: str, fix: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=f"{name}: {kind}") as caught:
+        check_model(str(tmp_path / name))
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"steps": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"guidance": 1e999}', "guidance: Input should be less than or equal to 100"),
+        ('{"guidance": NaN}', "guidance"),
+        ('{"stepz": 1}', "stepz: Extra inputs are not permitted"),
+        ("[]", "it: Input should be"),
+        ("", "not valid JSON"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_defaults_that_are_refused(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "hasten.json").write_text(content)
+    with pytest.raises(ModelError, match=words) as caught:
+        defaults_for(str(tmp_path))
+    assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "~nosuchuser/m", "a\x1b[2Jb"])
+def test_names_that_no_system_takes(name: str) -> None:
+    with pytest.raises(HastenError) as caught:
+        check_model(name)
+    assert caught.value.faults[0].isprintable()

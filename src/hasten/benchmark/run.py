@@ -20,6 +20,7 @@ from hasten.log import logger
 from hasten.process import how_it_ended, run_module
 from hasten.recipe import Recipe
 from hasten.results import BASELINE, Results, Row, write_results
+from hasten.user_files import expand_user
 
 __all__ = ["bench", "run_plan"]
 
@@ -77,7 +78,7 @@ def bench(
         rounds=rounds,
         force=force,
     )
-    store = Store(Path(out).expanduser().absolute())
+    store = Store(expand_user(out).absolute())
     plan = make_plan(options, recipes, references, store)
     return run_plan(plan, store, resume=resume, progress=progress)
 

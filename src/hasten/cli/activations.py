@@ -61,7 +61,7 @@ def _request(
 
 
 def _watch(asked: CallOptions, recipe: Recipe, texts: list[str], settings: Settings) -> Recipe:
-    from hasten.cli.progress import ProgressBar, silence_library_bars
+    from hasten.cli.terminal import ProgressBar, silence_library_bars
 
     with ProgressBar() as progress:
         progress.stage("loading")

@@ -1,12 +1,15 @@
-"""The commands by name, and how each run of the program ends."""
+"""The commands by name, and how each run of the program ends.
+
+A failure is one line per fault and one line for the fix.
+"""
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -15,10 +18,20 @@ from hasten.cli.bench import bench
 from hasten.cli.calibrate import calibrate
 from hasten.cli.doctor import doctor
 from hasten.cli.export import export
-from hasten.cli.failure import explain
 from hasten.cli.generate import generate
 from hasten.cli.recipes import recipes
+from hasten.cli.terminal import discard_stdout, prepare_streams
+from hasten.errors import HastenError, Part
 from hasten.library_logging import quiet_libraries
+from hasten.memory import ran_out
+
+# Typer may or may not bring its own copy of click; either way this is the base of usage errors.
+UsageError: Any = typer.BadParameter.__base__
+
+LESS_MEMORY = (
+    "use a smaller --size, --dtype bfloat16, or on a GPU, where the recipe has no [offload] yet, "
+    '[offload] kind = "model"'
+)
 
 app = typer.Typer(
     name="hasten",
@@ -58,11 +71,12 @@ def hasten(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 ok, 1 failure, 2 bad usage or bad input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_streams()
     quiet_libraries(debug="--debug" in arguments)
     try:
         return _run(arguments)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
         return 1
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
@@ -70,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failure = explain(error)
         for line in failure.lines():
             print(line, file=sys.stderr)
+        discard_stdout(only_if_unwritable=True)
         return failure.exit_code
 
 
@@ -84,3 +99,56 @@ def _run(arguments: list[str]) -> int:
     finally:
         sys.stdout.flush()
     return 0
+
+
+class Failure(NamedTuple):
+    """`exit_code` is 1 for a failure, 2 for bad usage or input, 130 for Ctrl-C."""
+
+    parts: tuple[Part, ...]
+    exit_code: int
+
+    def lines(self) -> list[str]:
+        """The lines for stderr."""
+        return [line for part in self.parts for line in part.lines("error: ")]
+
+
+def explain(error: BaseException) -> Failure:
+    """The failure that `error` means to someone at a terminal."""
+    if isinstance(error, HastenError):
+        return Failure(error.parts, error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        return _failure("interrupted", str(error), 130)
+    if isinstance(error, UsageError):
+        return _usage(error)
+    if ran_out(error):
+        return _failure(_with_message("out of memory", error), LESS_MEMORY, 1)
+    if isinstance(error, OSError) and error.strerror:
+        return _of_the_system(error)
+    return _failure(
+        _with_message(f"unexpected {type(error).__name__}", error),
+        "run again with --debug for the traceback and report it",
+        1,
+    )
+
+
+def _failure(fault: str, fix: str, exit_code: int) -> Failure:
+    return Failure(HastenError(fault, fix).parts, exit_code)
+
+
+def _of_the_system(error: OSError) -> Failure:
+    """A full disk, a vanished folder, missing rights: nothing that a traceback would explain."""
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = "free some disk space" if full else "check that it can be read and written"
+    return _failure(f"{where}{error.strerror}", f"{fix}, then run again", 1)
+
+
+def _usage(error: Any) -> Failure:
+    message = str(error.format_message()).rstrip(".")
+    command = error.ctx.command_path if error.ctx else "hasten"
+    return _failure(message, f"see `{command} --help`", 2)
+
+
+def _with_message(what: str, error: BaseException) -> str:
+    message = str(error).strip().partition("\n")[0]
+    return f"{what}: {message}" if message else what

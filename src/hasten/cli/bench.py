@@ -50,7 +50,7 @@ def bench(
 ) -> None:
     """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
     from hasten import bench as run
-    from hasten.cli.progress import ProgressBar, print_line
+    from hasten.cli.terminal import ProgressBar, print_line
     from hasten.log import forward_log
 
     with ProgressBar() as progress, forward_log(print_line, progress.stage):
@@ -95,7 +95,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _print(results: Results, out: Path) -> None:
     """The report's table without its wide columns, what to know of the rows, and where it is."""
-    from hasten.cli.table import print_table
+    from hasten.cli.terminal import print_table
     from hasten.report import table
 
     shown = [column for column in table.columns(results) if not column.wide]

@@ -164,7 +164,7 @@ def check_run(asked: CallOptions, out: Path, faults: Faults) -> None:
 def _learn(
     asked: CallOptions, texts: list[str], settings: Settings, wanted: Wanted, *, resume: bool
 ) -> Calibration:
-    from hasten.cli.progress import ProgressBar, silence_library_bars
+    from hasten.cli.terminal import ProgressBar, silence_library_bars
 
     assert wanted.budget is not None
     with ProgressBar() as progress:

@@ -83,7 +83,7 @@ def doctor(
             "--model, --recipe, --device and --dtype say what --layers is to look at",
             "add --layers, or leave them out",
         )
-    from hasten.cli.progress import ProgressBar
+    from hasten.cli.terminal import ProgressBar
 
     with ProgressBar() as progress:
         progress.stage("importing torch")
@@ -246,7 +246,7 @@ def _bundled_model(*, thorough: bool) -> Finding:
     if not thorough:
         return Finding(what, "ok", size, required=True)
     from hasten import load_pipeline, optimize
-    from hasten.cli.progress import silence_library_bars
+    from hasten.cli.terminal import silence_library_bars
 
     silence_library_bars()
     fast = optimize(load_pipeline("tiny"), "baseline")
@@ -290,7 +290,7 @@ def _hub(*, ask: bool) -> Finding:
 
 
 def _print(here: Machine, findings: list[Finding]) -> None:
-    from hasten.cli.table import print_table
+    from hasten.cli.terminal import print_table
 
     print_table(("machine", ""), _about(here))
     print()

@@ -148,7 +148,7 @@ def _before(request: Request, key: str | None) -> Manifest | None:
 def _exported(request: Request, key: str | None) -> Manifest:
     """key: before anything was loaded. What it led to is remembered where the model's files have
     not changed since; None becomes a key where loading has fetched them."""
-    from hasten.cli.progress import ProgressBar, silence_library_bars
+    from hasten.cli.terminal import ProgressBar, silence_library_bars
 
     with ProgressBar() as progress:
         progress.stage("loading")
@@ -184,8 +184,7 @@ def _exported(request: Request, key: str | None) -> Manifest:
 def _key(request: Request) -> str | None:
     """Of the request and the model's files by size and time; None where there are none to see."""
     from hasten.engines.tensorrt.keys import request_key
-    from hasten.models.defaults import model_directory
-    from hasten.models.hub import cached_snapshot
+    from hasten.models.defaults import cached_snapshot, model_directory
 
     model = request.called.model
     shape = model if model.startswith("shape:") else None

@@ -79,7 +79,7 @@ def _check_device(recipe: Recipe, device: str) -> None:
 def _measure(
     model: str, recipe: Recipe, device: str, dtype: str, settings: Settings, defaults: Any
 ) -> Measured:
-    from hasten.cli.progress import ProgressBar, silence_library_bars
+    from hasten.cli.terminal import ProgressBar, silence_library_bars
     from hasten.prompts import read_prompts
 
     quantize, prompt = recipe.quantize, read_prompts(defaults.prompts)[0]
@@ -139,7 +139,7 @@ def _as_data(measured: Measured) -> dict[str, Any]:
 
 
 def _print(measured: Measured) -> None:
-    from hasten.cli.table import print_table
+    from hasten.cli.terminal import print_table
 
     scheme = measured.quantize
     errors = measured.errors

@@ -44,17 +44,22 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Prompts = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE", help="One prompt a line, or tiny or general.  [default: the model's]"
+        metavar="FILE",
+        help="Prompts as .txt (one per line), .csv, .tsv or .jsonl; or tiny or general.  "
+        "[default: the model's]",
     ),
 ]
 
 
 def check_writable(directory: Path) -> None:
     """Refuse a directory that is missing or in which no file can be made."""
+    import os
+    import shlex
     import tempfile
 
-    if not directory.exists():
-        raise InputError(f"{directory}: no such directory", f"mkdir -p {directory}")
+    if not os.path.lexists(directory):
+        quoted = shlex.quote(str(directory))
+        raise InputError(f"{directory}: no such directory", f"mkdir -p -- {quoted}")
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".hasten-", suffix=".tmp"):
             pass

@@ -30,7 +30,7 @@ def _list_by_default(context: typer.Context) -> None:
 @recipes.command("list")
 def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
     """Name and description of every preset."""
-    from hasten.cli.table import print_table
+    from hasten.cli.terminal import print_table
     from hasten.recipe import preset_names, resolve
 
     presets = [resolve(name) for name in preset_names()]
@@ -42,7 +42,10 @@ def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
 
 @recipes.command()
 def show(name: Name, as_json: Json = False, debug: Debug = False) -> None:
-    """Print a recipe as TOML (or JSON), to read or to start your own from."""
+    """Print a recipe as TOML (or JSON), to read or to start your own from.
+
+    A recipe that is read from a file is called as the file, whatever its key name says.
+    """
     from hasten.recipe import resolve
 
     recipe = resolve(name)
@@ -63,6 +66,7 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Say everything that is wrong with a recipe, and whether it can run on this machine."""
+    from hasten.cli.terminal import print_text
     from hasten.recipe import resolve
 
     try:
@@ -75,11 +79,14 @@ def check(
     if as_json:
         works = None if schema_only else not found
         faults = [fault for fault, _ in found]
-        print(json.dumps({"valid": True, "works_here": works, "faults": faults}))
+        result = {"valid": True, "works_here": works, "faults": faults}
+        print(json.dumps(result | {"changes_nothing": recipe.changes_nothing}))
     if found:
         raise unsupported((f"{name}: {fault}", fix) for fault, fix in found)
     if not as_json:
-        print(f"{name}: valid{f', and works here on {where}' if where else ''}")
+        here = f", and works here on {where}" if where else ""
+        nothing = "; it has no sections, so it changes nothing" if recipe.changes_nothing else ""
+        print_text(f"{name}: valid{here}{nothing}")
 
 
 @recipes.command()

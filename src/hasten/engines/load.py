@@ -22,6 +22,7 @@ from hasten.engines.tensorrt.store import Store
 from hasten.errors import EngineError, InputError
 from hasten.families import family_of
 from hasten.recipe import Engine, Sampling, parse_size
+from hasten.user_files import expand_user
 
 __all__ = ["Driver", "EngineBody", "load_body", "read_export"]
 
@@ -155,12 +156,7 @@ def read_export(recipe: Engine, target: str | None) -> Manifest:
         InputError: No export is there, or one of another precision.
         EngineError: It is damaged, or has no engine for this GPU.
     """
-    try:
-        folder = Path(recipe.path or "").expanduser()
-    except RuntimeError:
-        raise InputError(
-            f"engine.path {recipe.path!r}: there is no such user", "write the whole path"
-        ) from None
+    folder = expand_user(recipe.path or "")
     manifest = Manifest.read(folder)
     if manifest.precision != recipe.precision:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from hasten.library_logging import disable_telemetry
 from hasten.machine import check_dtype, machine
 from hasten.memory import ran_out
 from hasten.models.architecture import shape_named
-from hasten.models.defaults import check_model, defaults_for, model_directory
-from hasten.models.hub import kept_snapshot
-from hasten.models.memory_check import check_fits, converted_bytes
+from hasten.models.checkpoint import CONVERT, check_fits, converted_bytes, load_components
+from hasten.models.defaults import check_model, defaults_for, kept_snapshot, model_directory
 
 __all__ = ["has_random_weights", "load_pipeline", "model_notes"]
 
@@ -25,12 +25,19 @@ def load_pipeline(
 ) -> Any:
     """A Diffusers pipeline on a device, ready to call or to optimise.
 
-    model: `tiny` (bundled), a local directory, a hub id, or `shape:flux.1-dev` (the true
-    architecture under random weights, for timing). device and dtype: torch's names, or a dtype
-    itself; `auto` takes the fastest device here and the dtype that suits it.
+    Weights are read from safetensors files alone, which cannot run code.
 
-    Raises ModelError (missing, incomplete, gated, unreadable), InputError (an unknown shape,
-    device or dtype) or UnsupportedError (more memory than there is, before anything is loaded).
+    Args:
+        model: `tiny` (bundled), a local directory, a hub id, or `shape:flux.1-dev` (the true
+            architecture under random weights, for timing).
+        device: torch's name; `auto` takes the fastest device here.
+        dtype: torch's name or a dtype; `auto` takes the one that suits the device.
+
+    Raises:
+        ModelError: The model is missing, incomplete, gated or unreadable, or has tensors that are
+            missing, left over or of another shape.
+        InputError: An unknown shape, device or dtype.
+        UnsupportedError: It takes more memory than there is; nothing was loaded.
     """
     disable_telemetry()
     check_model(model)
@@ -66,15 +73,28 @@ def model_notes(pipe: Any) -> tuple[str, ...]:
 
 
 def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
+    """The pipeline, from safetensors files alone, with each tensor where it belongs."""
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(str(model_directory(model) or model), dtype=dtype)
+        source = str(model_directory(model) or model)
+        folder = model_directory(model) or Path(
+            DiffusionPipeline.download(model, use_safetensors=True)
+        )
+        components = load_components(model, folder, dtype)
+        pipe = DiffusionPipeline.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, **components
+        )
+        pipe.register_to_config(_name_or_path=source)
+        return pipe
     except HastenError:
         raise
     except Exception as error:
         raise _model_error(model, error) from error
 
+
+# Diffusers' words where a repository of the hub has pickles only.
+_WITHOUT_SAFETENSORS = "Could not find the necessary `safetensors` weights"
 
 # Exception class names (huggingface_hub's, safetensors', the network stack's) -> what to do.
 _REMEDIES = (
@@ -97,7 +117,7 @@ _REMEDIES = (
         "check the spelling of owner/name; for a private one set HF_TOKEN",
     ),
     (
-        ("SafetensorError", "JSONDecodeError", "UnpicklingError"),
+        ("SafetensorError", "JSONDecodeError", "UnicodeDecodeError", "RecursionError"),
         "a file of the model is truncated or corrupt",
         "download or copy it again: compare the sizes of its .safetensors files with the source",
     ),
@@ -111,6 +131,8 @@ def _model_error(model: str, error: BaseException) -> ModelError:
             f"{model}: not enough memory to load it",
             "free some memory, raise its limit (ulimit, container), or use --dtype bfloat16",
         )
+    if any(_WITHOUT_SAFETENSORS in str(link) for link in causes(error)):
+        return ModelError(f"{model}: a component has no weights in .safetensors files", CONVERT)
     for names, fault, fix in _REMEDIES:
         for link in causes(error):
             if any(kind.__name__ in names for kind in type(link).__mro__):

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from huggingface_hub import close_session, constants
 
-from hasten.models import hub
-from hasten.models.hub import cached_snapshot
+from hasten.models import defaults
+from hasten.models.defaults import cached_snapshot
 from tests.hub_cache import COMMIT, write_hub_cache
 
 MODEL = "someone/small"
@@ -109,7 +109,7 @@ def test_no_hub(snapshot: Path, monkeypatch: pytest.MonkeyPatch, hub_says: Hub) 
 
 
 def test_a_hub_that_never_answers(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "SECONDS", 0.2)
+    monkeypatch.setattr(defaults, "SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -148,7 +148,7 @@ def test_the_environment_says_where_the_cache_is_and_torch_is_not_loaded(
 ) -> None:
     code = (
         "import sys\n"
-        "from hasten.models.hub import cached_snapshot\n"
+        "from hasten.models.defaults import cached_snapshot\n"
         f"print(cached_snapshot({MODEL!r}))\n"
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""A model that does not fit into memory is refused before any of it is loaded."""
+"""Models that do not fit into memory, or whose files are not those of their components."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
-from hasten.errors import UnsupportedError
-from hasten.models import load_pipeline, room
+from hasten.errors import ModelError, UnsupportedError
+from hasten.models import checkpoint, load_pipeline
 from hasten.models.architecture import FLUX_1_DEV
-from hasten.models.memory_check import converted_bytes
+from hasten.models.checkpoint import converted_bytes
 from hasten.models.random_weights import shape_bytes
 from tests.hub_cache import write_hub_cache
 
@@ -25,7 +28,7 @@ TOO_LITTLE = 1000
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_memory", lambda: TOO_LITTLE)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: TOO_LITTLE)
 
 
 def parameters(model: Path) -> int:
@@ -81,7 +84,7 @@ def test_a_directory_and_a_model_of_the_hub(
 
 def test_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shape_bytes(FLUX_1_DEV, torch.bfloat16) == pytest.approx(33.7e9, rel=0.01)
-    monkeypatch.setattr(room, "free_memory", lambda: 48 * GIB)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 48 * GIB)
     with pytest.raises(UnsupportedError) as caught:
         load_pipeline("shape:flux.1-dev", device="cpu")
     (fault,) = caught.value.faults
@@ -92,14 +95,14 @@ def test_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.fix == (
         "use a machine with more memory, or --dtype bfloat16, which takes 31.4 GiB"
     )
-    monkeypatch.setattr(room, "free_memory", lambda: 24 * GIB)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 24 * GIB)
     with pytest.raises(UnsupportedError) as caught:
         load_pipeline("shape:flux.1-dev", device="cpu")
     assert caught.value.fix == "use a machine with more memory"
 
 
 def test_where_memory_cannot_be_told(saved_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_memory", lambda: None)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: None)
     load_pipeline(str(saved_model), device="cpu", dtype="bfloat16")
 
 
@@ -114,8 +117,8 @@ def test_commands_say_so_and_take_no_memory(command: list[str], tmp_path: Path) 
         "import json, sys\n"
         "from hasten.cli import main\n"
         "from hasten.memory import status_bytes\n"
-        "from hasten.models import room\n"
-        "room.free_memory = lambda: 2**30\n"
+        "from hasten.models import checkpoint\n"
+        "checkpoint.free_memory = lambda: 2**30\n"
         "code = main(sys.argv[1:])\n"
         "print(json.dumps([code, status_bytes('VmHWM')]))\n"
     )
@@ -129,3 +132,87 @@ def test_commands_say_so_and_take_no_memory(command: list[str], tmp_path: Path) 
     assert code == 1
     assert peak < 2 * GIB
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def model(saved_model: Path, tmp_path: Path) -> Path:
+    """A model directory to change."""
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_tensor_is_an_error(model: Path, part: str) -> None:
+    change(model / part, lambda tensors: tensors.pop(max(tensors)))
+    with pytest.raises(ModelError, match=rf"{part} has \d tensors? without weights in its files"):
+        load_pipeline(str(model), device="cpu")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_unexpected_tensor_is_an_error(model: Path, part: str) -> None:
+    change(model / part, lambda tensors: tensors.update({"b.c": torch.ones(1), "a": torch.ones(1)}))
+    with pytest.raises(ModelError, match=f"{part} has 2 tensors too many.*, first a"):
+        load_pipeline(str(model), device="cpu")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_tensor_of_another_shape_is_an_error(model: Path, part: str) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in sorted(tensors) if tensors[name].ndim >= 2)
+        tensors[name] = tensors[name][:-1].clone()
+
+    change(model / part, cut)
+    with pytest.raises(ModelError, match="shape"):
+        load_pipeline(str(model), device="cpu")
+
+
+def test_faults_of_several_components_come_together(model: Path) -> None:
+    for part in PARTS:
+        change(model / part, lambda tensors: tensors.update({"old." + max(tensors): torch.ones(1)}))
+    with pytest.raises(ModelError) as caught:
+        load_pipeline(str(model), device="cpu")
+    assert [fault.split(": ")[1].split()[0] for fault in caught.value.faults] == sorted(PARTS)
+
+
+def test_tied_weights_and_what_the_libraries_ignore_are_legal(model: Path) -> None:
+    def as_others_save_it(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+        tensors["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.ones(1)
+
+    change(model / "text_encoder_2", as_others_save_it)
+    ids = torch.arange(77)[None]
+    change(
+        model / "text_encoder",
+        lambda tensors: tensors.update({"text_model.embeddings.position_ids": ids}),
+    )
+    load_pipeline(str(model), device="cpu")
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_pickles_are_refused_and_the_fix_converts_them(
+    model: Path, tmp_path: Path, part: str
+) -> None:
+    (weights,) = (model / part).glob("*.safetensors")
+    stem = "pytorch_model" if weights.stem == "model" else weights.stem
+    torch.save(load_file(weights), weights.with_name(f"{stem}.bin"))
+    weights.unlink()
+    with pytest.raises(ModelError, match=rf"{part} has its weights in {stem}\.bin") as caught:
+        load_pipeline(str(model), device="cpu")
+    _, _, code = caught.value.fix.partition("convert it: ")
+    code, _, _ = code.partition(", then")
+    given = {
+        "DiffusionPipeline": DiffusionPipeline,
+        "MODEL": str(model),
+        "FOLDER": str(tmp_path / "converted"),
+    }
+    eval(code, given)
+    load_pipeline(str(tmp_path / "converted"), device="cpu")
