@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.calibration.cost import fit_weights
 from hasten.calibration.objective import Objective, relative_error
+from hasten.calibration.search import fit_weights
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step
 from hasten.passes.cache.predict import Weights
 
