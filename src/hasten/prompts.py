@@ -10,8 +10,9 @@ from hasten.errors import InputError
 
 __all__ = ["BUNDLED", "prompt_hash", "read_prompts"]
 
-BUNDLED = ("tiny", "general")
-"""`tiny` is written for the bundled model, `general` for models that know the world."""
+BUNDLED = ("tiny", "general", "tiny-calibration", "general-calibration")
+"""`tiny` is written for the bundled model, `general` for models that know the world; `bench` draws
+these two, and schedules and scales are learned on the other two."""
 
 FIX = f"give a UTF-8 text file with one prompt a line, or one of {', '.join(BUNDLED)}"
 

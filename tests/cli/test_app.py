@@ -14,7 +14,9 @@ import pytest
 import hasten
 from tests.cli.conftest import Run
 
-COMMANDS = ("generate", "bench", "recipes", "doctor", "export")
+COMMANDS = (
+    "generate", "bench", "calibrate", "calibrate-scales", "layers", "recipes", "doctor", "export",
+)  # fmt: skip
 PROGRAM = [sys.executable, "-c", "import sys; from hasten.cli import main; sys.exit(main())"]
 
 
