@@ -141,11 +141,11 @@ def test_a_line_that_was_cut_short_is_dropped(folder: Path) -> None:
 
 def test_one_process_per_folder(folder: Path) -> None:
     with opened(folder, KEY):
-        with pytest.raises(InputError, match="another process"), opened(folder, KEY):
+        with pytest.raises(InputError, match="another hasten process"), opened(folder, KEY):
             pass
-        with pytest.raises(InputError, match="another process"):
+        with pytest.raises(InputError, match="another hasten process"):
             remove_store(folder)
-        with pytest.raises(InputError, match="another process"), FolderLock(folder):
+        with pytest.raises(InputError, match="another hasten process"), FolderLock(folder):
             pass
     with opened(folder, KEY) as store:
         assert store.trial(TRIALS[0].path, 2) == TRIALS[0]

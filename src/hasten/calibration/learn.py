@@ -187,23 +187,18 @@ def calibrate(
     """Learn which steps to compute on a pipeline, which stays as it was. Deterministic per seed.
 
     Args:
-        pipe: A plain pipeline; image-to-image pipelines learn the steps that they run.
+        pipe: A plain pipeline.
         prompts: 16 to learn from and 8 to check on are enough for FLUX-like models.
         budget: How many steps of a run to compute.
         steps: `num_inference_steps` of the pipeline's call.
-        objective: What to keep close to the full run: the final latents, or the picture by LPIPS
-            (every trial is decoded).
-        climb: Transformer evaluations, each of a batch of prompts, spent on refining the schedule.
+        objective: Whether to keep the final latents close to the full run's, or the image (LPIPS).
+        climb: Transformer evaluations, each of a batch of prompts, to refine the schedule with.
         held_back: How many of the last prompts only check what the others taught.
         batch: Prompts per call.
         seed: Seed of the first prompt's noise; each prompt's is one higher.
-        state: A folder that keeps recordings and trials as they finish. A later call goes on from
-            there, also with another budget.
+        state: A folder from which a later call continues, also with another budget.
         progress: Called with the stage, the units done and their number.
         **arguments: Of the pipeline's call (height, width, guidance_scale, image …).
-
-    Returns:
-        The schedule as a recipe, and its errors on the held-back prompts.
 
     Raises:
         InputError: A budget outside 1…steps, too few prompts, or a state that is damaged, of
@@ -216,20 +211,25 @@ def calibrate(
     request = request_of(pipe, prompts, steps, seed, batch, arguments)
     learned, held = range(len(prompts))[:-held_back], range(len(prompts))[-held_back:]
     with opened(state, request.key() | {"learned": len(learned), "objective": objective}) as store:
-        every = record(
-            request.plain_run,
-            request.pipe,
-            [*request.batches(learned), *request.batches(held)],
-            lambda done, total: show("record full runs", done, total),
-            store,
-        )
-        _refuse_budget(budget, every.steps)  # a late start has fewer of them
-        full = every.of(slice(0, len(learned)))
-        best = search_plan(
-            request, full, budget, request.objective(objective, full), climb, store, show
-        )
-    checked = every.of(slice(len(learned), None))
+        full, checked = _full_runs(request, learned, held, store, show)
+        _refuse_budget(budget, full.steps)  # a late start has fewer of them
+        judge = request.objective(objective, full)
+        best = search_plan(request, full, budget, judge, climb, store, show)
     return _checked(request, _schedule(request, full, best), objective, checked, held, show)
+
+
+def _full_runs(
+    request: Request, learned: range, held: range, store: Store, show: Progress
+) -> tuple[Trajectories, Trajectories]:
+    """Recordings of the prompts to learn from, and of those to check on."""
+    every = record(
+        request.plain_run,
+        request.pipe,
+        [*request.batches(learned), *request.batches(held)],
+        lambda done, total: show("record full runs", done, total),
+        store,
+    )
+    return every.of(slice(0, held.start)), every.of(slice(held.start, None))
 
 
 def _schedule(request: Request, full: Trajectories, best: Fitted) -> ScheduleCache:
@@ -363,8 +363,8 @@ def request_of(
     plain, defaults = _call_defaults(pipe)
     side = plain.default_sample_size * plain.vae_scale_factor
     size = {"height": side, "width": side}
-    asked = {**size, **defaults, **arguments, "num_inference_steps": steps}
-    return Request(plain, prompts, seed, batch, asked)
+    call = {**size, **defaults, **arguments, "num_inference_steps": steps}
+    return Request(plain, prompts, seed, batch, call)
 
 
 def _call_defaults(pipe: Any) -> tuple[Any, dict[str, Any]]:

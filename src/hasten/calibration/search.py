@@ -80,7 +80,7 @@ class GapCosts:
 
 
 def fit_weights(gram: Array, target: Array, known: tuple[int, ...]) -> Array:
-    """Weights w (newest first) that bring Σ w_k v_known[k] nearest to Σ target_m v_m.
+    """Weights w (newest first) that bring Σ w_k v_known[k] closest to Σ target_m v_m.
 
     Least squares with a ridge towards plain reuse, w = (1, 0, …), solved from the Gram matrix.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,13 +183,12 @@ def remove_store(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    with _usable(folder), FolderLock(folder) as lock:
+    with _usable(folder), FolderLock(folder):
         remove_drafts(folder)
         for path in (folder / KEY, folder / TRIALS, *folder.glob(RECORDINGS)):
             path.unlink(missing_ok=True)
-        if [path.name for path in folder.iterdir()] == [lock.path.name]:
-            lock.path.unlink()
-            folder.rmdir()
+    with suppress(OSError):  # something else is in it
+        folder.rmdir()
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], str | None]:

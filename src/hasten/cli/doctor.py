@@ -1,7 +1,7 @@
 """`hasten doctor`: what works on this machine, what does not, and the fix.
 
 Every line comes from trying the thing, not from guessing: imports are imported, the compiler
-compiles. What takes long or needs the network is tried only when asked for.
+compiles. What takes long or needs the network is tried only on request.
 """
 
 from __future__ import annotations
