@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "process": set(),
     "atomic": set(),
     "sealed": set(),
+    "folder_lock": {"errors"},
     "units": set(),
     "library_logging": set(),
     "log": set(),
@@ -61,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "calibration": {
         "errors", "recipe", "quality", "kernels", "families", "models", "passes", "quantization",
-        "apply", "pipeline",
+        "apply", "pipeline", "prompts", "atomic", "sealed", "folder_lock",
     },
 }  # fmt: skip
 LOWER = set(MAY_IMPORT)

@@ -231,7 +231,7 @@ class Quantize(Section):
 
     `activations`: scaled as they come ("dynamic"), or with one scale per linear from `amax`
     ("static", `fp8` only), the largest absolute input that each linear saw when
-    `hasten calibrate --activations` watched the model that `fingerprint` names. Larger inputs
+    `hasten calibrate-scales` watched the model that `fingerprint` names. Larger inputs
     become the largest code. `granularity` is then that of the weights alone.
     """
 
@@ -266,7 +266,7 @@ class Quantize(Section):
             )
         if not self.amax:
             raise ValueError(
-                'activations = "static" needs [quantize.amax]: `hasten calibrate --activations` '
+                'activations = "static" needs [quantize.amax]: `hasten calibrate-scales` '
                 "measures it and writes the recipe"
             )
         return self

@@ -26,10 +26,9 @@ import torch
 from studies.caching.workload import MODELS, SIZE, Model
 
 import hasten
-from hasten.calibration.cost import GapCosts, gram_matrix
 from hasten.calibration.learn import POWERS, Request, request_of
 from hasten.calibration.objective import relative_error
-from hasten.calibration.search import best_path
+from hasten.calibration.search import GapCosts, best_path, gram_matrix
 from hasten.calibration.store import Store
 from hasten.calibration.trajectories import Trajectories, record
 from hasten.prompts import read_prompts
@@ -138,8 +137,7 @@ def recorded(name: str, options: argparse.Namespace) -> Recorded:
     runs = record(
         lambda ids: request.run(request.pipe, ids),
         request.pipe,
-        len(prompts),
-        BATCH,
+        request.batches(range(len(prompts))),
         lambda done, total: None,
         Store(options.out / f"runs-{name}", request.key()),
     )

@@ -214,8 +214,7 @@ class Comparison:
         self.learned = record(
             lambda ids: model.latents(self.pipe, [learn[i] for i in ids]),
             self.pipe,
-            len(learn),
-            len(learn),
+            [range(len(learn))],
             lambda *_: None,
         )
         self.full = model.latents(self.pipe, held)

@@ -15,9 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hasten
-from hasten.calibration.cost import GapCosts, fit_weights, gram_matrix
 from hasten.calibration.objective import decode
-from hasten.calibration.search import best_path, neighbours, path_cost
+from hasten.calibration.search import (
+    GapCosts,
+    best_path,
+    fit_weights,
+    gram_matrix,
+    neighbours,
+    path_cost,
+)
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step
 from hasten.errors import InputError
 from hasten.models.fingerprint import fingerprint
@@ -176,7 +182,8 @@ def test_calibration_is_deterministic_and_leaves_the_pipeline_alone(learned: Any
     [
         ({"budget": 0}, "budget = 0"),
         ({"budget": 13}, "budget = 13"),
-        ({"budget": 3, "held_back": 9}, "too few"),
+        ({"budget": 3, "held_back": 0}, "held_back = 0"),
+        ({"budget": 3, "held_back": 9}, "of 9 prompts, held_back = 9"),
     ],
 )
 def test_bad_input(learned: Any, arguments: dict[str, Any], fault: str) -> None:

@@ -15,7 +15,9 @@ import hasten
 from hasten.cli.terminal import print_line, print_table, print_text
 from tests.cli.conftest import Run
 
-COMMANDS = ("generate", "bench", "recipes", "doctor", "export")
+COMMANDS = (
+    "generate", "bench", "calibrate", "calibrate-scales", "layers", "recipes", "doctor", "export",
+)  # fmt: skip
 PROGRAM = [sys.executable, "-c", "import sys; from hasten.cli import main; sys.exit(main())"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hasten.cli import main
+from hasten.prompts import prompt_hash, read_prompts
 from hasten.recipe import ScheduleCache, read_recipe
 
 
@@ -37,10 +38,11 @@ def test_too_few_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not out.exists()
 
 
-@pytest.mark.slow
-def test_a_schedule_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_schedule_is_written(
+    saved_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "mine.toml"
-    arguments = ["--steps", "6", "--budget", "3", "--limit", "2", "--out", str(out)]
+    arguments = ["--model", str(saved_model), "--budget", "3", "--limit", "2", "--out", str(out)]
     assert main(["calibrate", *arguments, "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["path"] == str(out)
@@ -48,6 +50,8 @@ def test_a_schedule_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert isinstance(cache, ScheduleCache)
     assert len(cache.compute) == 3
     assert cache.expected_error == pytest.approx(told["error"], abs=1e-5)
+    defaults = read_prompts("general-calibration", limit=10)
+    assert cache.prompts == tuple(map(prompt_hash, defaults)), "of the default set"
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -55,35 +59,39 @@ def errors_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "fault"),
-    [
-        ([], "--budget is missing"),
-        (["--budget", "3", "--recipe", "max"], "--recipe says what --activations"),
-        (["--activations", "--budget", "3"], "--activations learns none"),
-        (["--activations", "--climb", "3"], "--activations learns none"),
-        (["--activations", "--resume"], "--activations learns none"),
-        (["--activations", "--recipe", "cache"], "quantises nothing"),
-    ],
-)
-def test_options_that_do_not_go_together(
-    arguments: list[str],
-    fault: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_a_schedule_needs_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steps", "30", "--out", str(tmp_path / "made.toml")]
+    assert main(["calibrate", *arguments]) == 2
+    error, fix = capsys.readouterr().err.splitlines()
+    assert "--budget is missing" in error
+    assert fix == "fix: --budget 10 computes a third of the 30 steps"
+
+
+def test_scales_need_a_recipe_that_quantises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["calibrate", *arguments, "--out", str(tmp_path / "made.toml")]) == 2
+    out = tmp_path / "made.toml"
+    assert main(["calibrate-scales", "--recipe", "cache", "--out", str(out)]) == 2
     (error,) = errors_of(capsys)
-    assert fault in error
+    assert "quantises nothing" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_spelling_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--recipe", "fp8", "--activations", "--limit", "4"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: `hasten calibrate --activations` is a command of its own, "
+        "`hasten calibrate-scales`",
+        "fix: hasten calibrate-scales --recipe fp8 --limit 4",
+    ]
 
 
 def test_every_fault_of_static_scales_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--activations", "--recipe", "nope", "--limit", "0", "--seed", "-1"]
+    arguments = ["--recipe", "nope", "--limit", "0", "--seed", "-1"]
     arguments += ["--out", str(tmp_path / "static.json"), "--prompts", str(tmp_path / "none.txt")]
-    assert main(["calibrate", *arguments]) == 2
+    assert main(["calibrate-scales", *arguments]) == 2
     errors = errors_of(capsys)
     for part in ("'nope'", "limit = 0", "seed = -1", "not a .toml", "none.txt"):
         assert any(part in line for line in errors)
@@ -96,9 +104,9 @@ def test_static_scales_are_written(
 ) -> None:
     out, prompts = tmp_path / "mine.toml", tmp_path / "prompts.txt"
     prompts.write_text("a red kite\na kite\n")
-    arguments = ["--activations", "--model", str(saved_model), "--prompts", str(prompts)]
+    arguments = ["--model", str(saved_model), "--prompts", str(prompts)]
     arguments += ["--steps", "2", "--device", "cpu", "--dtype", "float32", "--out", str(out)]
-    assert main(["calibrate", *arguments, "--json"]) == 0
+    assert main(["calibrate-scales", *arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     recipe = read_recipe(out)
     assert (told["path"], told["recipe"], told["prompts"]) == (str(out), "fp8-static", 2)
@@ -107,5 +115,5 @@ def test_static_scales_are_written(
     assert recipe.quantize.amax == told["amax"]
     assert recipe.fuse is not None, "the rest of the recipe is kept"
     assert sorted(tmp_path.iterdir()) == [out, prompts]
-    assert main(["calibrate", *arguments]) == 0
+    assert main(["calibrate-scales", *arguments]) == 0
     assert "static scales of 34 linears, from 2 steps of 2 prompts" in capsys.readouterr().out

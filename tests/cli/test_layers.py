@@ -1,4 +1,4 @@
-"""`hasten doctor --layers`: the table, the JSON, and what it refuses."""
+"""`hasten layers`: the table, the JSON, and what it refuses."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def int8(tmp_path: Path) -> str:
 
 @pytest.mark.usefixtures("small_model")
 def test_the_table_begins_with_the_worst(run: Run, int8: str) -> None:
-    ended = run("doctor", "--layers", "--recipe", int8, "--device", "cpu")
+    ended = run("layers", "--recipe", int8, "--device", "cpu")
     assert (ended.code, ended.err) == (0, "")
     first, _, head, *rows = ended.out.splitlines()
     assert first == (
-        "30 linears of tiny in int8, one scale a row, against float32 on cpu: "
-        "4 steps of one picture"
+        "30 linears of tiny in int8, one scale per row, against float32 on cpu: "
+        "4 steps of one image"
     )
     assert head.split() == ["linear", "inputs", "outputs", "SQNR", "dB", "error"]
     ratios = [float(row.split()[3]) for row in rows[:20]]
     assert ratios == sorted(ratios)
-    assert rows[20] == "and 10 nearer ones (--json lists all)"
+    assert rows[20] == "and 10 with less error (--json lists all)"
     assert "median" in ended.out
     assert not any(row.split()[0].endswith("to_q") for row in rows[:20])
 
 
 @pytest.mark.usefixtures("small_model")
 def test_json_has_every_layer(run: Run, int8: str) -> None:
-    ended = run("doctor", "--layers", "--recipe", int8, "--json", "--device", "cpu")
+    ended = run("layers", "--recipe", int8, "--json", "--device", "cpu")
     assert (ended.code, ended.err) == (0, "")
     found = json.loads(ended.out)
     assert found["quantize"] == Quantize(scheme="int8", skip=("*.to_q",)).model_dump(mode="json")
@@ -55,18 +55,18 @@ def test_json_has_every_layer(run: Run, int8: str) -> None:
 @pytest.mark.usefixtures("small_model")
 def test_outliers_become_a_skip_list(run: Run, int8: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.quantization.report.OUTLIER_DB", 0.0)
-    ended = run("doctor", "--layers", "--recipe", int8, "--device", "cpu")
+    ended = run("layers", "--recipe", int8, "--device", "cpu")
     suggested = ended.out.splitlines()[-1].strip().removeprefix("skip = ")
     names = json.loads(suggested)
     assert names[0] == "*.to_q"
     assert len(names) > 10
     Path(int8).write_text(f"{INT8}[fuse]\n")
-    fused = run("doctor", "--layers", "--recipe", int8, "--device", "cpu")
+    fused = run("layers", "--recipe", int8, "--device", "cpu")
     assert fused.out.splitlines()[-1].startswith("with [fuse], skip a whole block")
 
 
-def test_all_that_is_wrong_is_said_at_once(run: Run) -> None:
-    ended = run("doctor", "--layers", "--recipe", "cache", "--model", "no/such/model")
+def test_every_fault_at_once(run: Run) -> None:
+    ended = run("layers", "--recipe", "cache", "--model", "no/such/model")
     assert ended.code == 2
     assert len(ended.errors) == 2
     assert "quantises nothing" in ended.errors[0]
@@ -79,7 +79,7 @@ def test_a_scheme_that_cannot_run_here_names_one_that_can(
 ) -> None:
     without = dataclasses.replace(machine(), fp8_on_cpu=False)
     monkeypatch.setattr("hasten.machine.machine", lambda: without)
-    ended = run("doctor", "--layers", "--device", "cpu")
+    ended = run("layers", "--device", "cpu")
     assert ended.code == 1
     assert "no FP8 product on this CPU" in ended.errors[0]
     assert "emulate = true" in ended.fixes[0]
@@ -88,17 +88,15 @@ def test_a_scheme_that_cannot_run_here_names_one_that_can(
 @pytest.mark.usefixtures("small_model")
 def test_a_pattern_that_matches_nothing(run: Run, tmp_path: Path) -> None:
     (tmp_path / "skip.toml").write_text('[quantize]\nscheme = "int8"\nskip = ["*.to_z"]\n')
-    ended = run("doctor", "--layers", "--recipe", "skip.toml", "--device", "cpu")
+    ended = run("layers", "--recipe", "skip.toml", "--device", "cpu")
     assert ended.code == 1
     assert "'*.to_z' matches no linear" in ended.errors[0]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [("--model", "x/y"), ("--recipe", "cache"), ("--device", "cpu"), ("--dtype", "bfloat16")],
-    ids=lambda options: options[0],
-)
-def test_its_options_need_it(run: Run, options: tuple[str, str]) -> None:
-    ended = run("doctor", *options)
+def test_the_old_spelling_names_the_new_one(run: Run) -> None:
+    ended = run("doctor", "--layers", "--recipe", "my recipe.toml")
     assert ended.code == 2
-    assert "--layers" in ended.errors[0]
+    assert ended.errors == [
+        "error: `hasten doctor --layers` is a command of its own, `hasten layers`"
+    ]
+    assert ended.fixes == ["fix: hasten layers --recipe 'my recipe.toml'"]

@@ -145,8 +145,8 @@ def test_kernels_that_find_their_own_scales_do_not_take_them(linear: nn.Linear) 
 @pytest.mark.parametrize(
     ("quantize", "fault"),
     [
-        ({"activations": "static"}, "`hasten calibrate --activations`"),
-        ({"activations": "static", "amax": {}}, "`hasten calibrate --activations`"),
+        ({"activations": "static"}, "`hasten calibrate-scales`"),
+        ({"activations": "static", "amax": {}}, "`hasten calibrate-scales`"),
         ({"amax": {"a": 1.0}}, 'belong to activations = "static"'),
         ({"fingerprint": "0"}, 'belong to activations = "static"'),
         ({"scheme": "int8", "activations": "static", "amax": {"a": 1.0}}, 'for scheme = "fp8"'),
@@ -174,7 +174,7 @@ def test_missing_and_unknown_linears_are_one_error_before_anything_changes(pipe:
     (problem,) = plan_problems(pipe.transformer, linears, wrong)
     assert f"no value for {first} (2 in all)" in problem.fault
     assert "no quantisable linear is called proj_out (1 in all)" in problem.fault
-    assert "hasten calibrate --activations" in problem.fix
+    assert "hasten calibrate-scales" in problem.fix
     before = dict(pipe.transformer.named_modules())
     with pytest.raises(UnsupportedError, match="no value for"):
         hasten.optimize(pipe, Recipe(quantize=wrong))

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from training.prompts import HEADER, TINY, evaluation_triples, tiny_prompts, tiny_triples
+from training.prompts import (
+    CALIBRATION,
+    CALIBRATION_HEADER,
+    HEADER,
+    TINY,
+    calibration_prompts,
+    evaluation_triples,
+    tiny_prompts,
+    tiny_triples,
+)
 from training.vocabulary import COLOURS, held_out, things
 
 
 def test_the_file_is_what_the_function_gives() -> None:
     assert TINY.read_text(encoding="utf-8") == HEADER + "\n".join(tiny_prompts()) + "\n"
     assert len(tiny_prompts()) >= 320
+
+
+def test_the_calibration_set_is_what_the_function_gives() -> None:
+    prompts = calibration_prompts()
+    assert CALIBRATION.read_text(encoding="utf-8") == CALIBRATION_HEADER + "\n".join(prompts) + "\n"
+    for learned in (prompts[:16], prompts[16:24]):  # of the defaults: learned on, held back
+        assert len({prompt.split(" background")[0].split()[-1] for prompt in learned}) >= 7
+        assert {prompt.split(" of ")[0] for prompt in learned} == {
+            "a 3D render",
+            "a flat drawing",
+        }
 
 
 def test_the_first_lines_are_varied() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from hasten.families import family_of
 from hasten.kernels.quantize import TINY
 from hasten.models.fingerprint import fingerprint
 from hasten.quantization.plan import Linears, make_plan
+from hasten.quantization.report import watched
 from hasten.recipe import Recipe, resolve
 
 __all__ = ["calibrate_activations", "largest_inputs"]
@@ -34,15 +34,29 @@ def calibrate_activations(
     progress: Callable[[str, int, int], None] | None = None,
     **arguments: Any,
 ) -> Recipe:
-    """The recipe with one calibrated scale for the activations of each linear that it quantises.
+    """Measure static scales for the inputs of the linears that a recipe quantises.
 
-    Draws the prompts with the plain pipeline, which stays as it was, and keeps the largest absolute
-    input of each linear over all steps. recipe: one with `[quantize] scheme = "fp8"`; other scales
-    that it has are replaced. arguments: of the pipeline's call. Deterministic for a seed.
+    Samples the prompts with the plain pipeline, which stays as it was, and keeps the largest
+    absolute input of each linear over all steps. Deterministic per seed.
 
-    Raises InputError (no prompts; a recipe that cannot have static scales; a linear that never
-    ran), UnsupportedError (what cannot be quantised) before anything runs, ModelError (an input
-    that is not finite).
+    Args:
+        pipe: A plain pipeline.
+        prompts: 16 are enough.
+        recipe: One with `[quantize] scheme = "fp8"`; static scales that it has are replaced.
+        steps: `num_inference_steps` of the pipeline's call.
+        batch: Prompts per call.
+        seed: Seed of the first prompt's noise; each prompt's is one higher.
+        progress: Called with the stage, the prompts done and their number.
+        **arguments: Of the pipeline's call.
+
+    Returns:
+        The recipe with static scales.
+
+    Raises:
+        InputError: There are no prompts, the recipe cannot have static scales, or a linear never
+            ran.
+        UnsupportedError: The recipe or the pipeline cannot be quantised; nothing has run.
+        ModelError: An input is not finite.
     """
     show = progress or (lambda *_: None)
     if not prompts:
@@ -55,9 +69,9 @@ def calibrate_activations(
     names = set(make_plan(transformer, linears, quantize).names)
 
     def run() -> None:
-        for first in range(0, len(prompts), batch):
-            show("record activations", first, len(prompts))
-            request.run(request.pipe, range(len(prompts))[first : first + batch])
+        for ids in request.batches(range(len(prompts))):
+            show("record activations", ids.start, len(prompts))
+            request.run(request.pipe, ids)
         show("record activations", len(prompts), len(prompts))
 
     amax = largest_inputs([item for item in linears if item[0] in names], run)
@@ -67,11 +81,14 @@ def calibrate_activations(
 def largest_inputs(linears: Linears, run: Callable[[], object]) -> dict[str, float]:
     """Largest absolute input of each of these linears while `run` runs, 1e-12 or more.
 
-    Raises InputError where one was never called, ModelError where an input was not finite. Nothing
-    stays on the linears. Waits for the device once.
+    Nothing stays on the linears. Waits for the device once.
+
+    Raises:
+        InputError: A linear was never called.
+        ModelError: An input was not finite.
     """
     seen: dict[str, Tensor] = {}
-    with _watched(linears, seen):
+    with watched(linears, lambda name: partial(_keep_largest, seen, name)):
         run()
     idle = [name for name, _ in linears if name not in seen]
     if idle:
@@ -92,20 +109,12 @@ def largest_inputs(linears: Linears, run: Callable[[], object]) -> dict[str, flo
 
 
 def _keep_largest(
-    seen: dict[str, Tensor], name: str, _linear: nn.Module, args: tuple[Tensor, ...]
+    seen: dict[str, Tensor],
+    name: str,
+    _linear: nn.Module,
+    args: tuple[Tensor, ...],
+    _output: Tensor,
 ) -> None:
-    """A forward pre-hook; `torch.maximum` keeps what is not a number."""
+    """A forward hook; `torch.maximum` keeps what is not a number."""
     largest = args[0].detach().abs().amax().float()
     seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
-
-
-@contextmanager
-def _watched(linears: Linears, seen: dict[str, Tensor]) -> Iterator[None]:
-    hooks = []
-    try:
-        for name, linear in linears:
-            hooks.append(linear.register_forward_pre_hook(partial(_keep_largest, seen, name)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,7 +1,7 @@
 """Fit a plan's weights while it runs, so that each gap also mends what earlier gaps left.
 
 At a computed step i, with the sample x̂_i that the plan has really reached, the weights of the gap
-to the next computed step j are those that bring x̂_i + (σ_j − σ_i) Σ_k w_k v_k nearest to the x_j of
+to the next computed step j are those that bring x̂_i + (σ_j − σ_i) Σ_k w_k v_k closest to the x_j of
 the full run. Starting from the real x̂_i, and not from x_i, keeps errors from adding up.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.calibration.cost import fit_weights
 from hasten.calibration.objective import Objective, relative_error
+from hasten.calibration.search import fit_weights
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step
 from hasten.passes.cache.predict import Weights
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,25 @@ from torch import Tensor
 
 from hasten.apply import optimize
 from hasten.calibration.closed_loop import fit_closed_loop
-from hasten.calibration.cost import GapCosts, gram_matrix
 from hasten.calibration.objective import (
     Objective,
     ObjectiveName,
     picture_distance,
     relative_error,
 )
-from hasten.calibration.search import best_path, neighbours, path_cost
-from hasten.calibration.store import Fitted, Store
+from hasten.calibration.search import (
+    GapCosts,
+    best_path,
+    gram_matrix,
+    neighbours,
+    path_cost,
+)
+from hasten.calibration.store import Fitted, Store, opened
 from hasten.calibration.trajectories import Trajectories, record
 from hasten.errors import InputError
 from hasten.models.fingerprint import fingerprint
 from hasten.pipeline import OptimizedPipeline
+from hasten.prompts import prompt_hash
 from hasten.recipe import Cache, IntervalCache, Recipe, ScheduleCache
 
 __all__ = ["Calibration", "Request", "calibrate", "request_of", "search_plan"]
@@ -64,7 +70,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Request:
-    """A pipeline and how to sample it: image i depends on prompt i and seed + i alone.
+    """A pipeline and how to sample it: prompt i gets the noise of seed + i.
 
     arguments: of the pipeline's call, with `num_inference_steps`, `height` and `width`.
     """
@@ -78,17 +84,41 @@ class Request:
     def run(self, call: Callable[..., Any], ids: Sequence[int]) -> Tensor:
         """Final latents, P×tokens×channels, of these prompts."""
         noise = [torch.Generator("cpu").manual_seed(self.seed + i) for i in ids]
-        texts = [self.prompts[i] for i in ids]
         arguments = dict(self.arguments)
-        if isinstance(arguments.get("negative_prompt"), str):  # pipelines want one for each prompt
+        if isinstance(arguments.get("negative_prompt"), str):  # pipelines want one per prompt
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(ids)
-        latents: Tensor = call(texts, generator=noise, output_type="latent", **arguments).images
+        latents: Tensor = call(
+            prompt=[self.prompts[i] for i in ids],
+            generator=noise,
+            output_type="latent",
+            **arguments,
+        ).images
         return latents
 
+    def batches(self, ids: range) -> list[range]:
+        """Ids of each call. Image pipelines draw differently in other company."""
+        return [ids[first : first + self.batch] for first in range(0, len(ids), self.batch)]
+
     def run_all(self, call: Callable[..., Any], ids: range) -> Tensor:
-        """The same in batches; P×D, float32, on the CPU."""
-        parts = [self.run(call, ids[i : i + self.batch]) for i in range(0, len(ids), self.batch)]
+        """Final latents of these prompts, in batches; P×D, float32, on the CPU."""
+        parts = [self.run(call, batch) for batch in self.batches(ids)]
         return torch.cat(parts).flatten(1).float().cpu()
+
+    def plain_run(self, ids: Sequence[int]) -> Tensor:
+        """`run` of the plain pipeline.
+
+        Raises:
+            InputError: The pipeline does not draw the size that it is called with.
+        """
+        latents = self.run(self.pipe, ids)
+        height, width = self.arguments["height"], self.arguments["width"]
+        side = 2 * self.pipe.vae_scale_factor
+        if latents.shape[1] != (height // side) * (width // side):
+            raise InputError(
+                f"the pipeline was called for {width}x{height} and drew another size",
+                f"call it for what it draws; FluxKontextPipeline takes max_area={width * height}",
+            )
+        return latents
 
     def objective(self, name: ObjectiveName, full: Trajectories) -> Objective:
         """Judges final latents of the prompts that `full` recorded."""
@@ -99,15 +129,43 @@ class Request:
         return picture_distance(self.pipe, reference, height, width)
 
     def key(self) -> dict[str, Any]:
-        """What recordings and trials depend on; `trials.jsonl` also on what they minimise."""
+        """What recordings and trials depend on, as JSON values."""
+        scheduler = self.pipe.scheduler
         return {
             "fingerprint": fingerprint(self.pipe.transformer),
+            "pipeline": type(self.pipe).__name__,
             "dtype": str(self.pipe.dtype),
-            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            "device": str(self.pipe._execution_device.type),
+            "scheduler": [type(scheduler).__name__, _identity(dict(scheduler.config))],
+            "prompts": _identity(list(self.prompts)),
             "seed": self.seed,
             "batch": self.batch,
-            "arguments": {name: repr(value) for name, value in sorted(self.arguments.items())},
+            "arguments": {name: _identity(self.arguments[name]) for name in sorted(self.arguments)},
         }
+
+
+def _identity(value: Any) -> str:
+    """A hash of a call's argument by what is in it; tensors and images may be among it."""
+    digest = hashlib.sha256(type(value).__name__.encode())
+    if isinstance(value, Mapping):
+        digest.update(_identity([[name, value[name]] for name in sorted(value)]).encode())
+    elif isinstance(value, list | tuple):
+        for part in value:
+            digest.update(_identity(part).encode())
+    else:
+        digest.update(_content(value))
+    return digest.hexdigest()
+
+
+def _content(value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        shape = f"{value.dtype}{tuple(value.shape)}".encode()
+        return shape + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    if hasattr(value, "tobytes"):  # an image of Pillow, an array of numpy
+        kind = [getattr(value, name, "") for name in ("mode", "size", "dtype", "shape")]
+        content: bytes = repr(kind).encode() + value.tobytes()
+        return content
+    return repr(value).encode()
 
 
 @torch.no_grad()
@@ -126,59 +184,88 @@ def calibrate(
     progress: Progress | None = None,
     **arguments: Any,
 ) -> Calibration:
-    """Learn which `budget` of `steps` steps to compute on this pipeline, which stays as it was.
+    """Learn which steps to compute on a pipeline, which stays as it was. Deterministic per seed.
 
-    prompts: the last `held_back` of them only check what the others taught (16 + 8 are enough for
-    FLUX-like models); objective: what to keep near the full run, the final latents or the picture
-    (LPIPS; every trial is decoded); climb: transformer evaluations, a batch of prompts each, to
-    spend on improving the searched plan; state: a folder that keeps recordings and trials as they
-    finish, from which a later call goes on, also with another budget; arguments: of the pipeline's
-    call (height, width, guidance_scale, true_cfg_scale, max_sequence_length …). Deterministic for
-    a seed.
+    Args:
+        pipe: A plain pipeline.
+        prompts: 16 to learn from and 8 to check on are enough for FLUX-like models.
+        budget: How many steps of a run to compute.
+        steps: `num_inference_steps` of the pipeline's call.
+        objective: Whether to keep the final latents close to the full run's, or the image (LPIPS).
+        climb: Transformer evaluations, each of a batch of prompts, to refine the schedule with.
+        held_back: How many of the last prompts only check what the others taught.
+        batch: Prompts per call.
+        seed: Seed of the first prompt's noise; each prompt's is one higher.
+        state: A folder from which a later call continues, also with another budget.
+        progress: Called with the stage, the units done and their number.
+        **arguments: Of the pipeline's call (height, width, guidance_scale, image …).
 
-    Raises InputError for a budget outside 1…steps, too few prompts, or a state of something else.
+    Raises:
+        InputError: A budget outside 1…steps, too few prompts, or a state that is damaged, of
+            another calibration, in use, or cannot be written.
+        ModelError: The model's full runs are not finite.
     """
     show = progress or (lambda *_: None)
-    _refuse(prompts, budget, steps, held_back)
+    _refuse_prompts(prompts, held_back)
+    _refuse_budget(budget, steps)
     request = request_of(pipe, prompts, steps, seed, batch, arguments)
-    learned = len(prompts) - held_back
-    store = Store(state, request.key() | {"learned": learned, "objective": objective})
+    learned, held = range(len(prompts))[:-held_back], range(len(prompts))[-held_back:]
+    with opened(state, request.key() | {"learned": len(learned), "objective": objective}) as store:
+        full, checked = _full_runs(request, learned, held, store, show)
+        _refuse_budget(budget, full.steps)  # a late start has fewer of them
+        judge = request.objective(objective, full)
+        best = search_plan(request, full, budget, judge, climb, store, show)
+    return _checked(request, _schedule(request, full, best), objective, checked, held, show)
+
+
+def _full_runs(
+    request: Request, learned: range, held: range, store: Store, show: Progress
+) -> tuple[Trajectories, Trajectories]:
+    """Recordings of the prompts to learn from, and of those to check on."""
     every = record(
-        lambda ids: request.run(request.pipe, ids),
+        request.plain_run,
         request.pipe,
-        len(prompts),
-        batch,
+        [*request.batches(learned), *request.batches(held)],
         lambda done, total: show("record full runs", done, total),
         store,
     )
-    full, held = every.of(slice(0, learned)), every.of(slice(learned, None))
-    best = search_plan(
-        request, full, budget, request.objective(objective, full), climb, store, show
-    )
-    schedule = ScheduleCache(
+    return every.of(slice(0, held.start)), every.of(slice(held.start, None))
+
+
+def _schedule(request: Request, full: Trajectories, best: Fitted) -> ScheduleCache:
+    return ScheduleCache(
         steps=full.steps,
         compute=best.path,
         weights=best.weights,
         sigmas=tuple(round(sigma, 6) for sigma in full.sigmas[:-1]),
         fingerprint=fingerprint(request.pipe.transformer),
+        prompts=tuple(map(prompt_hash, request.prompts)),
     )
+
+
+def _checked(
+    request: Request,
+    schedule: ScheduleCache,
+    objective: ObjectiveName,
+    full: Trajectories,
+    held: range,
+    show: Progress,
+) -> Calibration:
+    """The schedule and its errors on held-back prompts, with those of the plain interval."""
+    budget, steps = len(schedule.compute), schedule.steps
     interval = _interval_of(budget, steps)
+    judges = request.objective("latent", full), request.objective("lpips", full)
     show("check on held-back prompts", 0, 2)
-    judges = request.objective("latent", held), request.objective("lpips", held)
-    error, distance = _held_back(request, schedule, judges, range(learned, len(prompts)))
+    error, lpips = _held_back(request, schedule, judges, held)
     show("check on held-back prompts", 1, 2)
-    interval_error, interval_distance = _held_back(
-        request, interval, judges, range(learned, len(prompts))
-    )
+    interval_error, interval_lpips = _held_back(request, interval, judges, held)
     show("check on held-back prompts", 2, 2)
     recipe = Recipe(
         name=f"schedule-{budget}-of-{steps}",
-        description=f"{budget} of {steps} steps, learned on {learned} prompts",
+        description=f"{budget} of {steps} steps, learned on {held.start} prompts",
         cache=ScheduleCache(**{**dict(schedule), "expected_error": round(error, 6)}),
     )
-    return Calibration(
-        recipe, interval, error, interval_error, distance, interval_distance, objective
-    )
+    return Calibration(recipe, interval, error, interval_error, lpips, interval_lpips, objective)
 
 
 def search_plan(
@@ -267,14 +354,25 @@ def _held_back(
 def request_of(
     pipe: Any, prompts: Sequence[str], steps: int, seed: int, batch: int, arguments: dict[str, Any]
 ) -> Request:
-    """The plain pipeline with the arguments a call of it would have."""
+    """The plain pipeline with the arguments that a call of it would have.
+
+    Raises:
+        UnsupportedError: The pipeline is of no supported family.
+        AlreadyOptimizedError: It is optimised.
+    """
+    plain, defaults = _call_defaults(pipe)
+    side = plain.default_sample_size * plain.vae_scale_factor
+    size = {"height": side, "width": side}
+    call = {**size, **defaults, **arguments, "num_inference_steps": steps}
+    return Request(plain, prompts, seed, batch, call)
+
+
+def _call_defaults(pipe: Any) -> tuple[Any, dict[str, Any]]:
+    """The plain pipeline, and the arguments that its model is called with by default."""
     fast = optimize(pipe, Recipe())
     plain, defaults = fast.pipe, fast.call_defaults
     fast.restore()
-    side = plain.default_sample_size * plain.vae_scale_factor
-    size = {"height": side, "width": side}
-    asked = {**size, **defaults, **arguments, "num_inference_steps": steps}
-    return Request(plain, prompts, seed, batch, asked)
+    return plain, defaults
 
 
 def _interval_of(budget: int, steps: int) -> IntervalCache:
@@ -284,13 +382,17 @@ def _interval_of(budget: int, steps: int) -> IntervalCache:
     return IntervalCache(start_step=start, interval=interval)
 
 
-def _refuse(prompts: Sequence[str], budget: int, steps: int, held_back: int) -> None:
-    faults = []
+def _refuse_budget(budget: int, steps: int) -> None:
     if not 1 <= budget <= steps:
-        faults.append(f"budget = {budget} is not between 1 and steps = {steps}")
-    if held_back < 1:
-        faults.append(f"held_back = {held_back}: at least one prompt has to be held back")
-    if len(prompts) <= held_back:
-        faults.append(f"{len(prompts)} prompts are too few to hold {held_back} back")
-    if faults:
-        raise InputError(faults, "16 prompts to learn from and 8 to check on are enough")
+        raise InputError(
+            f"budget = {budget} is not between 1 and the {steps} steps of a run",
+            "give a budget of about a third of the steps",
+        )
+
+
+def _refuse_prompts(prompts: Sequence[str], held_back: int) -> None:
+    if not 1 <= held_back < len(prompts):
+        raise InputError(
+            f"of {len(prompts)} prompts, held_back = {held_back} cannot be held back",
+            "hold back at least one prompt and keep at least one to learn from; 8 and 16 are usual",
+        )

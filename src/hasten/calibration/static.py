@@ -15,7 +15,8 @@ LONGEST_NAME = 64  # of a recipe
 def dynamic(recipe: Recipe) -> Quantize:
     """The recipe's `[quantize]` without the static scales that it may have.
 
-    Raises InputError where it quantises nothing, or by a scheme that has no static scales.
+    Raises:
+        InputError: It quantises nothing, or by a scheme that has no static scales.
     """
     if recipe.quantize is None:
         raise InputError(
@@ -32,11 +33,11 @@ def dynamic(recipe: Recipe) -> Quantize:
 
 
 def with_static_scales(recipe: Recipe, amax: Mapping[str, float], fingerprint: str) -> Recipe:
-    """The recipe with these largest inputs of its linears, by name."""
+    """The recipe with static scales from these largest inputs of its linears, by name."""
     scales = {"activations": "static", "amax": dict(amax), "fingerprint": fingerprint}
     name = recipe.name.removesuffix("-static")[: LONGEST_NAME - len("-static")]
     return recipe.but(
         name=f"{name}-static",
-        description=f"{name} with one calibrated scale for the activations of each linear",
+        description=f"{name} with static scales for the inputs of its linears",
         quantize=Quantize(**{**dict(dynamic(recipe)), **scales}),
     )

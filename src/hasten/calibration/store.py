@@ -1,27 +1,37 @@
-"""What a calibration has done so far, in a folder, so that an interrupted one goes on.
+"""What a calibration has done so far, in a folder, so that an interrupted one can be resumed.
 
 Recordings are most of the work on a large model, closed-loop trials most of it on a small one; both
-are kept as they finish. Nothing of a recording depends on the budget, so one folder serves several.
+are kept as they finish. Each carries a checksum over its content and over what it is of, so that
+nothing is taken over that is damaged, edited or of another calibration. Nothing of a recording
+depends on the budget, so one folder serves several.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from hasten.atomic import drafted, remove_drafts, sync, write_bytes, write_text
 from hasten.errors import InputError
+from hasten.folder_lock import FolderLock
 from hasten.passes.cache.predict import Weights
+from hasten.sealed import DamagedError, seal, unseal
 
-__all__ = ["Fitted", "Store", "remove_store"]
+__all__ = ["Fitted", "Store", "opened", "remove_store"]
 
 KEY = "calibration.json"
 TRIALS = "trials.jsonl"
+RECORDINGS = "recording-*.safetensors"
+CHECKSUM = "sha256"  # in the metadata of a recording
 
 
 class Fitted(NamedTuple):
@@ -37,86 +47,177 @@ class Store:
     """Recordings and trials by what they are of. Without a folder, it only remembers trials."""
 
     def __init__(self, folder: Path | None = None, key: dict[str, Any] | None = None) -> None:
-        """Open or make `folder`. `key` says what is learned, in values that JSON keeps as they are.
+        """Use an existing folder.
 
-        Raises InputError where the folder holds another calibration or cannot be written.
+        Args:
+            folder: Where to keep everything; no other process may use it meanwhile.
+            key: JSON values that say what is learned.
+
+        Raises:
+            InputError: The folder holds another calibration, is damaged, or cannot be used.
         """
         self.folder = folder
         self._trials: dict[tuple[tuple[int, ...], int], Fitted] = {}
+        sealed = seal(key or {}, indent=1)
+        self._of: str = json.loads(sealed)[CHECKSUM]
         if folder is None:
             return
-        try:
+        with _usable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._claim(key or {})
+            remove_drafts(folder)
+            self._claim(sealed)
             self._trials = {(fit.path, fit.order): fit for fit in self._read_trials()}
-        except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be used: {error.strerror}", "choose another place"
-            ) from None
 
     def recording(self, number: int) -> dict[str, Tensor] | None:
-        """Tensors of batch `number`, if it has been recorded."""
+        """Tensors of batch `number`, if it has been recorded.
+
+        Raises:
+            InputError: The file is not what was written for this batch of this calibration.
+        """
         path = self._batch(number)
-        return load_file(path) if path is not None and path.is_file() else None
+        if path is None or not path.is_file():
+            return None
+        with _usable(path), _intact(path):
+            tensors, checksum = _load(path)
+            if checksum != self._checksum(number, tensors):
+                raise DamagedError("its content is not what was written: the checksum differs")
+        return tensors
 
     def keep_recording(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Keep a finished batch; an interrupt in between leaves nothing half-written."""
+        """Keep a finished batch, whole or not at all.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
         path = self._batch(number)
         if path is not None:
-            draft = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file(tensors, draft)
-            os.replace(draft, path)
+            with _usable(path), drafted(path) as draft:
+                save_file(tensors, draft, {CHECKSUM: self._checksum(number, tensors)})
 
     def trial(self, path: tuple[int, ...], order: int) -> Fitted | None:
         """The closed-loop fit of a path, if it has been run."""
         return self._trials.get((path, order))
 
     def keep_trial(self, fitted: Fitted) -> None:
-        """Remember a fit, and write it down."""
+        """Remember a fit, and write it down.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
         self._trials[fitted.path, fitted.order] = fitted
         if self.folder is not None:
-            with (self.folder / TRIALS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(fitted._asdict()) + "\n")
+            path = self.folder / TRIALS
+            with _usable(path):
+                with path.open("ab") as file:
+                    file.write(seal({"of": self._of, **fitted._asdict()}).encode() + b"\n")
+                sync(path)
 
     def _batch(self, number: int) -> Path | None:
         return None if self.folder is None else self.folder / f"recording-{number:04d}.safetensors"
 
-    def _claim(self, key: dict[str, Any]) -> None:
+    def _checksum(self, number: int, tensors: dict[str, Tensor]) -> str:
+        """Over what the calibration is of, the batch, and names, types, shapes and values."""
+        names = sorted(tensors)
+        kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+        digest = hashlib.sha256(json.dumps([self._of, number, kinds]).encode())
+        for name in names:
+            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _claim(self, sealed: str) -> None:
         assert self.folder is not None
-        path = self.folder / KEY
+        path, key = self.folder / KEY, unseal(sealed)
         if not path.is_file():
-            path.write_text(json.dumps(key, indent=1), "utf-8")
+            write_text(path, sealed)
             return
-        try:
-            there = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            there = {}
-        other = [name for name in key if there.get(name) != json.loads(json.dumps(key[name]))]
+        with _intact(path):
+            there = unseal(path.read_bytes())
+        other = [name for name in key if there.get(name) != key[name]]
         if other:
             raise InputError(
                 f"{self.folder} holds another calibration: it differs in {', '.join(other)}",
                 f"delete {self.folder}, or repeat the command that it is of",
             )
 
-    def _read_trials(self) -> Sequence[Fitted]:
+    def _read_trials(self) -> list[Fitted]:
         assert self.folder is not None
         path = self.folder / TRIALS
         if not path.is_file():
             return []
-        whole, newline, _ = path.read_text("utf-8").rpartition("\n")
-        path.write_text(whole + newline, "utf-8")  # an interrupt may have cut the last line short
-        return [_fitted(json.loads(line)) for line in whole.splitlines()]
+        *whole, cut = path.read_bytes().split(b"\n")
+        with _intact(path):
+            trials = [self._trial_of(line) for line in whole]
+        if cut:  # an interrupt in the middle of a line
+            write_bytes(path, b"".join(line + b"\n" for line in whole))
+        return trials
+
+    def _trial_of(self, line: bytes) -> Fitted:
+        content = unseal(line)
+        if content.pop("of", None) != self._of:
+            raise DamagedError("it is of another calibration")
+        weights = tuple(tuple(row) for row in content["weights"])
+        return Fitted(content["error"], tuple(content["path"]), content["order"], weights)
+
+
+@contextmanager
+def opened(folder: Path | None, key: dict[str, Any]) -> Iterator[Store]:
+    """The store in a folder, which no other process can open meanwhile.
+
+    Raises:
+        InputError: Another process uses the folder, or as `Store` raises.
+    """
+    if folder is None:
+        yield Store()
+        return
+    with _usable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FolderLock(folder):
+        yield Store(folder, key)
 
 
 def remove_store(folder: Path) -> None:
-    """Delete what a Store keeps there, and the folder if nothing else is in it."""
-    for pattern in (KEY, TRIALS, "recording-*.safetensors", "recording-*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
+    """Delete what a store keeps in a folder, and the folder if nothing else is in it.
+
+    Raises:
+        InputError: Another process uses the folder, or its files cannot be deleted.
+    """
+    if not folder.is_dir():
+        return
+    with _usable(folder), FolderLock(folder):
+        remove_drafts(folder)
+        for path in (folder / KEY, folder / TRIALS, *folder.glob(RECORDINGS)):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
         folder.rmdir()
 
 
-def _fitted(told: dict[str, Any]) -> Fitted:
-    weights = tuple(tuple(row) for row in told["weights"])
-    return Fitted(told["error"], tuple(told["path"]), told["order"], weights)
+def _load(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Tensors of a file, and the checksum that it carries."""
+    with safe_open(path, "pt") as file:
+        checksum = (file.metadata() or {}).get(CHECKSUM)
+        return {name: file.get_tensor(name) for name in file.keys()}, checksum  # noqa: SIM118
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Errors of the file system, a full disk among them, as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path}: cannot be used: {reason}",
+            "make room there or choose another place; what was finished before is kept",
+        ) from None
+
+
+@contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """Errors of a damaged file, as one line."""
+    try:
+        yield
+    except (DamagedError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: {' '.join(str(error).split())[:200]}",
+            f"delete {path}: what was in it is then computed again",
+        ) from None

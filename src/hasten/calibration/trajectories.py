@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.calibration.store import Store
+from hasten.errors import ModelError
 
 __all__ = ["Trajectories", "at_scheduler_step", "record"]
 
@@ -41,14 +42,19 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
 @contextmanager
 def at_scheduler_step(scheduler: Any, on_step: OnStep) -> Iterator[None]:
-    """Inside, every `scheduler.step` first calls on_step(index, velocity, sample), whose result
-    (shape of velocity) takes the velocity's place."""
+    """Inside, every `scheduler.step` first calls `on_step`, and steps with what it returns.
+
+    Args:
+        scheduler: A Diffusers scheduler with `step_index` and `begin_index`.
+        on_step: Called with the index of the step within the run, the velocity and the sample. A
+            late start (image to image) counts from its own first step. It returns a velocity.
+    """
     original = scheduler.step
 
     def step(model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
-        index = scheduler.step_index
-        index = (scheduler.begin_index or 0) if index is None else index
-        return original(on_step(index, model_output, sample), timestep, sample, **kwargs)
+        begin = _begin(scheduler)
+        index = begin if scheduler.step_index is None else scheduler.step_index
+        return original(on_step(index - begin, model_output, sample), timestep, sample, **kwargs)
 
     scheduler.step = step
     try:
@@ -57,29 +63,43 @@ def at_scheduler_step(scheduler: Any, on_step: OnStep) -> Iterator[None]:
         del scheduler.step
 
 
+def _begin(scheduler: Any) -> int:
+    """Index of the run's first step among the scheduler's sigmas: above 0 for a late start."""
+    return int(scheduler.begin_index or 0)
+
+
 def record(
     sample: Callable[[Sequence[int]], Tensor],
     pipe: Any,
-    count: int,
-    batch: int,
+    batches: Sequence[Sequence[int]],
     progress: Callable[[int, int], None],
     store: Store | None = None,
 ) -> Trajectories:
-    """Record `count` runs in batches; `sample(ids)` draws those prompts and returns final latents.
+    """Record full runs in batches, each step's velocity as the scheduler saw it.
 
-    Nothing is approximated: each step's velocity is stored as the scheduler saw it. Batches that
-    `store` has are not run again.
+    Args:
+        sample: Samples the prompts with these ids and returns their final latents.
+        pipe: The pipeline that `sample` calls.
+        batches: Ids of the prompts of each call.
+        progress: Called with the number of recorded prompts and that of all.
+        store: Keeps each batch; a batch that it already has is not run again.
+
+    Raises:
+        ModelError: A velocity or a latent is not finite.
+        InputError: The store is damaged or cannot be written.
     """
     store = store or Store()
     parts: list[dict[str, Tensor]] = []
-    for number, first in enumerate(range(0, count, batch)):
-        progress(first, count)
-        known = store.recording(number)
-        if known is None:
-            known = _record(sample, pipe, range(first, min(first + batch, count)))
-            store.keep_recording(number, known)
-        parts.append(known)
-    progress(count, count)
+    done, count = 0, sum(map(len, batches))
+    for number, ids in enumerate(batches):
+        progress(done, count)
+        part = store.recording(number)
+        if part is None:
+            part = _record(sample, pipe, ids)
+            store.keep_recording(number, part)
+        parts.append(part)
+        done += len(ids)
+    progress(done, count)
     return Trajectories(
         tuple(parts[0]["sigmas"].tolist()),
         torch.cat([part["velocities"] for part in parts], dim=1),
@@ -102,9 +122,16 @@ def _record(
     with at_scheduler_step(pipe.scheduler, keep):
         final = sample(ids)
     latents.append(final.flatten(1).float().cpu())
-    sigmas = [*pipe.scheduler.sigmas.tolist(), 0.0][: len(velocities) + 1]
-    return {
+    begin = _begin(pipe.scheduler)
+    sigmas = [*pipe.scheduler.sigmas.tolist(), 0.0][begin : begin + len(velocities) + 1]
+    recorded = {
         "sigmas": torch.tensor(sigmas, dtype=torch.float64),
         "velocities": torch.stack(velocities),
         "latents": torch.stack(latents),
     }
+    if not all(tensor.isfinite().all() for tensor in recorded.values()):
+        raise ModelError(
+            "the model's full runs are not finite: nothing can be learned from them",
+            "load the model in bfloat16 or float32; if it is, its weights are damaged",
+        )
+    return recorded

@@ -6,6 +6,7 @@ A failure is one line per fault and one line for the fix.
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ import typer
 
 from hasten import __version__
 from hasten.cli.bench import bench
-from hasten.cli.calibrate import calibrate
+from hasten.cli.calibrate import calibrate, calibrate_scales
 from hasten.cli.doctor import doctor
 from hasten.cli.export import export
 from hasten.cli.generate import generate
+from hasten.cli.layers import layers
 from hasten.cli.recipes import recipes
 from hasten.cli.terminal import discard_stdout, prepare_streams
-from hasten.errors import HastenError, Part
+from hasten.errors import HastenError, InputError, Part
 from hasten.library_logging import quiet_libraries
 from hasten.memory import ran_out
 
@@ -33,6 +35,11 @@ LESS_MEMORY = (
     '[offload] kind = "model"'
 )
 
+OLD_SPELLINGS = (  # command, option, the command that took its place
+    ("doctor", "--layers", "layers"),
+    ("calibrate", "--activations", "calibrate-scales"),
+)
+
 app = typer.Typer(
     name="hasten",
     add_completion=False,
@@ -42,6 +49,8 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(bench)
 app.command()(calibrate)
+app.command("calibrate-scales")(calibrate_scales)
+app.command()(layers)
 app.add_typer(export, name="export")
 app.add_typer(recipes, name="recipes")
 app.command()(doctor)
@@ -88,7 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failure.exit_code
 
 
+def _refuse_old_spelling(arguments: list[str]) -> None:
+    for command, option, name in OLD_SPELLINGS:
+        if arguments[:1] == [command] and option in arguments:
+            others = [argument for argument in arguments[1:] if argument != option]
+            raise InputError(
+                f"`hasten {command} {option}` is a command of its own, `hasten {name}`",
+                f"hasten {shlex.join([name, *others])}",
+            )
+
+
 def _run(arguments: list[str]) -> int:
+    _refuse_old_spelling(arguments)
     command = typer.main.get_command(app)
     try:
         # Not `command.main()`: it would print usage errors and Ctrl-C in its own form.

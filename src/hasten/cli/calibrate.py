@@ -1,9 +1,8 @@
-"""`hasten calibrate`: learn a schedule, or static scales, for a model and write it as a recipe."""
+"""`hasten calibrate` and `hasten calibrate-scales`: recipes that a model and prompts teach."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,48 +15,60 @@ from hasten.errors import Faults, InputError
 
 if TYPE_CHECKING:
     from hasten.calibration.learn import Calibration
-    from hasten.recipe import Recipe
+    from hasten.cli.terminal import ProgressBar
+    from hasten.recipe import Recipe, Sampling
     from hasten.settings import CallOptions, Settings
 
 HELD_BACK = 8
 OBJECTIVES = ("latent", "lpips")
-OF_SCHEDULES = (None, "latent", 120, False)  # defaults of --budget, --objective, --climb, --resume
-QUANTISING = "fp8"  # default of --recipe
+
+Budget = Annotated[int | None, typer.Option(metavar="K", help="How many steps to compute.")]
+Quantising = Annotated[str, typer.Option(metavar="NAME", help="A recipe that quantises.")]
+Out = Annotated[Path, typer.Option(metavar="FILE.toml", help="The recipe to write.")]
+Limit = Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="A file of prompts or a bundled set; keep those of benchmarks out.  "
+        "[default: a set for the model that bench does not use]",
+    ),
+]
+Objective = Annotated[
+    str, typer.Option(metavar="latent|lpips", help="What to keep close to the full run.")
+]
+Climb = Annotated[
+    int, typer.Option(metavar="N", help="Transformer evaluations spent on refining the schedule.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue from what an interrupted run left.")
+]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What schedule to learn, and where it goes."""
+
+    budget: int | None
+    objective: str
+    climb: int
+    out: Path
+
+    @property
+    def state(self) -> Path:
+        """Recordings and trials, until the recipe is written."""
+        return self.out.with_name(f"{self.out.name}.partial")
 
 
 def calibrate(
     *,
-    budget: Annotated[
-        int | None, typer.Option(metavar="K", help="How many steps to compute.")
-    ] = OF_SCHEDULES[0],
-    activations: Annotated[
-        bool,
-        typer.Option(
-            "--activations",
-            help="Instead: the scales of what the linears that --recipe quantises are fed.",
-        ),
-    ] = False,
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME", help="With --activations: a recipe that quantises.")
-    ] = QUANTISING,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.toml",
-            help="The recipe that is written.  [default: schedule.toml or static.toml]",
-        ),
-    ] = None,
-    prompts: options.Prompts = None,
-    limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = 16,
-    objective: Annotated[
-        str, typer.Option(metavar="latent|lpips", help="What to keep near the full run.")
-    ] = OF_SCHEDULES[1],
-    climb: Annotated[
-        int, typer.Option(metavar="N", help="Evaluations a batch spent on improving the plan.")
-    ] = OF_SCHEDULES[2],
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from what an interrupted run left.")
-    ] = OF_SCHEDULES[3],
+    budget: Budget = None,
+    out: Out = Path("schedule.toml"),
+    prompts: Prompts = None,
+    limit: Limit = 16,
+    objective: Objective = "latent",
+    climb: Climb = 120,
+    resume: Resume = False,
     model: options.Model = "tiny",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -69,131 +80,172 @@ def calibrate(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Learn which steps of a model to compute, checked on eight more prompts; or static scales."""
+    """Learn a schedule: which steps of a model to compute, checked on eight more prompts."""
     from hasten.settings import CallOptions
 
-    asked = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
-    if activations:
-        from hasten.cli.activations import calibrate_activations
-
-        if (budget, objective, climb, resume) != OF_SCHEDULES:
-            raise InputError(
-                "--budget, --objective, --climb and --resume are of schedules, and --activations "
-                "learns none",
-                "leave them out, or --activations",
-            )
-        calibrate_activations(
-            asked, recipe, prompts, limit, out or Path("static.toml"), as_json=as_json
-        )
-        return
-    if recipe != QUANTISING:
-        raise InputError(
-            "--recipe says what --activations is to look at", "add --activations, or leave it out"
-        )
-    wanted = Wanted(budget, limit, objective, climb, out or Path("schedule.toml"))
-    texts, settings = _request(asked, prompts, wanted)
-    found = _learn(asked, texts, settings, wanted, resume=resume)
-    write_recipe(found.recipe, wanted.out)
-    _forget(wanted.state)
-    _print_result(found, wanted.out, as_json=as_json)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What to learn, and where it goes."""
-
-    budget: int | None
-    limit: int
-    objective: str
-    climb: int
-    out: Path
-
-    @property
-    def state(self) -> Path:
-        """Recordings and trials, until the recipe is written."""
-        return self.out.with_name(f"{self.out.name}.partial")
-
-
-def _request(asked: CallOptions, prompts: str | None, wanted: Wanted) -> tuple[list[str], Settings]:
-    """Look at all of the input, and raise everything that is wrong with it at once."""
-    from hasten.prompts import read_prompts
-    from hasten.settings import Settings, chosen_settings, model_defaults, whole_number
-
+    call = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
+    wanted = Wanted(budget, objective, climb, out)
     faults = Faults()
-    defaults = model_defaults(asked.model, faults)
-    settings = chosen_settings(asked, Settings.of_model(defaults), faults)
-    if wanted.budget is None:
-        faults.add("--budget is missing: how many steps to compute", "a third of them is usual")
-    whole_number("budget", wanted.budget, 1, (1, settings.steps), faults)
-    whole_number("climb", wanted.climb, 0, (0, 1_000_000), faults)
-    check_run(asked, wanted.out, faults)
-    count = whole_number("limit", wanted.limit, 16, (1, 1000), faults)
+    texts, settings = _inputs(call, prompts, (limit, HELD_BACK), None, out, faults)
+    _check_wanted(wanted, settings.steps, faults)
+    faults.raise_any()
+    found = _learn(call, texts, settings, wanted, resume=resume)
+    _write_recipe(found.recipe, out)
+    _forget(wanted.state)
+    _print_schedule(found, out, as_json=as_json)
+
+
+def calibrate_scales(
+    *,
+    recipe: Quantising = "fp8",
+    out: Out = Path("static.toml"),
+    prompts: Prompts = None,
+    limit: Limit = 16,
+    model: options.Model = "tiny",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    steps: options.Steps = None,
+    size: options.Size = None,
+    seed: options.Seed = 0,
+    guidance: options.Guidance = None,
+    max_sequence_length: options.MaxSequenceLength = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure static FP8 scales for the inputs of the linears that a recipe quantises."""
+    from hasten.calibration.static import dynamic
+    from hasten.recipe import Recipe, resolve
+    from hasten.settings import CallOptions
+
+    call = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
+    faults, chosen = Faults(), Recipe()
+    with faults.gather():
+        chosen = resolve(recipe)
+        dynamic(chosen)
+    texts, settings = _inputs(call, prompts, (limit, 0), chosen.sampling, out, faults)
+    faults.raise_any()
+    found = _measure(call, texts, settings, chosen)
+    _write_recipe(found, out)
+    _print_scales(found, out, len(texts), settings.steps, as_json=as_json)
+
+
+def _inputs(
+    call: CallOptions,
+    source: str | None,
+    counts: tuple[int, int],
+    sampling: Sampling | None,
+    out: Path,
+    faults: Faults,
+) -> tuple[list[str], Settings]:
+    """Prompts, `counts` to learn from and to hold back, and settings; notes all that is wrong."""
+    from hasten.machine import machine
+    from hasten.prompts import read_prompts
+    from hasten.settings import (
+        MAX_SEED,
+        Settings,
+        chosen_settings,
+        model_defaults,
+        whole_number,
+    )
+
+    defaults = model_defaults(call.model, faults)
+    settings = chosen_settings(call, Settings.of_model(defaults).under(sampling), faults)
+    whole_number("seed", call.seed, 0, (0, MAX_SEED), faults)
+    if call.device not in ("auto", "cpu"):  # these two are always there: no need to look
+        with faults.gather():
+            machine().usable_device(call.device)
+    with faults.gather():
+        if out.suffix != ".toml" or out.is_dir():
+            raise InputError(f"{out}: not a .toml file name", f"for example --out {out.stem}.toml")
+        options.check_writable(out.parent)
+    limit, held_back = counts
+    count = whole_number("limit", limit, 16, (1, 1000), faults)
     texts: list[str] = []
     with faults.gather():
-        texts = list(read_prompts(prompts or defaults.prompts, limit=count + HELD_BACK))
-        if len(texts) <= HELD_BACK:
+        texts = read_prompts(source or f"{defaults.prompts}-calibration", limit=count + held_back)
+        if len(texts) <= held_back:
             raise InputError(
-                f"{len(texts)} prompts are too few: {HELD_BACK} are held back to check the result",
-                f"give at least {HELD_BACK + 1}, better {HELD_BACK + 16}",
+                f"{len(texts)} prompts are too few: {held_back} are held back to check the result",
+                f"give at least {held_back + 1}, better {held_back + 16}",
             )
-    with faults.gather():
-        if wanted.objective not in OBJECTIVES:
-            raise InputError(
-                f"objective = {wanted.objective!r} is not one of {', '.join(OBJECTIVES)}",
-                "latent is the quicker, lpips decodes every trial",
-            )
-    faults.raise_any()
     return texts, settings
 
 
-def check_run(asked: CallOptions, out: Path, faults: Faults) -> None:
-    """Seed and device of a calibration, and the place of the recipe that it writes."""
-    from hasten.machine import machine
-    from hasten.settings import MAX_SEED, whole_number
+def _check_wanted(wanted: Wanted, steps: int, faults: Faults) -> None:
+    from hasten.settings import whole_number
 
-    whole_number("seed", asked.seed, 0, (0, MAX_SEED), faults)
-    if asked.device not in ("auto", "cpu"):  # these two are always there: no need to look
-        with faults.gather():
-            machine().usable_device(asked.device)
-    with faults.gather():
-        if out.suffix != ".toml" or out.is_dir():
-            raise InputError(f"{out}: not a .toml file name", "for example --out schedule.toml")
-        options.check_writable(out.parent)
+    if wanted.budget is None:
+        faults.add(
+            "--budget is missing: how many steps to compute",
+            f"--budget {max(1, steps // 3)} computes a third of the {steps} steps",
+        )
+    elif not 1 <= wanted.budget <= steps:
+        faults.add(
+            f"budget = {wanted.budget} is not a whole number from 1 to {steps}, the steps of a run",
+            f"--budget {max(1, steps // 3)} computes a third of them",
+        )
+    whole_number("climb", wanted.climb, 120, (0, 1_000_000), faults)
+    if wanted.objective not in OBJECTIVES:
+        faults.add(
+            f"objective = {wanted.objective!r} is not one of {', '.join(OBJECTIVES)}",
+            "latent is faster, lpips decodes every trial",
+        )
 
 
 def _learn(
-    asked: CallOptions, texts: list[str], settings: Settings, wanted: Wanted, *, resume: bool
+    call: CallOptions, texts: list[str], settings: Settings, wanted: Wanted, *, resume: bool
 ) -> Calibration:
-    from hasten.cli.terminal import ProgressBar, silence_library_bars
+    from hasten.cli.terminal import ProgressBar
 
     assert wanted.budget is not None
     with ProgressBar() as progress:
-        progress.stage("loading")
-        silence_library_bars()
+        pipe = _load(call, progress)
         from hasten import calibrate as learn
-        from hasten import load_pipeline
 
         if not resume:
             _forget(wanted.state)
-        arguments = settings.call_arguments()
         try:
-            found = learn(
-                load_pipeline(asked.model, device=asked.device, dtype=asked.dtype),
+            return learn(
+                pipe,
                 texts,
                 budget=wanted.budget,
-                steps=arguments.pop("num_inference_steps"),
                 objective=cast(Any, wanted.objective),
                 climb=wanted.climb,
                 held_back=HELD_BACK,
-                seed=asked.seed,
                 state=wanted.state,
-                progress=progress.show,
-                **arguments,
+                **_arguments(call, settings, progress),
             )
         except KeyboardInterrupt:
-            print(f"{wanted.state} keeps what is done; --resume goes on from it", file=sys.stderr)
+            print(f"{wanted.state} keeps what is done; --resume continues there", file=sys.stderr)
             raise
-        return found
+
+
+def _measure(call: CallOptions, texts: list[str], settings: Settings, recipe: Recipe) -> Recipe:
+    from hasten.cli.terminal import ProgressBar
+
+    with ProgressBar() as progress:
+        pipe = _load(call, progress)
+        from hasten import calibrate_activations
+
+        arguments = _arguments(call, settings, progress)
+        return calibrate_activations(pipe, texts, recipe=recipe, **arguments)
+
+
+def _load(call: CallOptions, progress: ProgressBar) -> Any:
+    from hasten.cli.terminal import silence_library_bars
+
+    progress.stage("loading")
+    silence_library_bars()
+    from hasten import load_pipeline
+
+    return load_pipeline(call.model, device=call.device, dtype=call.dtype)
+
+
+def _arguments(call: CallOptions, settings: Settings, progress: ProgressBar) -> dict[str, Any]:
+    """What both kinds of learning take from the options."""
+    arguments = settings.call_arguments()
+    steps = arguments.pop("num_inference_steps")
+    return {"steps": steps, "seed": call.seed, "progress": progress.show, **arguments}
 
 
 def _forget(state: Path) -> None:
@@ -202,35 +254,40 @@ def _forget(state: Path) -> None:
     remove_store(state)
 
 
-def write_recipe(recipe: Recipe, out: Path) -> None:
-    """Write it whole or not at all."""
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+def _write_recipe(recipe: Recipe, out: Path) -> None:
+    from hasten.atomic import write_text
+
     try:
-        draft.write_text(recipe.to_toml(), "utf-8")
-        os.replace(draft, out)
+        write_text(out, recipe.to_toml())
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written: {error.strerror or error}", "choose another --out"
         ) from None
-    finally:
-        draft.unlink(missing_ok=True)
 
 
-def _print_result(found: Calibration, out: Path, *, as_json: bool) -> None:
+def _print_schedule(found: Calibration, out: Path, *, as_json: bool) -> None:
     if as_json:
-        result = {
-            "path": str(out),
-            "error": found.error,
-            "interval_error": found.interval_error,
-            "lpips": found.lpips,
-            "interval_lpips": found.interval_lpips,
-            "better": found.better,
-        }
-        print(json.dumps(result, indent=2))
+        names = ("error", "interval_error", "lpips", "interval_lpips", "better")
+        values = {name: getattr(found, name) for name in names}
+        print(json.dumps({"path": str(out), **values}, indent=2))
         return
     verdict = "" if found.better else "; no better than the interval: use that"
     print(
         f"{out}: on {HELD_BACK} held-back prompts, error of the final latents {found.error:.4f}, "
         f"plain interval {found.interval_error:.4f}; LPIPS {found.lpips:.4f}, "
         f"plain interval {found.interval_lpips:.4f}{verdict}"
+    )
+
+
+def _print_scales(recipe: Recipe, out: Path, prompts: int, steps: int, *, as_json: bool) -> None:
+    assert recipe.quantize is not None
+    amax = dict(recipe.quantize.amax or {})
+    if as_json:
+        result = {"path": str(out), "recipe": recipe.name, "prompts": prompts, "amax": amax}
+        print(json.dumps(result, indent=2))
+        return
+    most = max(amax, key=lambda name: amax[name])
+    print(
+        f"{out}: static scales of {len(amax)} linears, from {steps} steps of "
+        f"{prompts} prompts; the largest input is {amax[most]:.4g}, of {most}"
     )

@@ -1,7 +1,7 @@
 """`hasten doctor`: what works on this machine, what does not, and the fix.
 
 Every line comes from trying the thing, not from guessing: imports are imported, the compiler
-compiles. What takes long or needs the network is tried only when asked for.
+compiles. What takes long or needs the network is tried only on request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hasten.cli.options import Debug, Device, Dtype, Json, Model
+from hasten.cli.options import Debug, Json
 from hasten.errors import HastenError, InputError, join_fixes, unsupported
 from hasten.units import format_bytes
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from hasten.machine import Machine, Problem
 
 REINSTALL = "the installation is incomplete: install hasten again"
-LAYERS_OF = ("tiny", "fp8", "auto", "auto")  # defaults of --model, --recipe, --device, --dtype
 GATED_MODEL = "black-forest-labs/FLUX.1-dev"
 # What torch.compile builds for the CPU: a shared library that uses Python and OpenMP.
 PROBE = """#include <Python.h>
@@ -55,34 +54,10 @@ def doctor(
     hub: Annotated[
         bool, typer.Option("--hub", help="Also ask the model hub for access to FLUX.1-dev.")
     ] = False,
-    layers: Annotated[
-        bool,
-        typer.Option(
-            "--layers",
-            help="Instead: the error of each linear that --recipe quantises in --model.",
-        ),
-    ] = False,
-    recipe: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="With --layers: a recipe that quantises."),
-    ] = LAYERS_OF[1],
-    model: Model = LAYERS_OF[0],
-    device: Device = LAYERS_OF[2],
-    dtype: Dtype = LAYERS_OF[3],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say what works on this machine, what does not, and the fix."""
-    if layers:
-        from hasten.cli.layers import report_layers
-
-        report_layers(model, recipe, device, dtype, as_json=as_json)
-        return
-    if (model, recipe, device, dtype) != LAYERS_OF:
-        raise InputError(
-            "--model, --recipe, --device and --dtype say what --layers is to look at",
-            "add --layers, or leave them out",
-        )
     from hasten.cli.terminal import ProgressBar
 
     with ProgressBar() as progress:

@@ -1,4 +1,4 @@
-"""`hasten doctor --layers`: the error of each linear that a recipe quantises, the worst first."""
+"""`hasten layers`: the error of each linear that a recipe quantises, the worst first."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from hasten.cli import options
 from hasten.errors import Faults, InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -42,8 +45,16 @@ class Measured:
         return median(error.sqnr_db for error in self.errors)
 
 
-def report_layers(model: str, recipe: str, device: str, dtype: str, *, as_json: bool) -> None:
-    """Run the plain model for four steps and print what quantising each linear would change."""
+def layers(
+    *,
+    recipe: Annotated[str, typer.Option(metavar="NAME", help="A recipe that quantises.")] = "fp8",
+    model: options.Model = "tiny",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure the quantisation error of each layer of a model, on four steps of one prompt."""
     from hasten.models.defaults import ModelDefaults
     from hasten.recipe import Recipe, resolve
     from hasten.settings import CallOptions, Settings, chosen_settings, model_defaults
@@ -105,7 +116,7 @@ def _measure(
 
         def run() -> None:
             pipe(
-                prompt,
+                prompt=prompt,
                 **settings.call_arguments(),
                 generator=torch.Generator().manual_seed(0),
                 output_type="latent",
@@ -143,11 +154,11 @@ def _print(measured: Measured) -> None:
 
     scheme = measured.quantize
     errors = measured.errors
-    how = f"{scheme.scheme}, one scale a {scheme.granularity}"
+    how = f"{scheme.scheme}, one scale per {scheme.granularity}"
     emulated = ", emulated" if scheme.emulate else ""
     print(
         f"{len(errors)} linears of {measured.model} in {how}{emulated}, against "
-        f"{measured.dtype} on {measured.device}: {STEPS} steps of one picture"
+        f"{measured.dtype} on {measured.device}: {STEPS} steps of one image"
     )
     print()
     rows = [
@@ -157,16 +168,16 @@ def _print(measured: Measured) -> None:
     ]  # fmt: skip
     print_table(("linear", "inputs", "outputs", "SQNR dB", "error"), rows, right="lrrrr")
     if len(errors) > SHOWN:
-        print(f"and {len(errors) - SHOWN} nearer ones (--json lists all)")
+        print(f"and {len(errors) - SHOWN} with less error (--json lists all)")
     print()
     print(
         f"worst {errors[0].sqnr_db:.1f} dB, median {measured.median_db:.1f} dB, "
         f"best {errors[-1].sqnr_db:.1f} dB"
     )
     if not measured.skip:
-        print("none stands out by twice the median's error: no reason to skip any")
+        print("none has twice the median's error: no reason to skip any")
         return
-    print("these stand out by twice the median's error or more; to leave them alone:")
+    print("these have twice the median's error or more; to keep them unquantised:")
     print(f"  [quantize]\n  skip = {json.dumps([*scheme.skip, *measured.skip])}")
     if measured.fused:
         print(TOGETHER)

@@ -117,7 +117,7 @@ def _amax_problems(recipe: Quantize, linears: Linears, chosen: Sequence[str]) ->
     return [
         Problem(
             f"quantize.amax: {'; '.join(faults)}",
-            "`hasten calibrate --activations --recipe FILE.toml` measures it anew for this model, "
+            "`hasten calibrate-scales --recipe FILE.toml` measures it again for this model, "
             'or set activations = "dynamic" and remove it',
         )
     ]
@@ -160,7 +160,7 @@ def _no_match(pattern: str, linears: Linears) -> Problem:
     nearest = f"nearest: {', '.join(close)}; " if close else ""
     return Problem(
         f"quantize.skip: {pattern!r} matches no linear",
-        f"{nearest}`hasten doctor --layers --json` lists the linears",
+        f"{nearest}`hasten layers --json` lists the linears",
     )
 
 

@@ -25,7 +25,7 @@ from hasten.quantization.linear import quantized
 from hasten.quantization.plan import Linears
 from hasten.recipe import Quantize
 
-__all__ = ["LayerError", "layer_errors", "worth_skipping"]
+__all__ = ["LayerError", "layer_errors", "watched", "worth_skipping"]
 
 OUTLIER_DB = 6.0  # this far below the median, a layer's error is twice the usual one
 
@@ -47,14 +47,21 @@ class LayerError:
 def layer_errors(
     linears: Linears, recipe: Quantize, run: Callable[[], object], *, calls: int = 8
 ) -> list[LayerError]:
-    """Errors of these linears under a recipe, the worst first; linears that never ran are left out.
+    """Errors of linears under a recipe, the worst first; the model is not changed.
 
-    `run` calls the plain, uncompiled pipeline; the first `calls` calls of each linear count, with
-    every row of them. A layer at a time is quantised, for the length of a call. The model is not
-    changed.
+    One layer at a time is quantised, for the length of a call.
+
+    Args:
+        linears: Names and linears to measure.
+        recipe: How to quantise them.
+        run: Calls the plain, uncompiled pipeline.
+        calls: How many first calls of each linear count.
+
+    Returns:
+        One error per linear that ran.
     """
     sums = {name: Sums() for name, _ in linears}
-    with _watched(linears, lambda name: partial(_measure, sums[name], recipe, name, calls)):
+    with watched(linears, lambda name: partial(_measure, sums[name], recipe, name, calls)):
         run()
     found = [
         LayerError(name, linear.in_features, linear.out_features, sums[name].sqnr(), count)
@@ -110,7 +117,8 @@ def _measure(
 
 
 @contextmanager
-def _watched(linears: Linears, hook_for: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+def watched(linears: Linears, hook_for: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    """Inside, each linear has the forward hook that `hook_for` makes for its name."""
     hooks = []
     try:
         for name, linear in linears:
