@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hasten.library_logging import VERBOSITY
-from hasten.results import read_results
+from hasten.results_file import read_results
 
 BENCH = "import sys; from hasten.cli import main; sys.exit(main(['bench', *sys.argv[1:]]))"
 
