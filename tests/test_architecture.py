@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "presets": set(),
     "recipe": {"errors"},
-    "results": {"errors"},
+    "results": set(),
     "prompts": {"errors"},
     "memory": {"errors"},
     "machine": {"errors", "memory"},

@@ -272,14 +272,6 @@ def test_drift_is_the_ratio_of_the_two_baselines() -> None:
     assert Results.model_validate(CONTRACT).drift is None
 
 
-def test_rows_are_found_by_name() -> None:
-    results = Results.model_validate(CONTRACT)
-    assert results.row_by_name("fp8").status == "unsupported"
-    with pytest.raises(InputError, match="'cache'") as caught:
-        results.row_by_name("cache")
-    assert "baseline, fp8" in caught.value.fix
-
-
 def test_quality_is_found_by_its_reference() -> None:
     row = Results.model_validate(CONTRACT).rows[0]
     found = row.quality_against("fp8")
@@ -361,10 +353,10 @@ def test_a_file_of_the_first_version_gets_its_roles_and_both_baselines(tmp_path:
     assert results.rows[5].notes == ("cache-dit 1.5.3",)
 
 
-def test_a_false_speed_up_of_the_first_version_is_refused(tmp_path: Path) -> None:
+def test_a_false_speed_up_of_the_first_version_is_not_believed(tmp_path: Path) -> None:
     data = first_version()
     data["rows"][1]["speedup"] = 99
-    assert "speedup 99.0, but the samples give 2.0" in faults_of(written(tmp_path, data))
+    assert read_results(written(tmp_path, data)).rows[1].speedup == 2.5
 
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.rglob("results.json")), ids=str)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from hasten.errors import InputError
@@ -54,12 +53,7 @@ class FolderLock:
                 "choose another --out, on a disk that supports file locks",
             ) from None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         (self.folder / LOCK).unlink(missing_ok=True)
         os.close(self._descriptor)
 

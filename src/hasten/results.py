@@ -15,8 +15,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hasten.errors import InputError
-
 __all__ = [
     "BASELINE",
     "BASELINE_AGAIN",
@@ -31,7 +29,6 @@ __all__ = [
     "Seconds",
     "StepsComputed",
     "Workload",
-    "agree",
     "summarize_quality",
     "summarize_seconds",
     "with_speedups",
@@ -62,7 +59,7 @@ class _Record(BaseModel):
     )
 
 
-def agree(stored: float | None, computed: float | None) -> bool:
+def _agree(stored: float | None, computed: float | None) -> bool:
     """Whether a stored summary is what its samples give, but for rounding."""
     if stored is None or computed is None:
         return stored is computed
@@ -136,7 +133,7 @@ class Seconds(_Record):
             raise ValueError(f"n is {self.n}, but there are {len(self.samples)} samples")
         for name, value in _summary(self.samples).items():
             stored = getattr(self, name)
-            if not agree(stored, value):
+            if not _agree(stored, value):
                 raise ValueError(f"{name} is {stored}, but the samples give {value}")
         return self
 
@@ -186,7 +183,7 @@ class Quality(_Record):
             raise ValueError("there is no metric and no reason")
         for name, value in _metric_means(self.per_prompt).items():
             stored = getattr(self, name)
-            if not agree(stored, value):
+            if not _agree(stored, value):
                 raise ValueError(f"{name} is {stored}, but per_prompt gives {value}")
         return self
 
@@ -279,7 +276,7 @@ class Results(_Record):
             if missing := ", ".join(sorted(named - set(names))):
                 raise ValueError(f"row {row.recipe!r} refers to missing rows: {missing}")
             speedup = _speedup(row, self.baseline_seconds)
-            if not agree(row.speedup, speedup):
+            if not _agree(row.speedup, speedup):
                 raise ValueError(
                     f"row {row.recipe!r} has speedup {row.speedup}, but the samples give {speedup}"
                 )
@@ -305,14 +302,6 @@ class Results(_Record):
                 f"row {row.recipe!r} has {timed} samples for {count} prompts "
                 f"in {self.workload.rounds} rounds"
             )
-
-    def row_by_name(self, recipe: str) -> Row:
-        """The row of `recipe`; InputError names the rows there are."""
-        for row in self.rows:
-            if row.recipe == recipe:
-                return row
-        names = ", ".join(row.recipe for row in self.rows)
-        raise InputError(f"no row is named {recipe!r}", fix=f"choose one of: {names}")
 
     @property
     def baseline_seconds(self) -> float | None:

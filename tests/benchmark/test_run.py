@@ -23,7 +23,7 @@ from hasten.benchmark.run import _job, _run_row, run_plan
 from hasten.benchmark.store import Store
 from hasten.errors import HastenError, InputError, ModelError
 from hasten.recipe import Recipe, ResidualCache, ScheduleCache, resolve
-from hasten.results import Results
+from hasten.results import Results, Row
 from hasten.results_file import read_results
 from tests.benchmark.fake_engine import WEIGHTS
 from tests.benchmark.plans import ENVIRONMENT, FAKE, files_below, make_plan, odd
@@ -54,6 +54,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(out, results, heard, lines)
 
 
+def named(finished: Finished, recipe: str) -> Row:
+    return next(row for row in finished.results.rows if row.recipe == recipe)
+
+
 def test_every_row_is_there_with_its_status(finished: Finished) -> None:
     assert [(row.recipe, row.status) for row in finished.results.rows] == [
         ("baseline", "ok"),
@@ -68,7 +72,7 @@ def test_every_row_is_there_with_its_status(finished: Finished) -> None:
 
 
 def test_a_killed_process_is_a_reason_and_leaves_a_log(finished: Finished) -> None:
-    row = finished.results.row_by_name("leak-and-die")
+    row = named(finished, "leak-and-die")
     assert row.reason == (
         "its process was ended by SIGKILL (often: out of memory); see logs/leak-and-die.log"
     )
@@ -105,7 +109,7 @@ def test_the_last_baseline_equals_the_first(finished: Finished) -> None:
     assert again is not None
     assert (again.lpips, again.psnr, again.n) == (0.0, 100.0, 2)
     assert again.ssim == pytest.approx(1, abs=1e-6)
-    cache = finished.results.row_by_name("cache").quality_against("baseline")
+    cache = named(finished, "cache").quality_against("baseline")
     assert cache is not None
     assert cache.psnr is not None
     assert cache.psnr < 100
