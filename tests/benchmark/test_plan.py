@@ -50,6 +50,14 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
     assert [p.text for p in resolved(prompts=path, last=2).prompts] == ["prompt 58", "prompt 59"]
 
 
+def test_names_that_are_not_utf8_are_escaped_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "\udcff.txt"
+    path.write_text("a kite")
+    assert resolved(prompts=path).prompt_source == f"{tmp_path}/\\udcff.txt"
+    with pytest.raises(InputError, match="no report can show"):
+        resolved(model="owner/\udcff")
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -119,6 +119,8 @@ def resolve_workload(options: Options, faults: Faults) -> Workload:
     Prompt i is drawn with seed `options.seed + i`. After a fault the value is a stand-in, so that
     everything that follows can still be looked at.
     """
+    if not options.model.isprintable():
+        faults.add(f"{options.model!a} has characters that no report can show", "rename the model")
     defaults = model_defaults(options.model, faults)
     settings = chosen_settings(options, Settings.of_model(defaults), faults)
     prompts = _prompts(options, defaults, faults)
@@ -158,4 +160,5 @@ def _prompts(options: Options, defaults: ModelDefaults, faults: Faults) -> list[
 
 def _prompt_source(options: Options, defaults: ModelDefaults) -> str:
     source = str(defaults.prompts if options.prompts is None else options.prompts)
+    source = source.encode(errors="backslashreplace").decode()
     return source if options.last is None else f"{source}, last {options.last}"

@@ -43,15 +43,15 @@ RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 def absolute(out: str | os.PathLike[str]) -> Path:
-    """The folder that `out` names. Raises InputError for one that no folder can have."""
+    """The folder that `out` names. Raises InputError for a name that none can have."""
     try:
         path = Path(out).expanduser().absolute()
-        path.as_posix().encode()
-        path.exists()
-        if "\0" in str(path):
-            raise ValueError("a NUL character")
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{os.fspath(out)!r} is no folder: {error}", ANOTHER) from None
+        path.as_posix().encode()  # the results are UTF-8
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{os.fspath(out)!r}: no folder can be there: {error}", ANOTHER) from None
     return path
 
 

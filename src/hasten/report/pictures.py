@@ -90,9 +90,9 @@ def _first_of_its_pixels(fingerprints: dict[Key, str | None]) -> dict[Key, str]:
 
 
 def _fingerprint(path: Path) -> str | None:
-    if not path.is_file():  # a pipe or a device would never end
-        return None
     try:
+        if not path.is_file():  # a pipe or a device would never end
+            return None
         image = _open(path)
     except Exception:  # decoders raise errors of any kind on a damaged file
         return None
