@@ -231,6 +231,13 @@ def test_weights_of_any_component_count(make_pipe: Any, part: str) -> None:
     assert weights_of(pipe) is None
 
 
+def test_settings_of_the_scheduler_count(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    before = weights_of(pipe)
+    pipe.scheduler.register_to_config(shift=4.0)
+    assert weights_of(pipe) not in (None, before)
+
+
 def test_a_full_disk_is_a_reason_to_end_the_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

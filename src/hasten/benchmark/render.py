@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import statistics
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -59,17 +60,28 @@ def load(job: Job) -> Engine:
 
 
 def weights_of(pipe: Any) -> str | None:
-    """A fingerprint of the weights of all components, not of the transformer alone: another decoder
-    or text encoder draws other pictures as well. None where a component has none."""
+    """A fingerprint of the weights and settings of all components, not of the transformer alone:
+    another decoder, text encoder or scheduler draws other pictures as well. None where a component
+    has none."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
+        config = getattr(part, "config", {})
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        public = {key: value for key, value in settings.items() if not key.startswith("_")}
+        digest.update(json.dumps([name, public], sort_keys=True, default=str).encode())
         if isinstance(part, nn.Module):
-            plain = SimpleNamespace(config={}, named_parameters=part.named_parameters)
             try:
-                digest.update(f"{name} {fingerprint(plain)} ".encode())
+                digest.update(fingerprint(_Parameters(part.named_parameters)).encode())
             except Exception:  # quantised and offloaded weights fail in ways of their own
                 return None
     return digest.hexdigest()[:16]
+
+
+class _Parameters(NamedTuple):
+    """As much of a transformer as `fingerprint` looks at; settings are hashed on their own."""
+
+    named_parameters: Callable[[], Iterator[tuple[str, Tensor]]]
+    config: Mapping[str, Any] = {}
 
 
 def _learned_on(recipe: Recipe, pipe: Any, steps: int) -> tuple[str, ...] | None:
