@@ -254,6 +254,7 @@ def test_a_cache_that_decides_as_it_goes_is_joined_by_its_rival(tmp_path: Path) 
     assert [row.recipe for row in again.rows] == order
     assert again.rows[1].seconds_per_image == adaptive.seconds_per_image
     assert not any(what.startswith("adaptive") for what in heard)
+    assert "baseline-again (4/4): render" in heard, "it comes after every row that was measured"
     Store(tmp_path, overwrite=True).open(plan.rows, plan.workload)
     assert files_below(tmp_path) == {".bench.json"}, "the rival's files are the benchmark's own"
 
@@ -274,13 +275,13 @@ def test_a_model_that_cannot_be_had_raises_and_writes_no_results(tmp_path: Path)
 def test_rows_of_other_weights_are_never_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_plan(make_plan([]), Store(tmp_path), engine=FAKE)
+    run_plan(make_plan([odd("wait")]), Store(tmp_path), engine=FAKE)
     before = files_below(tmp_path)
     monkeypatch.setenv(WEIGHTS, "fedcba9876543210")
     store = Store(tmp_path, resume=True)
     results = (tmp_path / "results.json").read_bytes()
     with pytest.raises(InputError, match="not those that earlier rows were measured with"):
-        run_plan(make_plan([resolve("cache")]), store, engine=FAKE)
+        run_plan(make_plan([odd("wait"), resolve("cache")]), store, engine=FAKE)
     assert (tmp_path / "results.json").read_bytes() == results
     assert before <= files_below(tmp_path)
 

@@ -22,6 +22,7 @@ from hasten.process import how_it_ended, run_module
 from hasten.recipe import Recipe
 from hasten.results import (
     BASELINE,
+    BASELINE_AGAIN,
     Results,
     Row,
     StepsComputed,
@@ -123,8 +124,8 @@ def run_plan(
 
 
 def _finished(plan: Plan, store: Store) -> Done:
-    """Rows measured before. A reference whose pictures are gone is measured again, unless nothing
-    is left to be scored against it."""
+    """Rows measured before. If anything is left to do, references whose pictures are gone are
+    measured again to score it, and the last baseline, because it has to come after it."""
     done = {}
     faults = Faults()
     for turn in plan.turns():
@@ -142,6 +143,8 @@ def _finished(plan: Plan, store: Store) -> Done:
         for name in plan.references:
             if (name, 0) in done and not store.has_floats(name, plan.workload):
                 done.pop((name, 0), None)
+    for number in {turn.round for turn in plan.turns() if turn.key not in done}:
+        done.pop((BASELINE_AGAIN, number), None)
     return done
 
 
