@@ -317,15 +317,10 @@ class Results(_Record):
 
     @property
     def uncertainty(self) -> float | None:
-        """How far each speed-up can be off because the machine drifted, as a share of it.
-
-        Half the difference of the two baselines over their mean; None where only one of the two
-        was measured.
-        """
+        """How far each speed-up can be off because the machine drifted, as a share of it: half the
+        difference of the two baselines over their mean. None where only one was measured."""
         medians = _baseline_medians(self.rows)
-        if len(medians) < 2:
-            return None
-        return abs(medians[1] - medians[0]) / math.fsum(medians)
+        return abs(medians[1] - medians[0]) / math.fsum(medians) if len(medians) == 2 else None
 
     @property
     def drift(self) -> float | None:
