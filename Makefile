@@ -35,10 +35,10 @@ $(STAMP): requirements-dev.txt pyproject.toml
 	@touch $@
 
 demo: setup  ## benchmark the bundled model here: table, pictures, report
-	$(BIN)/hasten bench --limit 8 --out $(OUT)/demo
+	$(BIN)/hasten bench --limit 8 --out $(OUT)/demo --overwrite
 
 bench: setup  ## the same with 50 prompts
-	$(BIN)/hasten bench --out $(OUT)/bench
+	$(BIN)/hasten bench --out $(OUT)/bench --overwrite
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

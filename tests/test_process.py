@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hasten.process import how_it_ended, run_module
+from hasten.process import how_it_ended, python_environment, run_module, terminable
 
 
 @pytest.fixture
@@ -75,6 +76,78 @@ def test_an_interrupt_here_ends_the_child(run: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         run("os.write(fd, f'{os.getpid()}\\n'.encode()); import time; time.sleep(60)", interrupt)
     assert _gone(heard[0])
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from hasten.process import run_module, terminable
+with terminable("go on"):
+    run_module("child", "given", log=Path(sys.argv[1]), on_message=lambda m: print(m, flush=True))
+"""
+SLEEPS = (
+    "import os, sys, time\nos.write(int(sys.argv[2]), f'{os.getpid()}\\n'.encode())\ntime.sleep(60)"
+)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_child_ends_with_its_parent(tmp_path: Path, how: int) -> None:
+    (tmp_path / "child.py").write_text(SLEEPS)
+    path = os.pathsep.join([str(tmp_path), *(entry or os.getcwd() for entry in sys.path)])
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "log")],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(how)
+        _, errors = parent.communicate(timeout=30)
+    assert _gone(child)
+    if how != signal.SIGKILL:
+        assert errors.strip().splitlines()[-1] == "KeyboardInterrupt: go on"
+
+
+@pytest.mark.parametrize("platform", ["linux", "elsewhere"])
+def test_a_child_whose_parent_is_gone_already_does_not_start(tmp_path: Path, platform: str) -> None:
+    (tmp_path / "child.py").write_text(f"open({str(tmp_path / 'began')!r}, 'w')")
+    code = (
+        f"import sys; sys.platform = {platform!r}; sys.argv = ['', '1', 'child']\n"
+        "from hasten import process; process._main()"
+    )
+    path = os.pathsep.join([str(tmp_path), *(entry or os.getcwd() for entry in sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "began").exists()
+
+
+def test_without_linux_a_thread_watches_the_parent(tmp_path: Path) -> None:
+    """The middle process ends at once; its child has only the thread to notice it by."""
+    child = (
+        "import os, sys, time; sys.platform = 'elsewhere'\n"
+        "from hasten import process; process._end_with(os.getppid())\n"
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    middle = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "print(int(child.stdout.readline()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", middle], env=python_environment(), capture_output=True, check=True
+    )
+    assert _gone(int(done.stdout))
+
+
+def test_sigterm_has_its_old_meaning_after_the_block() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="advice"), terminable("advice"):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def _gone(process: int) -> bool:

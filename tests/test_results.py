@@ -12,19 +12,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hasten.errors import InputError
-from hasten.results import (
-    PromptQuality,
-    Results,
-    Row,
-    read_results,
-    summarize_quality,
-    summarize_seconds,
-    write_results,
-)
+from hasten.results import PromptQuality, Results, Row, summarize_quality, summarize_seconds
+from hasten.results_file import read_results, write_results
+
+COMMITTED = Path(__file__).parent.parent / "studies" / "results"
 
 # The contract, written out by hand: every key that readers of results.json may rely on.
 CONTRACT: dict[str, Any] = {
-    "schema": 1,
+    "schema": 2,
     "workload": {
         "model": "tiny",
         "width": 512,
@@ -35,6 +30,7 @@ CONTRACT: dict[str, Any] = {
         "dtype": "bfloat16",
         "prompt_source": "bundled",
         "prompts": [{"id": 0, "text": "a red panda", "seed": 0}],
+        "rounds": 3,
     },
     "environment": {
         "device": "cpu",
@@ -48,7 +44,8 @@ CONTRACT: dict[str, Any] = {
     "rows": [
         {
             "recipe": "baseline",
-            "peer": None,
+            "role": "baseline",
+            "rival_of": [],
             "status": "ok",
             "reason": None,
             "notes": [],
@@ -70,7 +67,7 @@ CONTRACT: dict[str, Any] = {
             "weights_bytes": 0,
             "quality": [
                 {
-                    "reference": "compile",
+                    "reference": "fp8",
                     "lpips": 0.1,
                     "ssim": 0.9,
                     "psnr": 100.0,
@@ -85,7 +82,7 @@ CONTRACT: dict[str, Any] = {
             "images": ["images/baseline/000.png"],
             "toml": 'name = "baseline"',
         },
-        {"recipe": "fp8", "status": "unsupported", "reason": "no FP8 here"},
+        {"recipe": "fp8", "role": "recipe", "status": "unsupported", "reason": "no FP8 here"},
     ],
 }
 
@@ -181,7 +178,7 @@ def test_other_json_is_not_taken_for_results(tmp_path: Path, data: object) -> No
     assert "not a results file" in faults_of(written(tmp_path, data))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True])
+@pytest.mark.parametrize("version", [0, 3, "1", "2", 1.0, 2.0, True])
 def test_unknown_versions_are_refused(tmp_path: Path, version: object) -> None:
     assert "not known" in faults_of(written(tmp_path, contract() | {"schema": version}))
 
@@ -210,7 +207,7 @@ def broken(path: str, value: object) -> dict[str, Any]:
     place: Any = data
     for key in parents:
         place = place[int(key)] if key.isdigit() else place[key]
-    place[last] = value
+    place[int(last) if last.isdigit() else last] = value
     return data
 
 
@@ -222,8 +219,21 @@ def broken(path: str, value: object) -> dict[str, Any]:
         ("rows.0.seconds_per_image", None, "seconds_per_image is null"),
         ("rows.1.reason", None, "no reason"),
         ("rows.1.status", "skipped", "unsupported"),
-        ("rows.1.recipe", "baseline", "more than one row"),
-        ("rows.0.recipe", "compile", "first row"),
+        ("rows.1", {**CONTRACT["rows"][0], "speedup": 1.0}, "more than one row"),
+        ("rows.0", {**CONTRACT["rows"][1], "recipe": "compile"}, "first row"),
+        ("rows.0.recipe", "compile", "role is baseline, but the row is named 'compile'"),
+        ("rows.1.role", "baseline", "role is baseline, but the row is named 'fp8'"),
+        ("rows.1.role", "winner", "rows[1].role"),
+        ("rows.1.rival_of", ["cache"], "refers to missing rows: cache"),
+        ("rows.0.quality.0.reference", "compile", "refers to missing rows: compile"),
+        ("rows.0.speedup", 99.0, "speedup 99.0, but the samples give 1.0"),
+        ("rows.0.speedup", None, "speedup None, but the samples give 1.0"),
+        ("rows.1.speedup", 2.0, "speedup 2.0, but the samples give None"),
+        ("rows.1.seconds_per_image", CONTRACT["rows"][0]["seconds_per_image"], "is not null"),
+        ("rows.0.steps_computed.mean", 19, "mean is 19.0, but min is 18"),
+        ("rows.0.seconds_per_image.mean", 1.0, "mean is 1.0, but the samples give 2.0"),
+        ("workload.rounds", 2, "3 samples for 1 prompts in 2 rounds"),
+        ("rows.0.images", ["a\0.png"], "leaves the results directory"),
         ("rows.0.images", ["../secret.png"], "leaves the results directory"),
         ("rows.0.images", ["/etc/secret.png"], "leaves the results directory"),
         ("rows.0.images", ["a.png", "b.png"], "2 images for 1 prompts"),
@@ -236,6 +246,13 @@ def test_contradictions_are_refused(tmp_path: Path, path: str, value: object, wo
     assert words in faults_of(written(tmp_path, broken(path, value)))
 
 
+def test_quality_over_some_of_the_prompts_is_refused(tmp_path: Path) -> None:
+    data = contract()
+    data["workload"]["prompts"].append({"id": 1, "text": "a kite", "seed": 1})
+    data["rows"][0]["images"] = []
+    assert "scores 1 of 2 prompts against 'fp8'" in faults_of(written(tmp_path, data))
+
+
 def test_a_last_baseline_belongs_at_the_end(tmp_path: Path) -> None:
     data = contract()
     data["rows"].insert(1, data["rows"][0] | {"recipe": "baseline-again"})
@@ -245,23 +262,19 @@ def test_a_last_baseline_belongs_at_the_end(tmp_path: Path) -> None:
 def test_drift_is_the_ratio_of_the_two_baselines() -> None:
     data = contract()
     slower = summarize_seconds([2.0, 2.1, 2.2]).model_dump()
-    again = data["rows"][0] | {"recipe": "baseline-again", "seconds_per_image": slower}
-    data["rows"].append(again)
-    assert Results.model_validate(data).drift == pytest.approx(1.05)
+    data["rows"][0]["speedup"] = 2.05 / 2.0
+    again = {"recipe": "baseline-again", "seconds_per_image": slower, "speedup": 2.05 / 2.1}
+    data["rows"].append(data["rows"][0] | again)
+    results = Results.model_validate(data)
+    assert results.drift == pytest.approx(1.05)
+    assert results.baseline_seconds == pytest.approx(2.05)
+    assert results.uncertainty == pytest.approx(0.05 / 2.05)
     assert Results.model_validate(CONTRACT).drift is None
-
-
-def test_rows_are_found_by_name() -> None:
-    results = Results.model_validate(CONTRACT)
-    assert results.row_by_name("fp8").status == "unsupported"
-    with pytest.raises(InputError, match="'cache'") as caught:
-        results.row_by_name("cache")
-    assert "baseline, fp8" in caught.value.fix
 
 
 def test_quality_is_found_by_its_reference() -> None:
     row = Results.model_validate(CONTRACT).rows[0]
-    found = row.quality_against("compile")
+    found = row.quality_against("fp8")
     assert found is not None
     assert found.lpips == 0.1
     assert row.quality_against("baseline") is None
@@ -299,3 +312,75 @@ def test_nan_is_never_written_even_past_validation(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not written"):
         write_results(tmp_path / "results.json", results.model_copy(update={"rows": (row,)}))
     assert os.listdir(tmp_path) == []
+
+
+def first_version() -> dict[str, Any]:
+    """A file as hasten wrote it before rows had roles."""
+    data = contract()
+    timed = dict(data["rows"][0], quality=[], images=[])
+    for key in ("role", "rival_of"):
+        del timed[key]
+
+    def row(recipe: str, seconds: float, **changes: Any) -> dict[str, Any]:
+        samples = summarize_seconds([seconds] * 3).model_dump(mode="json")
+        old = {"peer": None, "quality_only": False, "speedup": 2.0 / seconds, **changes}
+        return {**timed, "recipe": recipe, "seconds_per_image": samples, **old}
+
+    rival = 'name = "x"\ndescription = "cache without its cache, in 18 steps"\n'
+    data["rows"] = [
+        row("baseline", 2.0),
+        row("cache", 1.0),
+        row("fewer-steps-18", 0.5, toml=rival),
+        row("my-fewer-steps-idea", 1.0),
+        row("graph", 9.0, quality_only=True, speedup=None),
+        row("other", 1.0, peer="cache-dit 1.5.3"),
+        row("baseline-again", 3.0),
+    ]
+    return data | {"schema": 1}
+
+
+def test_a_file_of_the_first_version_gets_its_roles_and_both_baselines(tmp_path: Path) -> None:
+    results = read_results(written(tmp_path, first_version()))
+    assert [(row.recipe, row.role, row.rival_of, row.speedup) for row in results.rows] == [
+        ("baseline", "baseline", (), 1.25),
+        ("cache", "recipe", (), 2.5),
+        ("fewer-steps-18", "rival", ("cache",), 5.0),
+        ("my-fewer-steps-idea", "recipe", (), 2.5),
+        ("graph", "graph", (), None),
+        ("other", "peer", (), 2.5),
+        ("baseline-again", "baseline", (), 2.5 / 3),
+    ]
+    assert results.rows[5].notes == ("cache-dit 1.5.3",)
+
+
+def test_a_false_speed_up_of_the_first_version_is_not_believed(tmp_path: Path) -> None:
+    data = first_version()
+    data["rows"][1]["speedup"] = 99
+    assert read_results(written(tmp_path, data)).rows[1].speedup == 2.5
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.rglob("results.json")), ids=str)
+def test_committed_results_stay_readable(path: Path) -> None:
+    assert read_results(path).rows[0].role == "baseline"
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert "not a regular file" in faults_of(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": 2, "rows": ' + "9" * 5000 + "}"])
+def test_text_that_python_cannot_hold_is_refused(tmp_path: Path, text: str) -> None:
+    assert "not JSON" in faults_of(written(tmp_path, text))
+
+
+def test_a_path_with_a_nul_character_is_refused() -> None:
+    with pytest.raises(InputError, match="not a file name"):
+        read_results("a\0b")

@@ -1,33 +1,51 @@
-"""Child processes: a fresh interpreter, its progress, and its end."""
+"""Child processes: a fresh interpreter, its progress, and its end.
+
+A child never outlives us, however we end. `python -m hasten.process PID MODULE ARGUMENTS` runs a
+module as `python -m MODULE ARGUMENTS` does, in a process that is killed when its parent, PID, is
+gone.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = [
+    "bound_command",
     "how_it_ended",
     "python_command",
     "python_environment",
     "run_module",
     "start_module",
+    "terminable",
 ]
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
     """This interpreter running a module; -P: not with whatever lies in the current directory."""
     return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def bound_command(module: str, *arguments: str) -> list[str]:
+    """The same for a child that ends with us. The thread that starts it must wait for it: Linux
+    takes the end of that thread for ours."""
+    return python_command("hasten.process", str(os.getpid()), module, *arguments)
 
 
 def python_environment() -> dict[str, str]:
@@ -41,10 +59,12 @@ def start_module(
 ) -> subprocess.Popen[bytes]:
     """Start `python -m module arguments` in a session of its own, so that Ctrl-C reaches only us.
 
-    output: where all that it says goes; keep: a file descriptor that it gets as it is.
+    Args:
+        output: Where all that it prints goes.
+        keep: A file descriptor that it gets as it is.
     """
     return subprocess.Popen(
-        python_command(module, *arguments),
+        bound_command(module, *arguments),
         env=python_environment(),
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -59,7 +79,7 @@ def run_module(
 ) -> int:
     """Run `python -m module argument FD` to its end and return its exit status (−N: signal N).
 
-    The child writes JSON objects, one a line, to the file descriptor FD; each is passed to
+    The child writes JSON objects, one per line, to the file descriptor FD; each is passed to
     `on_message`. Its output goes to `log`. It leads a process group, so that Ctrl-C reaches only
     us; whatever raises here ends that whole group first.
     """
@@ -118,3 +138,51 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+
+
+@contextmanager
+def terminable(advice: str) -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: by a KeyboardInterrupt, which cleans up.
+
+    Args:
+        advice: What to do next; both kinds of KeyboardInterrupt leave with it as their text.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(advice) from None
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end_with(parent: int) -> None:
+    """Have this process killed once its parent is gone, which it may be already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _main() -> None:
+    _end_with(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _main()

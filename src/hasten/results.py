@@ -1,23 +1,19 @@
-"""What a benchmark writes and a report reads: `results.json`, version 1.
+"""What a benchmark writes and a report reads: the contents of `results.json`, version 2.
 
-The models are frozen and refuse unknown keys, NaN and infinity, so a file that loads can be
-formatted without a second look. What was not measured is `None`; a row that could not run keeps
-its place and its reason.
+The models are frozen and refuse unknown keys, NaN, infinity, and every summary that does not
+follow from its samples. So a file that loads can be formatted without a second look. What was not
+measured is `None`; a row that could not run keeps its place and its reason.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
-
-from hasten.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "BASELINE",
@@ -28,27 +24,33 @@ __all__ = [
     "PromptQuality",
     "Quality",
     "Results",
+    "Role",
     "Row",
     "Seconds",
     "StepsComputed",
     "Workload",
-    "read_results",
     "summarize_quality",
     "summarize_seconds",
-    "write_results",
+    "with_speedups",
 ]
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 BASELINE = "baseline"
 BASELINE_AGAIN = "baseline-again"
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-Duration = Annotated[float, Field(ge=0)]
-Lpips = Annotated[float, Field(ge=0)]
+Role = Literal["baseline", "recipe", "rival", "graph", "peer"]
+
+# The upper bounds are far beyond anything that can be measured: what is larger is damage.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Duration = Annotated[float, Field(ge=0, le=1e9)]
+Lpips = Annotated[float, Field(ge=0, le=1e3)]
 # [-1, 1] with room for the rounding of float32 sums, which may not cost anyone a finished run.
 Ssim = Annotated[float, Field(ge=-1.001, le=1.001)]
 Psnr = Annotated[float, Field(ge=0, le=100)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+MOST_ROWS = 200
+SHORTEST = 1e-9  # seconds: no speed-up is computed from less
 
 
 class _Record(BaseModel):
@@ -58,7 +60,7 @@ class _Record(BaseModel):
 
 
 def _agree(stored: float | None, computed: float | None) -> bool:
-    """A summary may be stored rounded; one that tells another story than its samples may not."""
+    """Whether a stored summary is what its samples give, but for rounding."""
     if stored is None or computed is None:
         return stored is computed
     return math.isclose(stored, computed, rel_tol=1e-3, abs_tol=1e-4)
@@ -67,9 +69,9 @@ def _agree(stored: float | None, computed: float | None) -> bool:
 class Prompt(_Record):
     """One prompt and the seed its noise is drawn with, the same for every row."""
 
-    id: int
+    id: Count
     text: str
-    seed: int
+    seed: Count
 
 
 class Workload(_Record):
@@ -80,7 +82,7 @@ class Workload(_Record):
     height: Positive
     steps: Positive
     guidance: float | None
-    seed: int
+    seed: Count
     dtype: str
     prompt_source: str
     prompts: tuple[Prompt, ...]
@@ -143,11 +145,17 @@ class StepsComputed(_Record):
     min: Count
     max: Count
 
+    @model_validator(mode="after")
+    def _mean_is_between(self) -> Self:
+        if not self.min - 1e-6 <= self.mean <= self.max + 1e-6:
+            raise ValueError(f"mean is {self.mean}, but min is {self.min} and max {self.max}")
+        return self
+
 
 class PromptQuality(_Record):
     """One image against the reference image of the same prompt; PSNR in dB, capped at 100."""
 
-    id: int
+    id: Count
     lpips: Lpips | None
     ssim: Ssim | None
     psnr: Psnr | None
@@ -181,21 +189,32 @@ class Quality(_Record):
 
 
 class Row(_Record):
-    """One recipe (or one peer library) on the workload.
+    """One recipe, or one other library, on the workload.
 
-    `speedup` is the baseline's median over this row's. `setup_seconds` is loading, optimising and
-    compiling; `first_image_seconds` the first call, warm-up included. `calibrated` is None where no
-    schedule is involved. `images` has one path per prompt, in order, relative to the results file.
-    `quality_only`: it is there for its pictures, what it took says nothing and is not compared.
+    Attributes:
+        recipe: The row's name, unique among the rows.
+        role: Why the row is there: the plain pipeline (`baseline`, rendered first and last), a
+            recipe that was given (`recipe`), the plain pipeline in as few steps as a cache
+            computes (`rival`), the graph of an engine on a CPU, for its quality and not for its
+            speed (`graph`), or another library (`peer`).
+        rival_of: Names of the rows with a cache that this row is the rival of. It can be a recipe
+            that was given, if that recipe happens to be a rival.
+        speedup: Seconds of the baseline (`Results.baseline_seconds`) over this row's median.
+        transformer_ms_per_step: Milliseconds per step of the sampling loop alone.
+        setup_seconds: Loading, optimising and compiling.
+        first_image_seconds: The first call, warm-up included.
+        calibrated: Whether the schedule was learned on this model; None without a schedule.
+        images: One path per prompt, in order, relative to the results file.
+        toml: The recipe as it was run.
     """
 
-    recipe: str
-    peer: str | None = None
+    recipe: Name
+    role: Role
+    rival_of: tuple[str, ...] = ()
     status: Literal["ok", "unsupported", "failed"]
     reason: str | None = None
     notes: tuple[str, ...] = ()
     calibrated: bool | None = None
-    quality_only: bool = False
     seconds_per_image: Seconds | None = None
     speedup: Duration | None = None
     transformer_ms_per_step: Duration | None = None
@@ -209,14 +228,21 @@ class Row(_Record):
     toml: str | None = None
 
     @model_validator(mode="after")
-    def _status_is_explained(self) -> Self:
+    def _is_explained(self) -> Self:
         if self.status == "ok" and self.seconds_per_image is None:
             raise ValueError("status is ok, but seconds_per_image is null")
         if self.status != "ok" and not self.reason:
             raise ValueError(f"status is {self.status}, but there is no reason")
+        if self.status != "ok" and self.seconds_per_image is not None:
+            raise ValueError(f"status is {self.status}, but seconds_per_image is not null")
+        if (self.role == "baseline") != (self.recipe in (BASELINE, BASELINE_AGAIN)):
+            raise ValueError(f"role is {self.role}, but the row is named {self.recipe!r}")
+        references = [quality.reference for quality in self.quality]
+        if len(set(references)) != len(references):
+            raise ValueError("it is scored twice against the same reference")
         for image in self.images:
             path = PurePosixPath(image)
-            if path.is_absolute() or ".." in path.parts or "\\" in image:
+            if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image:
                 raise ValueError(f"image path {image!r} leaves the results directory")
         return self
 
@@ -229,13 +255,13 @@ class Results(_Record):
     """A whole benchmark. `rows[0]` is the baseline; its second rendering, where there is one, is
     the last row, `baseline-again`."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA_VERSION, alias="schema")
+    schema_version: Literal[2] = Field(default=SCHEMA_VERSION, alias="schema")
     workload: Workload
     environment: Environment
-    rows: tuple[Row, ...]
+    rows: Annotated[tuple[Row, ...], Field(max_length=MOST_ROWS)]
 
     @model_validator(mode="after")
-    def _rows_fit_the_workload(self) -> Self:
+    def _rows_fit_together(self) -> Self:
         names = [row.recipe for row in self.rows]
         if not names or names[0] != BASELINE:
             raise ValueError(f"the first row must be {BASELINE!r}")
@@ -246,53 +272,96 @@ class Results(_Record):
             raise ValueError(f"more than one row is named {', '.join(twice)}")
         for row in self.rows:
             self._check_prompts(row)
+            named = {*row.rival_of, *(entry.reference for entry in row.quality)}
+            if missing := ", ".join(sorted(named - set(names))):
+                raise ValueError(f"row {row.recipe!r} refers to missing rows: {missing}")
+            speedup = _speedup(row, self.baseline_seconds)
+            if not _agree(row.speedup, speedup):
+                raise ValueError(
+                    f"row {row.recipe!r} has speedup {row.speedup}, but the samples give {speedup}"
+                )
         return self
 
     def _check_prompts(self, row: Row) -> None:
-        prompts = self.workload.prompts
-        if row.images and len(row.images) != len(prompts):
+        prompts = [prompt.id for prompt in self.workload.prompts]
+        count = len(prompts)
+        if row.images and len(row.images) != count:
+            raise ValueError(f"row {row.recipe!r} has {len(row.images)} images for {count} prompts")
+        for quality in row.quality:
+            scored = [entry.id for entry in quality.per_prompt]
+            if unknown := set(scored) - set(prompts):
+                raise ValueError(f"row {row.recipe!r} scores unknown prompts {sorted(unknown)}")
+            if scored and sorted(scored) != sorted(prompts):
+                raise ValueError(
+                    f"row {row.recipe!r} scores {len(set(scored))} of {count} prompts "
+                    f"against {quality.reference!r}, in {len(scored)} entries"
+                )
+        timed = row.seconds_per_image.n if row.seconds_per_image else 0
+        if timed and timed not in range(count, count * self.workload.rounds + 1, count or 1):
             raise ValueError(
-                f"row {row.recipe!r} has {len(row.images)} images for {len(prompts)} prompts"
+                f"row {row.recipe!r} has {timed} samples for {count} prompts "
+                f"in {self.workload.rounds} rounds"
             )
-        unknown = {entry.id for quality in row.quality for entry in quality.per_prompt}
-        unknown -= {prompt.id for prompt in prompts}
-        if unknown:
-            raise ValueError(f"row {row.recipe!r} scores unknown prompts {sorted(unknown)}")
 
-    def row_by_name(self, recipe: str) -> Row:
-        """The row of `recipe`; InputError names the rows there are."""
-        for row in self.rows:
-            if row.recipe == recipe:
-                return row
-        names = ", ".join(row.recipe for row in self.rows)
-        raise InputError(f"no row is named {recipe!r}", fix=f"choose one of: {names}")
+    @property
+    def baseline_seconds(self) -> float | None:
+        """Seconds per image that every speed-up is computed over.
+
+        The mean of the two baselines' medians: a machine that gets steadily slower (or faster)
+        renders the middle of the benchmark at just that speed, and rows near either end are off by
+        at most `uncertainty`. Where the baseline was not rendered again, it is the first median;
+        None where the first one was not measured.
+        """
+        medians = _baseline_medians(self.rows)
+        return math.fsum(medians) / len(medians) if medians else None
+
+    @property
+    def uncertainty(self) -> float | None:
+        """How far each speed-up can be off because the machine drifted, as a share of it: half the
+        difference of the two baselines over their mean. None where only one was measured."""
+        medians = _baseline_medians(self.rows)
+        return abs(medians[1] - medians[0]) / math.fsum(medians) if len(medians) == 2 else None
 
     @property
     def drift(self) -> float | None:
         """Median seconds of the last baseline over the first: 1.02 means the machine got 2 %
         slower on the way. None where one of the two was not measured."""
-        first, last = self.rows[0].seconds_per_image, self.rows[-1].seconds_per_image
-        if self.rows[-1].recipe != BASELINE_AGAIN or first is None or last is None:
-            return None
-        return last.median / first.median if first.median else None
+        medians = _baseline_medians(self.rows)
+        return medians[1] / medians[0] if len(medians) == 2 else None
 
 
-def _percentile(ordered: Sequence[float], fraction: float) -> float:
-    """Linear interpolation between the two nearest ranks, as numpy.percentile does by default."""
-    position = fraction * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+def _baseline_medians(rows: Sequence[Row]) -> list[float]:
+    """Of the first and, where it was rendered again, the last row."""
+    ends = [rows[0], *(row for row in rows[1:][-1:] if row.recipe == BASELINE_AGAIN)]
+    medians = [row.seconds_per_image.median for row in ends if row.seconds_per_image]
+    measured = rows[0].seconds_per_image is not None and min(medians) >= SHORTEST
+    return medians if measured else []
 
 
-def _summary(samples: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(samples)
-    return {
-        "median": _percentile(ordered, 0.5),
-        "mean": math.fsum(ordered) / len(ordered),
-        "p10": _percentile(ordered, 0.1),
-        "p90": _percentile(ordered, 0.9),
-    }
+def _speedup(row: Row, baseline: float | None) -> float | None:
+    seconds = row.seconds_per_image
+    if baseline is None or seconds is None or seconds.median < SHORTEST or row.role == "graph":
+        return None
+    return baseline / seconds.median
+
+
+def with_speedups(workload: Workload, environment: Environment, rows: Iterable[Row]) -> Results:
+    """Results of these rows, in the table's order, each with the speed-up that its samples give."""
+    plain = tuple(row.model_copy(update={"speedup": None}) for row in rows)
+    # model_construct: the rows are checked below, once they have their speed-ups.
+    baseline = Results.model_construct(rows=plain).baseline_seconds
+    finished = tuple(
+        Row.model_validate({**dict(row), "speedup": _speedup(row, baseline)}) for row in plain
+    )
+    return Results(workload=workload, environment=environment, rows=finished)
+
+
+def _summary(samples: tuple[float, ...]) -> dict[str, float]:
+    deciles = (
+        statistics.quantiles(samples, n=10, method="inclusive") if samples[1:] else samples * 9
+    )
+    mean = math.fsum(samples) / len(samples)
+    return {"median": deciles[4], "mean": mean, "p10": deciles[0], "p90": deciles[8]}
 
 
 def summarize_seconds(samples: Sequence[float]) -> Seconds:
@@ -302,7 +371,8 @@ def summarize_seconds(samples: Sequence[float]) -> Seconds:
     """
     if not samples:
         raise ValueError("no samples to summarise")
-    return Seconds(**_summary(samples), n=len(samples), samples=tuple(samples))
+    samples = tuple(samples)
+    return Seconds(**_summary(samples), n=len(samples), samples=samples)
 
 
 def _metric_means(per_prompt: Sequence[PromptQuality]) -> dict[str, float | None]:
@@ -326,76 +396,3 @@ def summarize_quality(
         n=len(per_prompt),
         per_prompt=tuple(per_prompt),
     )
-
-
-def read_results(path: str | os.PathLike[str]) -> Results:
-    """Read and check a results file. InputError lists every fault, one line each."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file", fix="run `hasten bench --out DIR`, then use DIR/results.json"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}", fix="name a results.json that can be read"
-        ) from None
-    except ValueError as error:  # both JSONDecodeError and UnicodeDecodeError are
-        raise InputError(
-            f"{path}: not JSON: {error}", fix="name a results.json that `hasten bench` wrote"
-        ) from None
-    _check_version(path, data)
-    try:
-        return Results.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        raise InputError(
-            [f"{path}: {_describe(fault)}" for fault in error.errors()],
-            fix="write the file with `hasten bench`, or correct the fields named above",
-        ) from None
-
-
-def _check_version(path: Path, data: Any) -> None:
-    found = data.get("schema") if isinstance(data, dict) else None
-    if found is None:
-        raise InputError(
-            f"{path}: not a results file: it has no schema version",
-            fix="name a results.json that `hasten bench` wrote",
-        )
-    if type(found) is not int or found != SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: schema {found!r} is not known; this version reads {SCHEMA_VERSION}",
-            fix="run the benchmark again with this version, or install the version that wrote it",
-        )
-
-
-def _describe(fault: ErrorDetails) -> str:
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
-    what = fault["msg"].removeprefix("Value error, ")
-    return f"{where.removeprefix('.')}: {what}" if where else what
-
-
-def write_results(path: str | os.PathLike[str], results: Results) -> None:
-    """Write `results` in one step: readers see the old file or the whole new one.
-
-    Raises InputError where the place cannot be written or a value is NaN or infinite.
-    """
-    path = Path(path)
-    data = results.model_dump(mode="python", by_alias=True)
-    try:
-        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not written: {error}", fix="record what was not measured as null"
-        ) from None
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror}", fix="choose a directory that exists"
-        ) from None
-    finally:
-        draft.unlink(missing_ok=True)

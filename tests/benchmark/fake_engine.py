@@ -17,9 +17,16 @@ from hasten.benchmark.job import Job
 from hasten.errors import ModelError, UnsupportedError
 from hasten.log import logger
 from hasten.passes.cache.plan import computed_steps
+from hasten.prompts import prompt_hash, read_prompts
 from hasten.recipe import Recipe
 
 LEAK = "HASTEN_TEST_LEAK"
+WEIGHTS = "HASTEN_TEST_WEIGHTS"
+LEARNED_ON: dict[str, tuple[str, ...]] = {
+    "learned on the first": (prompt_hash(read_prompts("general")[0]), "ffffffffffff"),
+    "learned on others": ("ffffffffffff",),
+    "learned on unknown": (),
+}
 
 
 class Pipe:
@@ -71,7 +78,13 @@ def load(job: Job) -> SimpleNamespace:
     if recipe.description == "find the leak":
         assert LEAK not in os.environ
         assert torch.get_default_dtype() is torch.float32
-    return SimpleNamespace(pipe=Pipe(), fast=Fast(recipe), random_weights=job.row == "random")
+    return SimpleNamespace(
+        pipe=Pipe(),
+        fast=Fast(recipe),
+        random_weights=job.row == "random",
+        weights=os.environ.get(WEIGHTS, "0123456789abcdef") or None,
+        learned_on=LEARNED_ON.get(recipe.description),
+    )
 
 
 def _misbehave(how: str, calls: int) -> None:

@@ -29,7 +29,7 @@ def test_from_another_process_it_is_the_same() -> None:
 
 
 def test_a_python_that_cannot_look_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.benchmark.environment.python_command", lambda *_: ["false"])
+    monkeypatch.setattr("hasten.benchmark.environment.bound_command", lambda *_: ["false"])
     with pytest.raises(HastenError, match="it said nothing") as caught:
         look_in_process("cpu", "auto")
     assert len(caught.value.faults) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,10 +14,10 @@ from PIL import Image
 
 from hasten.benchmark import row as row_module
 from hasten.benchmark.job import Job
-from hasten.benchmark.render import denoise_seconds
+from hasten.benchmark.plan import settings_of
+from hasten.benchmark.render import _learned_on, denoise_seconds, weights_of
 from hasten.benchmark.row import measure
-from hasten.benchmark.workload import settings_of
-from hasten.recipe import Engine, Recipe, ScheduleCache, resolve
+from hasten.recipe import BudgetCache, Recipe, ScheduleCache, resolve
 from tests.benchmark import fake_engine, small_engine
 from tests.benchmark.plans import FAKE, make_plan, odd
 
@@ -30,6 +31,7 @@ def _dynamo_as_it_was() -> Iterator[None]:
 def job_for(folder: Path, recipe: Recipe, references: tuple[str, ...] = (), **options: Any) -> Job:
     return Job(
         row=recipe.name,
+        role="baseline" if recipe.name == "baseline" else "recipe",
         toml=recipe.to_toml(),
         workload=make_plan([], max_sequence_length=8, **options).workload,
         device="cpu",
@@ -53,10 +55,10 @@ def outcome(folder: Path, recipe: Recipe, **options: Any) -> Any:
 def test_a_real_pipeline_cached_and_scored(tmp_path: Path) -> None:
     heard: list[str] = []
     engine: ModuleType = small_engine
-    baseline = measure(job_for(tmp_path, resolve("baseline")), engine, quiet)
+    baseline = measure(job_for(tmp_path, resolve("baseline")), engine, quiet).row
     cached = measure(
         job_for(tmp_path, resolve("cache"), ("baseline",)), engine, lambda *m: heard.append(m[0])
-    )
+    ).row
     assert baseline.quality == ()
     assert baseline.steps_computed is not None
     assert cached.steps_computed is not None
@@ -80,14 +82,6 @@ def test_a_real_pipeline_cached_and_scored(tmp_path: Path) -> None:
     assert "random weights" in " ".join(baseline.notes)
 
 
-@pytest.mark.parametrize(("kind", "only"), [("onnxruntime", True), ("tensorrt", False)])
-def test_a_graph_on_a_cpu_is_there_for_its_quality_only(
-    tmp_path: Path, kind: Any, only: bool
-) -> None:
-    recipe = Recipe(name="graph", engine=Engine(kind=kind))
-    assert measure(job_for(tmp_path, recipe), fake_engine, quiet).quality_only is only
-
-
 def test_a_schedule_of_another_model_is_used_by_force_alone(tmp_path: Path) -> None:
     schedule = ScheduleCache(steps=6, compute=(0, 3), fingerprint="00ff00ff00ff00ff")
     job = job_for(tmp_path, Recipe(name="foreign", cache=schedule))
@@ -107,7 +101,7 @@ def test_a_schedule_of_another_model_is_used_by_force_alone(tmp_path: Path) -> N
 def test_numbers_come_from_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(1000))
     monkeypatch.setattr("hasten.benchmark.timer.perf_counter", lambda: float(next(ticks) ** 2))
-    found = measure(job_for(tmp_path, resolve("cache"), limit=3), fake_engine, quiet)
+    found = measure(job_for(tmp_path, resolve("cache"), limit=3), fake_engine, quiet).row
     # Two ticks each: load 0 to 1, first image 4 to 9, prompts 16 to 25, 36 to 49, 64 to 81.
     assert found.setup_seconds == 1
     assert found.first_image_seconds == 5
@@ -172,10 +166,10 @@ def test_a_model_that_cannot_be_had_is_a_refusal(tmp_path: Path) -> None:
 
 def test_random_weights_and_missing_references_are_reasons(tmp_path: Path) -> None:
     job = job_for(tmp_path, odd("random"), ("baseline",))
-    (quality,) = measure(job, fake_engine, quiet).quality
+    (quality,) = measure(job, fake_engine, quiet).row.quality
     assert (quality.n, quality.reason) == (0, "random weights: the pictures mean nothing")
     job = job_for(tmp_path, odd("x")).model_copy(update={"references": {"baseline": None}})
-    (quality,) = measure(job, fake_engine, quiet).quality
+    (quality,) = measure(job, fake_engine, quiet).row.quality
     assert quality.reason == "the reference row baseline has no pictures"
 
 
@@ -185,3 +179,72 @@ def test_nobody_waiting_ends_the_row(tmp_path: Path) -> None:
 
     with pytest.raises(BrokenPipeError):
         row_module._outcome(job_for(tmp_path, odd("x")), tell)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "note"),
+    [
+        ("learned on the first", "its schedule was learned on 1 of these 2 prompts"),
+        ("learned on others", "its schedule was learned on none of these 2 prompts"),
+        ("learned on unknown", "its schedule does not name the prompts that it was learned on"),
+    ],
+)
+def test_a_learned_schedule_says_which_prompts_taught_it(
+    tmp_path: Path, recipe: str, note: str
+) -> None:
+    found = measure(job_for(tmp_path, odd(recipe)), fake_engine, quiet).row
+    assert note in found.notes
+    plain = measure(job_for(tmp_path, resolve("baseline")), fake_engine, quiet).row
+    assert not any("schedule" in text for text in plain.notes)
+
+
+def test_the_bundled_models_own_schedule_is_found_by_its_budget(saved_model: Path) -> None:
+    from hasten.models import load_pipeline
+
+    pipe = load_pipeline("tiny", device="cpu")
+    assert _learned_on(Recipe(cache=BudgetCache(budget=17)), pipe, 50) is not None
+    assert _learned_on(resolve("cache"), pipe, 50) is None
+    other = load_pipeline(str(saved_model), device="cpu")
+    assert _learned_on(Recipe(cache=BudgetCache(budget=17)), other, 50) is None
+
+
+def test_other_weights_than_earlier_rows_had_end_the_benchmark(tmp_path: Path) -> None:
+    job = job_for(tmp_path, resolve("baseline")).model_copy(update={"weights": "ffff"})
+    found = row_module._outcome(job, quiet)
+    assert found.row.status == "failed"
+    assert found.refusal is not None
+    assert found.refusal.final
+    assert "not those that earlier rows were measured with" in found.refusal.faults[0]
+    assert "--overwrite" in found.refusal.fix
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2"])
+def test_weights_of_any_component_count(make_pipe: Any, part: str) -> None:
+    pipe = make_pipe()
+    before = weights_of(pipe)
+    assert before is not None
+    assert weights_of(make_pipe()) == before
+    with torch.no_grad():
+        next(getattr(pipe, part).parameters()).add_(1)
+    assert weights_of(pipe) not in (None, before)
+    getattr(pipe, part).to("meta")
+    assert weights_of(pipe) is None
+
+
+def test_settings_of_the_scheduler_count(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    before = weights_of(pipe)
+    pipe.scheduler.register_to_config(shift=4.0)
+    assert weights_of(pipe) not in (None, before)
+
+
+def test_a_full_disk_is_a_reason_to_end_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hasten.benchmark.render.save_png", full)
+    found = outcome(tmp_path, resolve("baseline"))
+    assert found.refusal.final
+    assert "No space left on device" in found.refusal.faults[0]

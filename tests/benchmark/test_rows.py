@@ -63,6 +63,57 @@ def test_a_rival_has_no_cache_and_the_computed_steps() -> None:
     assert rival.name == "cache-compile-fewer-steps-4"
 
 
+def test_each_row_has_its_role_and_rivals_name_their_recipes() -> None:
+    mine = Recipe(name="my-fewer-steps-idea", compile=Compile())
+    roles = {row.name: (row.role, row.rival_of) for row in planned("cache", mine, "tensorrt-fp8")}
+    assert roles == {
+        "baseline": ("baseline", ()),
+        "cache": ("recipe", ()),
+        "fewer-steps-18": ("rival", ("cache",)),
+        "my-fewer-steps-idea": ("recipe", ()),
+        "tensorrt-fp8": ("recipe", ()),
+        "tensorrt-fp8-onnxruntime": ("graph", ()),
+        "baseline-again": ("baseline", ()),
+    }
+
+
+def test_the_rival_of_a_graph_is_a_graph_too() -> None:
+    engine = resolve("tensorrt-fp8").but(name="both", cache=IntervalCache())
+    roles = {row.name: row.role for row in planned(engine)}
+    assert roles["both-onnxruntime-fewer-steps-18"] == "graph"
+    assert roles["both-fewer-steps-18"] == "rival"
+
+
+def test_a_recipe_that_is_given_twice_is_one_row_that_says_so() -> None:
+    rows = {row.name: row for row in planned("baseline", "compile", "compile", "baseline")}
+    assert list(rows) == ["baseline", "compile", "baseline-again"]
+    assert rows["compile"].notes == ("given more than once, measured once",)
+    assert rows["baseline"].notes == ()
+
+
+def test_a_recipe_under_two_names_is_two_rows_and_the_second_says_so() -> None:
+    twin, plain = resolve("compile").but(name="twin", description="x"), Recipe(name="plain")
+    rows = {row.name: row.notes for row in planned("compile", twin, plain)}
+    assert rows["compile"] == ()
+    assert rows["twin"] == ("the same recipe as compile",)
+    assert rows["plain"] == ("the same recipe as baseline",)
+
+
+def test_a_given_recipe_that_is_the_rival_is_not_measured_twice() -> None:
+    mine = Recipe(name="mine", sampling=Sampling(steps=18))
+    rows = planned("cache", mine)
+    assert [row.name for row in rows] == ["baseline", "cache", "mine", "baseline-again"]
+    assert (rows[2].role, rows[2].rival_of) == ("recipe", ("cache",))
+
+
+def test_a_rival_finds_a_free_name() -> None:
+    rows = {
+        row.name: row for row in planned("cache", Recipe(name="fewer-steps-18", compile=Compile()))
+    }
+    assert rows["fewer-steps-18-2"].rival_of == ("cache",)
+    assert rows["fewer-steps-18"].role == "recipe"
+
+
 def test_a_recipes_own_steps_decide_over_the_workloads() -> None:
     own = resolve("cache").but(sampling={"steps": 8})
     assert names(own, steps=50)[2] == "fewer-steps-4"
@@ -70,13 +121,10 @@ def test_a_recipes_own_steps_decide_over_the_workloads() -> None:
 
 def test_two_caches_that_compute_equally_many_share_a_rival() -> None:
     linear = Recipe(name="linear", cache=IntervalCache(predictor="linear"))
-    assert names("cache", linear) == [
-        "baseline",
-        "cache",
-        "fewer-steps-18",
-        "linear",
-        "baseline-again",
-    ]
+    rows = planned("cache", linear)
+    order = ["baseline", "cache", "fewer-steps-18", "linear", "baseline-again"]
+    assert [row.name for row in rows] == order
+    assert rows[2].rival_of == ("cache", "linear")
 
 
 def test_a_rival_that_keeps_more_than_its_steps_is_called_after_its_recipe() -> None:
@@ -118,7 +166,9 @@ def test_a_cache_that_decides_as_it_goes_gets_its_rival_once_measured() -> None:
 
 def test_a_measured_rival_that_is_there_already_is_not_run_twice() -> None:
     rows = planned("cache", ADAPTIVE)
-    assert joined_by_rivals(rows, 50, {"adaptive": 17.7}) == tuple(rows)
+    joined = joined_by_rivals(rows, 50, {"adaptive": 17.7})
+    assert [row.name for row in joined] == [row.name for row in rows]
+    assert joined[2].rival_of == ("cache", "adaptive")
     both = planned(ADAPTIVE, Recipe(name="other", cache=ResidualCache(threshold=0.2)))
     joined = joined_by_rivals(both, 50, {"adaptive": 20.0, "other": 20.4})
     assert [row.name for row in joined].count("fewer-steps-20") == 1
@@ -183,7 +233,8 @@ def test_every_plan(chosen: list[Recipe], steps: int) -> None:
             assert rival.recipe.cache is None
             assert rival.recipe.sampling is not None
             assert 1 <= (rival.recipe.sampling.steps or 0) <= steps
-            assert order.index(rival.name) <= order.index(row.name) + 1
+            (covering,) = (other for other in rows if row.name in other.rival_of)
+            assert order.index(covering.name) <= order.index(row.name) + 1
 
 
 @settings(deadline=None)  # other work on the machine is no failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -20,9 +21,11 @@ from hasten import log
 from hasten.benchmark.environment import Surroundings
 from hasten.benchmark.run import _job, _run_row, run_plan
 from hasten.benchmark.store import Store
-from hasten.errors import InputError, ModelError
+from hasten.errors import HastenError, InputError, ModelError
 from hasten.recipe import Recipe, ResidualCache, ScheduleCache, resolve
-from hasten.results import Results, read_results
+from hasten.results import Results, Row
+from hasten.results_file import read_results
+from tests.benchmark.fake_engine import WEIGHTS
 from tests.benchmark.plans import ENVIRONMENT, FAKE, files_below, make_plan, odd
 
 pytestmark = pytest.mark.slow
@@ -51,6 +54,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(out, results, heard, lines)
 
 
+def named(finished: Finished, recipe: str) -> Row:
+    return next(row for row in finished.results.rows if row.recipe == recipe)
+
+
 def test_every_row_is_there_with_its_status(finished: Finished) -> None:
     assert [(row.recipe, row.status) for row in finished.results.rows] == [
         ("baseline", "ok"),
@@ -65,7 +72,7 @@ def test_every_row_is_there_with_its_status(finished: Finished) -> None:
 
 
 def test_a_killed_process_is_a_reason_and_leaves_a_log(finished: Finished) -> None:
-    row = finished.results.row_by_name("leak-and-die")
+    row = named(finished, "leak-and-die")
     assert row.reason == (
         "its process was ended by SIGKILL (often: out of memory); see logs/leak-and-die.log"
     )
@@ -73,16 +80,15 @@ def test_a_killed_process_is_a_reason_and_leaves_a_log(finished: Finished) -> No
 
 
 def test_numbers_follow_from_the_raw_samples(finished: Finished) -> None:
-    baseline = finished.results.rows[0].seconds_per_image
-    assert baseline is not None
+    ends = (finished.results.rows[0], finished.results.rows[-1])
+    medians = [statistics.median(row.seconds_per_image.samples) for row in ends]  # type: ignore[union-attr]
+    baseline = statistics.fmean(medians)
     for row in finished.results.rows:
         if row.seconds_per_image is not None:
             samples = row.seconds_per_image.samples
             assert len(samples) == 2
             assert row.seconds_per_image.median == pytest.approx(statistics.median(samples))
-            assert row.speedup == pytest.approx(
-                statistics.median(baseline.samples) / statistics.median(samples)
-            )
+            assert row.speedup == pytest.approx(baseline / statistics.median(samples))
             assert row.peak_memory_bytes is not None
             assert row.peak_memory_bytes > 50e6
 
@@ -103,7 +109,7 @@ def test_the_last_baseline_equals_the_first(finished: Finished) -> None:
     assert again is not None
     assert (again.lpips, again.psnr, again.n) == (0.0, 100.0, 2)
     assert again.ssim == pytest.approx(1, abs=1e-6)
-    cache = finished.results.row_by_name("cache").quality_against("baseline")
+    cache = named(finished, "cache").quality_against("baseline")
     assert cache is not None
     assert cache.psnr is not None
     assert cache.psnr < 100
@@ -126,62 +132,82 @@ def test_progress_says_which_row_and_how_far(finished: Finished) -> None:
     assert finished.heard[-1] == ("baseline-again (7/7): score against baseline", 2, 2)
 
 
-INTERRUPTED = """
+WAITING = """
 import sys
 from pathlib import Path
 from hasten.benchmark.run import run_plan
 from hasten.benchmark.store import Store
+from hasten.process import terminable
+from tests.benchmark.fake_engine import WEIGHTS
 from tests.benchmark.plans import FAKE, make_plan, odd
-run_plan(make_plan([odd("wait")]), Store(Path(sys.argv[1])), engine=FAKE,
-         progress=lambda *message: print(*message, flush=True))
+with terminable("go on"):
+    run_plan(make_plan([odd("wait")]), Store(Path(sys.argv[1])), engine=FAKE,
+             progress=lambda *message: print(*message, flush=True))
 """
 
 
 def test_an_interrupt_keeps_what_is_done_and_resume_goes_on(tmp_path: Path) -> None:
-    _interrupt_second_row(tmp_path)
+    _end_in_second_row(tmp_path, signal.SIGINT)
     kept = read_results(tmp_path / "results.json")
     assert [row.recipe for row in kept.rows] == ["baseline"]
     assert (tmp_path / "report.html").exists()
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*tmp"))
 
-    store = Store(tmp_path)
+    with pytest.raises(InputError, match="holds a benchmark already"):
+        run_plan(make_plan([odd("wait")]), Store(tmp_path), engine=FAKE)
+    store = Store(tmp_path, resume=True)
     with pytest.raises(InputError, match="cannot resume: steps was 6, now is 7"):
-        run_plan(make_plan([odd("wait")], steps=7), store, resume=True, engine=FAKE)
+        run_plan(make_plan([odd("wait")], steps=7), store, engine=FAKE)
     heard: list[str] = []
     results = run_plan(
         make_plan([odd("wait")]),
         store,
-        resume=True,
         engine=FAKE,
         progress=lambda what, *_: heard.append(what),
     )
     assert [row.recipe for row in results.rows] == ["baseline", "wait", "baseline-again"]
-    assert results.rows[0] == kept.rows[0]
+    assert results.rows[0].seconds_per_image == kept.rows[0].seconds_per_image
     assert not [what for what in heard if what.startswith("baseline (")]
     again = results.rows[-1].quality_against("baseline")
     assert again is not None
     assert again.lpips == 0
 
     before = (tmp_path / "rows" / "wait.json").read_bytes()
-    assert run_plan(make_plan([odd("wait")]), store, resume=True, engine=FAKE) == results
+    assert run_plan(make_plan([odd("wait")]), store, engine=FAKE) == results
     assert (tmp_path / "rows" / "wait.json").read_bytes() == before
 
 
-def _interrupt_second_row(out: Path) -> None:
-    """Start a benchmark in a process, and interrupt it while its second row renders."""
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_end_of_the_benchmark_leaves_a_row_running(tmp_path: Path, how: int) -> None:
+    _end_in_second_row(tmp_path, how)
+    assert not [name for name in files_below(tmp_path) if name.endswith("tmp")] or how == 9
+    assert [row.recipe for row in read_results(tmp_path / "results.json").rows] == ["baseline"]
+    plan, store = make_plan([odd("wait")]), Store(tmp_path, resume=True)
+    results = run_plan(plan, store, engine=FAKE)
+    assert [row.status for row in results.rows] == ["ok"] * 3
+    assert not [name for name in files_below(tmp_path) if name.endswith(("tmp", "lock"))]
+
+
+def _end_in_second_row(out: Path, how: int) -> None:
+    """Start a benchmark in a process, and end it while its second row renders."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment = {**os.environ, "PYTHONPATH": path, "HASTEN_TEST_WAIT": "1"}
-    command = [sys.executable, "-c", INTERRUPTED, str(out)]
+    command = [sys.executable, "-c", WAITING, str(out)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as parent:
         assert parent.stdout is not None
         for line in parent.stdout:
             if line.startswith("wait (2/3): render 1"):
                 break
-        parent.send_signal(signal.SIGINT)
+        with pytest.raises(InputError, match="another hasten process"):
+            Store(out, resume=True).check()
+        parent.send_signal(how)
         _, errors = parent.communicate(timeout=30)
-    assert parent.returncode != 0
-    assert errors.strip().splitlines()[-1] == "KeyboardInterrupt"
+    if how == signal.SIGKILL:
+        assert parent.returncode == -how
+    else:
+        assert parent.returncode != 0
+        assert errors.strip().splitlines()[-1] == "KeyboardInterrupt: go on"
     assert not _running_jobs(out)
 
 
@@ -220,12 +246,16 @@ def test_a_cache_that_decides_as_it_goes_is_joined_by_its_rival(tmp_path: Path) 
     heard.clear()
     store.row_file("fewer-steps-4", 0).unlink()
     again = run_plan(
-        plan, store, resume=True, engine=FAKE, progress=lambda what, *_: heard.append(what)
+        plan,
+        Store(tmp_path, resume=True),
+        engine=FAKE,
+        progress=lambda what, *_: heard.append(what),
     )
     assert [row.recipe for row in again.rows] == order
     assert again.rows[1].seconds_per_image == adaptive.seconds_per_image
     assert not any(what.startswith("adaptive") for what in heard)
-    store.open(plan.rows, plan.workload, resume=False)
+    assert "baseline-again (4/4): render" in heard, "it comes after every row that was measured"
+    Store(tmp_path, overwrite=True).open(plan.rows, plan.workload)
     assert files_below(tmp_path) == {".bench.json"}, "the rival's files are the benchmark's own"
 
 
@@ -242,13 +272,78 @@ def test_a_model_that_cannot_be_had_raises_and_writes_no_results(tmp_path: Path)
     assert not (tmp_path / "results.json").exists()
 
 
+def test_rows_of_other_weights_are_never_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_plan(make_plan([odd("wait")]), Store(tmp_path), engine=FAKE)
+    before = files_below(tmp_path)
+    monkeypatch.setenv(WEIGHTS, "fedcba9876543210")
+    store = Store(tmp_path, resume=True)
+    results = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(InputError, match="not those that earlier rows were measured with"):
+        run_plan(make_plan([odd("wait"), resolve("cache")]), store, engine=FAKE)
+    assert (tmp_path / "results.json").read_bytes() == results
+    assert before <= files_below(tmp_path)
+
+
+def test_a_folder_that_vanishes_has_its_own_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def vanish(stage: str, *_: int) -> None:
+        if stage.startswith("baseline-again"):
+            shutil.rmtree(out, ignore_errors=True)
+
+    with pytest.raises(HastenError, match="the folder vanished") as caught:
+        run_plan(make_plan([]), Store(out), engine=FAKE, progress=vanish)
+    assert caught.value.fix
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from hasten.benchmark.run import run_plan
+from hasten.benchmark.store import Store
+from hasten.errors import HastenError
+from tests.benchmark.fake_engine import WEIGHTS
+from tests.benchmark.plans import FAKE, make_plan
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    run_plan(make_plan([]), Store(Path(sys.argv[1])), engine=FAKE)
+except HastenError as error:
+    print(error.fix)
+    sys.exit(error.faults[0])
+"""
+
+
+@pytest.mark.parametrize("room", [100, 10_000])
+def test_a_disk_without_room_has_its_own_line_and_no_half_file(tmp_path: Path, room: int) -> None:
+    """By a limit on the size of files, which the processes of the rows inherit."""
+    out, path = tmp_path / "out", os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(out), str(room)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(("File too large", "its pictures could not be written"))
+    assert done.stdout
+    assert not [name for name in files_below(out) if name.endswith("tmp")]
+    if (out / "results.json").exists():
+        read_results(out / "results.json")
+    assert not {"table.md", "report.html"} <= files_below(out)
+    results = run_plan(make_plan([]), Store(out, resume=True), engine=FAKE)
+    assert [row.status for row in results.rows] == ["ok", "ok"]
+
+
 def test_a_forced_schedule_reaches_its_process_and_says_so(tmp_path: Path) -> None:
     schedule = ScheduleCache(steps=6, compute=(0, 3), fingerprint="00ff00ff00ff00ff")
     plan = make_plan([Recipe(name="foreign", cache=schedule)], limit=1, max_sequence_length=8)
     plan, store = dataclasses.replace(plan, force=True), Store(tmp_path)
-    store.open(plan.rows, plan.workload, resume=False)
+    store.open(plan.rows, plan.workload)
     turn = plan.turns()[1]
-    row = _run_row(_job(plan, store, turn, {}, SMALL), turn, store, lambda _: None)
+    row = _run_row(_job(plan, store, turn, {}, SMALL), turn, store, lambda _: None).row
     assert (row.recipe, row.status) == ("foreign", "ok"), row.reason
     assert "schedule learned on another model, used by force" in row.notes
 

@@ -14,7 +14,9 @@ from hasten.results import Results, Row
 from tests.cli.conftest import Run
 from tests.report.builders import MEASURED, TENSORRT, make_results
 
-FAILED = Row(recipe="broken", status="failed", reason="its process was ended by SIGKILL")
+FAILED = Row(
+    recipe="broken", role="recipe", status="failed", reason="its process was ended by SIGKILL"
+)
 
 
 class Benchmark:
@@ -65,6 +67,7 @@ def test_every_option_arrives(run: Run, benchmark: Benchmark) -> None:
         "references": ("baseline", "cache"),
         "force": True,
         "resume": True,
+        "overwrite": False,
     }
 
 
@@ -95,7 +98,7 @@ def test_the_table_has_every_row_and_the_report_is_named(run: Run) -> None:
 def test_json_is_the_results_file(run: Run, benchmark: Benchmark) -> None:
     ended = run("bench", "--json")
     assert Results.model_validate_json(ended.out) == benchmark.results
-    assert json.loads(ended.out)["schema"] == 1
+    assert json.loads(ended.out)["schema"] == 2
 
 
 def test_a_failed_row_is_an_error_after_the_table(
@@ -112,7 +115,10 @@ def test_a_failed_row_is_an_error_after_the_table(
 
 def test_nothing_measured_is_an_error(run: Run, benchmark: Benchmark, tmp_path: Path) -> None:
     made = make_results(tmp_path / "made", pictures=False)
-    rows = [Row(recipe=row.recipe, status="unsupported", reason="no room") for row in made.rows]
+    rows = [
+        Row(recipe=row.recipe, role=row.role, status="unsupported", reason="no room")
+        for row in made.rows
+    ]
     benchmark.results = made.model_copy(update={"rows": tuple(rows)})
     ended = run("bench")
     assert ended.code == 1

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from hasten.report import write_report
-from hasten.results import Results, read_results
+from hasten.results import Results
+from hasten.results_file import read_results
 from tests.report.builders import make_results
 
 

@@ -311,7 +311,7 @@ def test_a_focused_point_says_what_it_is(open_page: Open) -> None:
     driver.execute_script(f"{tip} p.focus()")
     assert driver.execute_script(opacity) == "1"
     label = driver.execute_script("return document.activeElement.ariaLabel")
-    assert label == "max: 6.56×, 0.610 s, LPIPS 0.148, calibrated: false"
+    assert label == "max: 6.61×, 0.610 s, LPIPS 0.148, calibrated: false"
 
 
 @pytest.mark.parametrize("width", [320, 375, 768, 1280])

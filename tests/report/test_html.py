@@ -8,10 +8,10 @@ import pytest
 
 from hasten.errors import InputError
 from hasten.report import html, write_report
+from hasten.report.chart_rows import KINDS
 from hasten.report.pictures import Album
-from hasten.report.roles import BASELINE_KIND, FEWER_STEPS, PEER, RECIPE
-from hasten.results import Results, Row
-from tests.report.builders import make_results, measured_row, quality
+from hasten.results import Results, Row, summarize_seconds, with_speedups
+from tests.report.builders import CACHE, make_results, measured_row, quality
 
 HOSTILE = [
     "<script>alert('prompt')</script>",
@@ -72,8 +72,8 @@ def test_style_and_script_hold_no_address() -> None:
 
 def test_hostile_prompts_recipes_and_reasons_stay_text(tmp_path: Path) -> None:
     rows = (
-        Row(recipe="bad", status="failed", reason=HOSTILE[0], toml=HOSTILE[1]),
-        measured_row('<b onclick="x">', 1.0, 50, 3, (), notes=(HOSTILE[1],), peer=HOSTILE[2]),
+        Row(recipe="bad", role="recipe", status="failed", reason=HOSTILE[0], toml=HOSTILE[1]),
+        measured_row('<b onclick="x">', 1.0, 50, 3, (), notes=HOSTILE[1:]),
     )
     results = make_results(tmp_path, count=3, size=(16, 16), captions=HOSTILE, extra_rows=rows)
     text = write_report(results, tmp_path).read_text(encoding="utf-8")
@@ -134,25 +134,23 @@ def test_results_without_pictures_or_quality_still_make_a_page(tmp_path: Path) -
 
 def test_a_failed_baseline_still_makes_a_page(tmp_path: Path) -> None:
     full = make_results(tmp_path, count=1, pictures=False)
-    failed = Row(recipe="baseline", status="failed", reason="out of memory")
+    failed = Row(recipe="baseline", role="baseline", status="failed", reason="out of memory")
     text = html.render(full.model_copy(update={"rows": (failed,)}), Album("no pictures"))
     assert "No recipe was timed against the baseline." in text
     assert "failed: out of memory" in text
 
 
 def test_the_lede_names_this_library_s_fastest_and_its_cost(results: Results) -> None:
-    assert html.lede(results) == "Fastest: max, 6.56× (0.610 s, LPIPS 0.148, calibrated: false)."
+    assert html.lede(results) == "Fastest: max, 6.61× (0.610 s, LPIPS 0.148, calibrated: false)."
 
 
 def test_a_graph_drawn_for_its_quality_is_neither_fastest_nor_in_a_chart(tmp_path: Path) -> None:
     scored = (quality(1, 0.011, 0.977, 32.0),)
-    row = measured_row(
-        "graph", 0.1, 50, 1, (), quality=scored, quality_only=True, speedup=None, setup_seconds=77.7
-    )
+    row = measured_row("graph", 0.1, 50, 1, (), quality=scored, role="graph", setup_seconds=77.7)
     full = make_results(tmp_path, count=1, pictures=False, extra_rows=(row,))
     assert "max" in html.lede(full)
-    baseline, again = full.rows[0], full.rows[-1]
-    alone = full.model_copy(update={"rows": (baseline, row, again)})
+    baseline, again, graph = full.rows[0], full.rows[-1], full.rows[-2]
+    alone = full.model_copy(update={"rows": (baseline, graph, again)})
     assert html.lede(alone) == (
         "No recipe was timed against the baseline. For its quality only: graph, LPIPS 0.0110."
     )
@@ -164,12 +162,31 @@ def test_a_graph_drawn_for_its_quality_is_neither_fastest_nor_in_a_chart(tmp_pat
     assert text.count('<g class="kind-quality"') == 0
 
 
-def test_kinds_follow_name_and_peer(results: Results) -> None:
+def test_kinds_follow_roles_and_not_names(tmp_path: Path) -> None:
+    mine = measured_row("my-fewer-steps-idea", 0.1, 50, 1, ())
+    results = make_results(tmp_path, count=1, pictures=False, extra_rows=(mine,))
     kinds = {line.row.recipe: line.kind for line in html.lines(results)}
-    assert kinds["baseline"] is kinds["baseline-again"] is BASELINE_KIND
-    assert kinds["fewer-steps-18"] is FEWER_STEPS
-    assert kinds["cache-dit-18"] is PEER
-    assert kinds["max"] is RECIPE
+    assert kinds["baseline"] is kinds["baseline-again"] is KINDS["baseline"]
+    assert kinds["fewer-steps-18"] is KINDS["rival"]
+    assert kinds["cache-dit-18"] is KINDS["peer"]
+    assert kinds["max"] is kinds["my-fewer-steps-idea"] is KINDS["recipe"]
+    assert "my-fewer-steps-idea" in html.lede(results)
+
+
+def test_what_is_missing_to_judge_the_fastest_is_in_the_lede(tmp_path: Path) -> None:
+    fast = measured_row("fast", 0.1, 50, 1, (), toml=f"name = 'fast'\n{CACHE}")
+    full = make_results(tmp_path, count=1, pictures=False, extra_rows=(fast,))
+    lede = html.lede(full)
+    assert "Its rival, as few steps without the cache, was not measured." in lede
+    once = with_speedups(full.workload, full.environment, full.rows[:-1])
+    assert "The baseline was not rendered again" in html.lede(once)
+
+
+def test_the_plain_pipeline_never_leads(tmp_path: Path) -> None:
+    full = make_results(tmp_path, count=1, pictures=False)
+    again = full.rows[-1].model_copy(update={"seconds_per_image": summarize_seconds([0.01])})
+    drifted = with_speedups(full.workload, full.environment, (*full.rows[:-1], again))
+    assert html.lede(drifted).startswith("Fastest: max")
 
 
 def test_pictures_are_found_beside_the_results_file(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,12 @@ def test_a_missing_and_a_broken_picture_leave_their_reason(tmp_path: Path) -> No
     assert album.pictures["max", 0].problem == "000.png is missing or cannot be read"
     assert album.pictures["cache", 1].problem
     assert album.pictures["max", 1].uri
+
+
+@pytest.mark.parametrize("name", ["y" * 5000, "pipe", "images"])
+def test_what_is_no_picture_is_missing_and_nothing_waits_for_it(tmp_path: Path, name: str) -> None:
+    results = make_results(tmp_path, count=1, size=(16, 16))
+    os.mkfifo(tmp_path / "pipe")
+    row = results.rows[1].model_copy(update={"images": (name,)})
+    album = collect(results.model_copy(update={"rows": (results.rows[0], row)}), tmp_path, tmp_path)
+    assert "is missing or cannot be read" in album.pictures[row.recipe, 0].problem

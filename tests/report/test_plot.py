@@ -42,8 +42,8 @@ def test_a_speedup_never_stands_without_its_lpips(results: Results) -> None:
 @pytest.mark.parametrize("speedup", [0.2, 1.0, 40.0])
 def test_no_text_leaves_the_picture(tmp_path: Path, speedup: float) -> None:
     rows = (
-        measured_row("a-recipe-with-a-very-long-name-indeed", 4.0, 50, 1, (), speedup=speedup),
-        Row(recipe="broken", status="failed", reason="word " * 80),
+        measured_row("a-recipe-with-a-very-long-name-indeed", 4.03 / speedup, 50, 1, ()),
+        Row(recipe="broken", role="recipe", status="failed", reason="word " * 100_000),
     )
     figure = draw(make_results(tmp_path, count=1, pictures=False, extra_rows=rows))
     figure.draw_without_rendering()
@@ -78,7 +78,7 @@ def test_names_are_not_read_as_mathematics(tmp_path: Path) -> None:
 def test_a_baseline_that_failed_leaves_a_plot_that_says_so(
     results: Results, tmp_path: Path
 ) -> None:
-    failed = Row(recipe="baseline", status="failed", reason="out of memory")
+    failed = Row(recipe="baseline", role="baseline", status="failed", reason="out of memory")
     alone = results.model_copy(update={"rows": (failed,)})
     assert "No row was measured." in words(alone)
     write_plot(alone, tmp_path / "p.png")

@@ -24,7 +24,7 @@ def cells(markdown: str, recipe: str) -> list[str]:
 def test_a_line_holds_the_numbers_of_its_row(results: Results) -> None:
     found = cells(table.to_markdown(results), "max")
     assert found[2:] == [
-        "6.56×",
+        "6.61×",
         "12",
         "0.148",
         "0.868",
@@ -51,7 +51,7 @@ def test_a_row_that_cannot_run_keeps_its_line_and_its_reason(results: Results) -
 
 def test_a_row_for_its_quality_only_shows_no_time_and_says_why(tmp_path: Path) -> None:
     scored = (quality(1, 0.011, 0.977, 32.0),)
-    row = measured_row("graph", 0.1, 50, 1, (), quality=scored, quality_only=True, speedup=None)
+    row = measured_row("graph", 0.1, 50, 1, (), quality=scored, role="graph")
     results = make_results(tmp_path, count=1, pictures=False, extra_rows=(row,))
     found = cells(table.to_markdown(results), "graph")
     assert found[1:-1] == ["–", "–", "50", "0.0110", "0.977", "32.0", "–"]
@@ -90,7 +90,12 @@ def test_drift_that_was_not_measured_is_said(results: Results) -> None:
 
 
 def test_text_cannot_break_out_of_its_cell(tmp_path: Path) -> None:
-    row = Row(recipe="bad", status="failed", reason="a|b\n<script>alert(1)</script> *x* `y`")
+    row = Row(
+        recipe="bad",
+        role="recipe",
+        status="failed",
+        reason="a|b\n<script>alert(1)</script> *x* `y`",
+    )
     results = make_results(tmp_path, count=1, pictures=False, extra_rows=(row,))
     line = next(
         line for line in table.to_markdown(results).splitlines() if line.startswith("| bad |")

@@ -6,6 +6,8 @@ Asking torch about a GPU holds memory on it, which every row would miss; so the 
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -16,10 +18,10 @@ from pydantic import BaseModel
 import hasten
 from hasten.errors import HastenError
 from hasten.machine import machine
-from hasten.process import python_command, python_environment
+from hasten.process import bound_command, python_environment
 from hasten.results import Environment
 
-__all__ = ["Surroundings", "commit", "look", "look_in_process"]
+__all__ = ["Surroundings", "commit", "host", "look", "look_in_process"]
 
 
 class Surroundings(BaseModel):
@@ -68,7 +70,7 @@ def look(device: str, dtype: str) -> Surroundings:
 def look_in_process(device: str, dtype: str) -> Surroundings:
     """`look`, from a process that ends. Raises HastenError where torch cannot be imported."""
     done = subprocess.run(
-        python_command("hasten.benchmark.environment", device, dtype),
+        bound_command("hasten.benchmark.environment", device, dtype),
         env=python_environment(),
         capture_output=True,
         text=True,
@@ -95,6 +97,11 @@ def commit() -> str | None:
     head = _git(package.parent, "rev-parse", "HEAD")
     changed = _git(package.parent, "status", "--porcelain", "--untracked-files=no", ".")
     return f"{head}-dirty" if head and changed else head
+
+
+def host() -> str:
+    """A short name for this machine that does not give its host name away."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

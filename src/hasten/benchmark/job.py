@@ -1,14 +1,14 @@
-"""What a row's process is told, and what it answers: two JSON files."""
+"""What a row's process gets and what it leaves: two JSON files."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from hasten.results import Row, Workload
+from hasten.results import Role, Row, Workload
 
 __all__ = ["HASTEN_ENGINE", "Job", "Outcome", "Refusal"]
 
-HASTEN_ENGINE = "hasten.benchmark.subject"
+HASTEN_ENGINE = "hasten.benchmark.render"
 
 
 class _Message(BaseModel):
@@ -18,17 +18,25 @@ class _Message(BaseModel):
 class Job(_Message):
     """One row to measure.
 
-    toml: its recipe. device: resolved, never `auto`. images: folder for its PNGs, None where the
-    pictures are not wanted again (later rounds). floats: folder for the same pictures unrounded,
-    kept when the row is done if `keep_floats`. references: row name -> folder of its floats, None
-    where it has none. outcome: the file to write. force: accept a schedule learned on another
-    model. engine: module with a `load(job)`.
+    Attributes:
+        toml: Its recipe.
+        device: Resolved, never `auto`.
+        weights: Fingerprint that the model must have, because rows measured before have it; None
+            where it is not known yet.
+        images: Folder for its PNGs; None where the pictures are not needed (later rounds).
+        floats: Folder for the same pictures unrounded, kept after the row if `keep_floats`.
+        references: Row name -> folder of its floats; None where it has none.
+        outcome: The file to write.
+        force: Accept a schedule learned on another model.
+        engine: Module with a `load(job)`.
     """
 
     row: str
+    role: Role
     toml: str
     workload: Workload
     device: str
+    weights: str | None = None
     images: str | None
     floats: str
     keep_floats: bool
@@ -39,15 +47,24 @@ class Job(_Message):
 
 
 class Refusal(_Message):
-    """A HastenError that no other row can escape either: the model or the input is at fault."""
+    """A HastenError that other rows cannot escape either.
+
+    Attributes:
+        kind: Name of its class.
+        final: It ends the benchmark, whichever row meets it; otherwise only the baseline's does,
+            where the model or the input is at fault.
+    """
 
     kind: str
     faults: tuple[str, ...]
     fix: str
+    final: bool = False
 
 
 class Outcome(_Message):
-    """`row` has no speed-up yet and no image paths: the parent knows the rest."""
+    """What was measured: `row` has no speed-up yet and no image paths, which the parent knows;
+    `weights` is the fingerprint of the model's weights, where it has one."""
 
     row: Row
+    weights: str | None = None
     refusal: Refusal | None = None

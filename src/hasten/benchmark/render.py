@@ -1,25 +1,96 @@
-"""Pictures and times of one loaded, optimised pipeline."""
+"""One model under one recipe: loading it, its pictures and its times."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hasten.apply import optimize
 from hasten.benchmark.job import Job
+from hasten.benchmark.plan import settings_of
 from hasten.benchmark.score import Told, save_floats, save_png
 from hasten.benchmark.timer import timed
 from hasten.errors import HastenError
+from hasten.models import has_random_weights, load_pipeline
+from hasten.models.fingerprint import fingerprint
+from hasten.recipe import BudgetCache, Recipe, ScheduleCache
 from hasten.results import Prompt
+from hasten.schedules import nearest
 from hasten.settings import Settings
 
-__all__ = ["denoise_seconds", "render", "render_all"]
+__all__ = ["Engine", "denoise_seconds", "load", "render", "render_all", "weights_of"]
 
 DENOISE_RUNS = 3
 DENOISE_SECONDS = 5.0  # once these are spent, a slow model is not run again
+
+
+class Engine(NamedTuple):
+    """What a row measures.
+
+    Attributes:
+        pipe: What lies under `fast`.
+        fast: Called like `pipe`; has `last_run` and `notes`.
+        weights: Fingerprint of all weights; None where they have none.
+        learned_on: Hashes of the prompts that the recipe's schedule was learned on, empty where it
+            does not name them; None without a learned schedule.
+    """
+
+    pipe: Any
+    fast: Any
+    random_weights: bool
+    weights: str | None = None
+    learned_on: tuple[str, ...] | None = None
+
+
+def load(job: Job) -> Engine:
+    """Load the job's model and apply its recipe."""
+    pipe = load_pipeline(job.workload.model, device=job.device, dtype=job.workload.dtype)
+    recipe = Recipe.from_toml(job.toml, source=job.row)
+    weights = weights_of(pipe)
+    learned_on = _learned_on(recipe, pipe, settings_of(recipe, job.workload).steps)
+    fast = optimize(pipe, recipe, force=job.force)
+    return Engine(pipe, fast, has_random_weights(pipe), weights, learned_on)
+
+
+def weights_of(pipe: Any) -> str | None:
+    """A fingerprint of the weights and settings of all components, not of the transformer alone:
+    another decoder, text encoder or scheduler draws other pictures as well. None where a component
+    has none."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        config = getattr(part, "config", {})
+        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        public = {key: value for key, value in settings.items() if not key.startswith("_")}
+        digest.update(json.dumps([name, public], sort_keys=True, default=str).encode())
+        if isinstance(part, nn.Module):
+            try:
+                digest.update(fingerprint(_Parameters(part.named_parameters)).encode())
+            except Exception:  # quantised and offloaded weights fail in ways of their own
+                return None
+    return digest.hexdigest()[:16]
+
+
+class _Parameters(NamedTuple):
+    """As much of a transformer as `fingerprint` looks at; settings are hashed on their own."""
+
+    named_parameters: Callable[[], Iterator[tuple[str, Tensor]]]
+    config: Mapping[str, Any] = {}
+
+
+def _learned_on(recipe: Recipe, pipe: Any, steps: int) -> tuple[str, ...] | None:
+    cache = recipe.cache
+    if isinstance(cache, BudgetCache):
+        cache = nearest(fingerprint(pipe.transformer), min(cache.budget, steps), steps)
+    if not isinstance(cache, ScheduleCache) or cache.fingerprint is None:
+        return None
+    return cache.prompts or ()
 
 
 def render(engine: Any, prompt: Prompt, settings: Settings) -> Tensor:

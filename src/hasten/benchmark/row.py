@@ -6,6 +6,7 @@ Nothing of it outlives it: no patch, flag, compiled code or memory reaches the n
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import statistics
 import sys
 import traceback
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,15 @@ from torch import nn
 
 from hasten.atomic import write_text
 from hasten.benchmark.job import Job, Outcome, Refusal
+from hasten.benchmark.plan import settings_of
 from hasten.benchmark.render import denoise_seconds, render, render_all
 from hasten.benchmark.score import Told, score
 from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes, timed
-from hasten.benchmark.workload import settings_of
 from hasten.errors import HastenError, InputError, ModelError, UnsupportedError
 from hasten.library_logging import quiet_libraries
 from hasten.log import forward_log
 from hasten.passes.text.embeddings import cache_off
+from hasten.prompts import prompt_hash
 from hasten.recipe import Recipe
 from hasten.results import (
     Quality,
@@ -41,6 +44,8 @@ from hasten.results import (
 )
 
 __all__ = ["main", "measure"]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(job_file: str, progress_descriptor: str) -> None:
@@ -63,31 +68,53 @@ def main(job_file: str, progress_descriptor: str) -> None:
 
 def _outcome(job: Job, tell: Told) -> Outcome:
     try:
-        return Outcome(row=measure(job, import_module(job.engine), tell))
+        return measure(job, import_module(job.engine), tell)
     except BrokenPipeError:  # nobody is waiting for this row any more
         raise
     except UnsupportedError as error:
         return Outcome(row=_unmeasured(job, "unsupported", _one_line(error)))
     except Exception as error:
         traceback.print_exc()
-        refusal = None
-        if isinstance(error, ModelError | InputError):
-            refusal = Refusal(kind=type(error).__name__, faults=error.faults, fix=error.fix)
-        return Outcome(row=_unmeasured(job, "failed", _one_line(error)), refusal=refusal)
+        row = _unmeasured(job, "failed", _one_line(error))
+        return Outcome(row=row, refusal=_refusal(job, error))
 
 
-def measure(job: Job, engine_module: Any, tell: Told) -> Row:
+def measure(job: Job, engine_module: Any, tell: Told) -> Outcome:
     """Measure the job's row in this process: its times and memory, then its quality."""
     device = torch.device(job.device)
     with cache_off():  # so that each image pays for its own prompt
-        row, random_weights = _timed_row(job, device, engine_module, tell)
+        outcome, random_weights = _timed_row(job, device, engine_module, tell)
     gc.collect()  # the metrics need the memory that the model held
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return row.model_copy(update={"quality": _quality(job, device, random_weights, tell)})
+    quality = _quality(job, device, random_weights, tell)
+    row = outcome.row.model_copy(update={"quality": quality})
+    return outcome.model_copy(update={"row": row})
 
 
-def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -> tuple[Row, bool]:
+class _WeightsChangedError(InputError):
+    """The model's weights are not those that earlier rows were measured with."""
+
+
+def _refusal(job: Job, error: Exception) -> Refusal | None:
+    """The refusal that an error is to other rows too."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return Refusal(
+            kind="HastenError",
+            faults=(f"row {job.row}: {error.strerror}: its pictures could not be written",),
+            fix="free some space there, then run the same command with --resume",
+            final=True,
+        )
+    if not isinstance(error, ModelError | InputError):
+        return None
+    final = isinstance(error, _WeightsChangedError)
+    kind = "ModelError" if isinstance(error, ModelError) else "InputError"
+    return Refusal(kind=kind, faults=error.faults, fix=error.fix, final=final)
+
+
+def _timed_row(
+    job: Job, device: torch.device, engine_module: Any, tell: Told
+) -> tuple[Outcome, bool]:
     """The row without its quality, and whether its model has random weights.
 
     Setup is loading and optimising; the first image includes whatever compiles on first use. One
@@ -101,6 +128,7 @@ def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -
 
     tell("load", 0, 1)
     engine, setup_seconds = timed(device, engine_module.load, job)
+    _check_weights(job, engine.weights)
     tell("first image", 0, 1)
     _, first_seconds = timed(device, render, engine, first, settings)
     tell("warm up", 0, 1)
@@ -112,10 +140,15 @@ def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -
     step_seconds = denoise_seconds(engine, first, settings, device) / settings.steps
     row = Row(
         recipe=job.row,
+        role=job.role,
         status="ok",
-        notes=(*engine.fast.notes, counted, *_switched_off(recipe)),
+        notes=(
+            *engine.fast.notes,
+            counted,
+            *_switched_off(recipe),
+            *_overlap(engine.learned_on, job),
+        ),
         calibrated=engine.fast.calibrated,
-        quality_only=recipe.engine is not None and recipe.engine.kind == "onnxruntime",
         seconds_per_image=summarize_seconds(seconds),
         transformer_ms_per_step=1000 * step_seconds,
         steps_computed=StepsComputed(
@@ -129,7 +162,27 @@ def _timed_row(job: Job, device: torch.device, engine_module: Any, tell: Told) -
         ),
         toml=job.toml,
     )
-    return row, engine.random_weights
+    return Outcome(row=row, weights=engine.weights), engine.random_weights
+
+
+def _check_weights(job: Job, weights: str | None) -> None:
+    if job.weights is not None and weights not in (None, job.weights):
+        raise _WeightsChangedError(
+            f"the weights of {job.workload.model} (fingerprint {weights}) are not those that "
+            f"earlier rows were measured with ({job.weights})",
+            "choose another --out, or replace --resume by --overwrite to measure every row again",
+        )
+
+
+def _overlap(learned_on: Sequence[str] | None, job: Job) -> tuple[str, ...]:
+    """How many prompts a learned schedule is scored on that it was learned on."""
+    if learned_on is None:
+        return ()
+    if not learned_on:
+        return ("its schedule does not name the prompts that it was learned on",)
+    prompts = job.workload.prompts
+    known = sum(prompt_hash(prompt.text) in learned_on for prompt in prompts)
+    return (f"its schedule was learned on {known or 'none'} of these {len(prompts)} prompts",)
 
 
 def _switched_off(recipe: Recipe) -> tuple[str, ...]:
@@ -158,7 +211,7 @@ def _quality(
 
 
 def _unmeasured(job: Job, status: Any, reason: str) -> Row:
-    return Row(recipe=job.row, status=status, reason=reason, toml=job.toml)
+    return Row(recipe=job.row, role=job.role, status=status, reason=reason, toml=job.toml)
 
 
 def _one_line(error: Exception) -> str:

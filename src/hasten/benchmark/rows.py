@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, count
+from dataclasses import dataclass, replace
+from itertools import chain, count, repeat
 
 from hasten.errors import Faults
 from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import Recipe, Sampling, resolve
-from hasten.results import BASELINE, BASELINE_AGAIN
+from hasten.results import BASELINE, BASELINE_AGAIN, Role
 
 __all__ = ["DEFAULT_RECIPES", "PlannedRow", "joined_by_rivals", "plan_rows", "rotated"]
 
@@ -19,10 +19,14 @@ LONGEST_NAME = 64
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row's name, which is also its file name, and the recipe it measures."""
+    """A row's name, which is also its file name, the recipe it measures, and why it is there: role
+    and rival_of as in `hasten.results.Row`; notes are for the readers of the row."""
 
     name: str
     recipe: Recipe
+    role: Role = "recipe"
+    rival_of: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def plan_rows(
@@ -31,44 +35,61 @@ def plan_rows(
     """Rows in the order in which they are rendered for the first time.
 
     `baseline` first and `baseline-again` last, always. Other references come right after the
-    baseline, because everything behind them is scored against them. The rest keeps its order;
-    each row with a TensorRT engine is followed by its graph on a CPU (see `graph_of`), and
-    each row that caches by its rival (see `rival_of`), or is joined by it later, where
-    only the row itself can say how many steps it computes (see `joined_by_rivals`). The same recipe
-    twice is one row.
+    baseline, because everything behind them is scored against them. The rest keeps its order; each
+    row with a TensorRT engine is followed by its graph on a CPU (see `graph_of`), and each row
+    that caches by its rival (see `joined_by_rivals`). A recipe that is given twice is one row, and
+    one that is given under two names is two rows; either way their notes say so.
     """
     plain = resolve(BASELINE)
-    rows = {BASELINE: PlannedRow(BASELINE, plain)}
+    rows = {BASELINE: PlannedRow(BASELINE, plain, "baseline")}
     for recipe in sorted(recipes, key=lambda recipe: recipe.name not in references):
-        _add(PlannedRow(recipe.name, recipe), rows, faults)
-        for companion in (graph_of(recipe), rival_of(recipe, steps)):
-            if companion is not None:
-                _add(companion, rows, faults)
+        _add(PlannedRow(recipe.name, recipe, _role(recipe, "recipe")), rows, faults)
+    for recipe in recipes:
+        graph = graph_of(recipe)
+        if graph is not None and not _same(rows.get(graph.name, graph).recipe, graph.recipe):
+            faults.add(*_name_taken(graph.name))
+        elif graph is not None and graph.name not in rows:
+            rows = _inserted(graph, recipe.name, rows)
     if BASELINE_AGAIN in rows:
         faults.add(*_name_taken(BASELINE_AGAIN))
+    last = PlannedRow(BASELINE_AGAIN, plain, "baseline")
+    planned = joined_by_rivals((*map(_noted, rows.values(), repeat(rows)), last), steps, {})
+    names = [row.name for row in planned[:-1]]
     for reference in references:
-        if reference not in rows:
+        if reference not in names:
             faults.add(
                 f"reference {reference!r} is not a row of this benchmark",
-                f"add it to the recipes, or choose one of {', '.join(rows)}",
+                f"add it to the recipes, or choose one of {', '.join(names)}",
             )
-    return (*rows.values(), PlannedRow(BASELINE_AGAIN, plain))
+    return planned
 
 
 def joined_by_rivals(
     rows: Sequence[PlannedRow], steps: int, measured: Mapping[str, float]
 ) -> tuple[PlannedRow, ...]:
-    """The rows, each one that decides for itself what it computes followed by its rival.
+    """The rows, each one that caches followed by its rival.
 
-    `measured` has the mean number of steps that such a row computed, once it has run. A rival that
-    is there already, under whatever name, is not added again.
+    A row that is the rival already, under whatever name, is not added again, but is the rival of
+    one more row.
+
+    Args:
+        measured: Mean number of steps that rows computed. A cache that decides as it goes has no
+            rival until its row is among them.
     """
     joined = list(rows)
     for row in rows:
         rival = rival_of(row.recipe, steps, measured.get(row.name))
-        if rival is not None and not any(_same(row.recipe, rival.recipe) for row in joined):
-            place = joined.index(row) + 1
-            joined.insert(place, _renamed(rival, taken={row.name for row in joined}))
+        if rival is None:
+            continue
+        for place, other in enumerate(joined):
+            if _same(other.recipe, rival.recipe):
+                names = dict.fromkeys((*other.rival_of, row.name))
+                joined[place] = replace(other, rival_of=tuple(names))
+                break
+        else:
+            place = [other.name for other in joined].index(row.name) + 1
+            rival = _renamed(rival, taken={row.name for row in joined})
+            joined.insert(place, replace(rival, rival_of=(row.name,)))
     return tuple(joined)
 
 
@@ -97,18 +118,18 @@ def rival_of(recipe: Recipe, steps: int, measured: float | None = None) -> Plann
     only_steps = Recipe(sampling=Sampling.model_validate({"steps": computed}))
     if not _same(rival, only_steps):
         name = f"{recipe.name[: LONGEST_NAME - len(name) - 1]}-{name}"
-    return PlannedRow(name, rival.but(name=name))
+    return PlannedRow(name, rival.but(name=name), _role(rival, "rival"))
 
 
 def graph_of(recipe: Recipe) -> PlannedRow | None:
-    """The row beside an engine of TensorRT: its very graph on a CPU, for the pictures."""
+    """The row that goes with a TensorRT engine: its very graph on a CPU, for the pictures."""
     if recipe.engine is None or recipe.engine.kind != "tensorrt":
         return None
     suffix = "-onnxruntime"
     name = f"{recipe.name[: LONGEST_NAME - len(suffix)]}{suffix}"
     engine = recipe.engine.model_copy(update={"kind": "onnxruntime"})
     described = f"the graph of {recipe.name} on a CPU, for its pictures and not for speed"
-    return PlannedRow(name, recipe.but(name=name, engine=engine, description=described))
+    return PlannedRow(name, recipe.but(name=name, engine=engine, description=described), "graph")
 
 
 def rotated(rows: Sequence[PlannedRow], turn: int) -> tuple[PlannedRow, ...]:
@@ -119,15 +140,38 @@ def rotated(rows: Sequence[PlannedRow], turn: int) -> tuple[PlannedRow, ...]:
 
 
 def _add(row: PlannedRow, rows: dict[str, PlannedRow], faults: Faults) -> None:
-    if not _same(rows.setdefault(row.name, row).recipe, row.recipe):
+    known = rows.setdefault(row.name, row)
+    if not _same(known.recipe, row.recipe):
         faults.add(*_name_taken(row.name))
+    elif known is not row and row.name != BASELINE:
+        rows[row.name] = replace(known, notes=("given more than once, measured once",))
+
+
+def _inserted(row: PlannedRow, after: str, rows: Mapping[str, PlannedRow]) -> dict[str, PlannedRow]:
+    order = list(rows.values())
+    order.insert(list(rows).index(after) + 1, row)
+    return {row.name: row for row in order}
+
+
+def _noted(row: PlannedRow, rows: Mapping[str, PlannedRow]) -> PlannedRow:
+    """The row, which says so where an earlier one has the same recipe under another name."""
+    first = next(other.name for other in rows.values() if _same(other.recipe, row.recipe))
+    if first == row.name:
+        return row
+    return replace(row, notes=(*row.notes, f"the same recipe as {first}"))
+
+
+def _role(recipe: Recipe, otherwise: Role) -> Role:
+    """The graph of an engine runs on a CPU, so what it takes is nobody's speed."""
+    on_cpu = recipe.engine is not None and recipe.engine.kind == "onnxruntime"
+    return "graph" if on_cpu else otherwise
 
 
 def _renamed(row: PlannedRow, taken: Container[str]) -> PlannedRow:
     """The row under its name, or the first free one that is made of it."""
     numbered = (f"{row.name[: LONGEST_NAME - 4]}-{number}" for number in count(2))
     name = next(name for name in chain([row.name], numbered) if name not in taken)
-    return PlannedRow(name, row.recipe.but(name=name))
+    return replace(row, name=name, recipe=row.recipe.but(name=name))
 
 
 def _same(one: Recipe, other: Recipe) -> bool:

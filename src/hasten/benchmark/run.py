@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from hasten import errors
 from hasten.atomic import write_text
 from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome
-from hasten.benchmark.merge import assemble
-from hasten.benchmark.plan import Plan, Turn, make_plan
+from hasten.benchmark.plan import Options, Plan, Turn, make_plan
 from hasten.benchmark.rows import DEFAULT_RECIPES
-from hasten.benchmark.store import Store
-from hasten.benchmark.workload import Options
+from hasten.benchmark.store import Store, absolute
 from hasten.errors import Faults, HastenError
 from hasten.log import logger
 from hasten.process import how_it_ended, run_module
 from hasten.recipe import Recipe
-from hasten.results import BASELINE, Results, Row, write_results
-from hasten.user_files import expand_user
+from hasten.results import (
+    BASELINE,
+    BASELINE_AGAIN,
+    Results,
+    Row,
+    StepsComputed,
+    summarize_seconds,
+    with_speedups,
+)
+from hasten.results_file import write_results
 
-__all__ = ["bench", "run_plan"]
+__all__ = ["bench", "pooled", "run_plan"]
 
 Progress = Callable[[str, int, int], None]
-Done = dict[tuple[str, int], Row]
+Done = dict[tuple[str, int], Outcome]
 
 
 def bench(
@@ -47,6 +56,7 @@ def bench(
     references: Sequence[str] = (BASELINE,),
     force: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Render the same prompts under several recipes and write results, pictures and a report.
@@ -54,110 +64,115 @@ def bench(
     Every recipe gets a row, in a process of its own; `baseline` is rendered first and last, and a
     recipe with a cache is joined by its honest rival, `fewer-steps-K`, where K is the number of
     steps it computes (for a cache that decides as it goes, the rounded mean of its first round).
-    What is not given comes from the model's defaults; a recipe's `[sampling]` overrides it for its
-    own row. `references` are the rows whose pictures the others are scored against. `force` runs
-    schedules learned on another model too, and their rows say so. `resume` keeps the rows that
-    `out` already has; otherwise an earlier benchmark's files there are replaced. `progress` hears
-    what is happening, how much of it is done, and of how much; the stages of an export are logged.
+    Speed-ups are over the mean of the two baselines. What is not given comes from the model's
+    defaults; a recipe's `[sampling]` overrides it for its own row.
 
-    Raises InputError, RecipeError or ModelError before anything is rendered; a row that fails does
-    not raise, it has a status and a reason. After KeyboardInterrupt the finished rows are on disk.
+    Args:
+        out: Folder that is written to, by one benchmark at a time.
+        references: Rows whose pictures the others are scored against.
+        force: Run schedules learned on another model too; their rows say so.
+        resume: Keep the rows that `out` has, if weights, recipes, environment and machine are those
+            they were measured with.
+        overwrite: Replace the files of an earlier benchmark in `out`.
+        progress: Called with what is happening, how much of it is done, and of how much.
+
+    Raises:
+        InputError, RecipeError, ModelError: Before anything is rendered; or later, if the weights
+            change meanwhile. A row that fails does not raise, it has a status and a reason.
+        HastenError: The disk is full, or `out` has vanished. What is finished can be resumed.
+        KeyboardInterrupt: The finished rows are on disk.
     """
-    options = Options(
-        model=model,
-        prompts=prompts,
-        last=last,
-        limit=limit,
-        steps=steps,
-        size=size,
-        seed=seed,
-        guidance=guidance,
-        max_sequence_length=max_sequence_length,
-        device=device,
-        dtype=dtype,
-        rounds=rounds,
-        force=force,
-    )
-    store = Store(expand_user(out).absolute())
-    plan = make_plan(options, recipes, references, store)
-    return run_plan(plan, store, resume=resume, progress=progress)
+    given = locals()
+    options = Options(**{field.name: given[field.name] for field in fields(Options)})
+    store = Store(absolute(out), resume=resume, overwrite=overwrite)
+    return run_plan(make_plan(options, recipes, references, store), store, progress=progress)
 
 
 def run_plan(
-    plan: Plan,
-    store: Store,
-    *,
-    resume: bool = False,
-    progress: Progress | None = None,
-    engine: str = HASTEN_ENGINE,
+    plan: Plan, store: Store, *, progress: Progress | None = None, engine: str = HASTEN_ENGINE
 ) -> Results:
     """Run the rows that are not there yet; write results after each row and a report at the end.
 
     Where a row has to be measured before its rival is known, the plan grows on the way.
     """
-    done: Done = {}
-    if resume:
-        plan = plan.joined_by_rivals(_steps_computed(_finished(plan, store)))
-        done = _finished(plan, store)
-    store.open(plan.rows, plan.workload, resume=resume)
-    try:
-        while turn := next((turn for turn in plan.turns() if turn.key not in done), None):
-            turns = [turn.key for turn in plan.turns()]
-            show = _shown(progress, f"{turn.row.name} ({turns.index(turn.key) + 1}/{len(turns)})")
-            row = _run_row(_job(plan, store, turn, done, engine), turn, store, show)
-            store.write_row(row, turn.round, plan.identity(turn.row))
-            done[turn.key] = row
-            plan = plan.joined_by_rivals(_steps_computed(done))
-            store.open(plan.rows, plan.workload, resume=True)  # new rows are its own too
-            write_results(store.out / "results.json", _results(plan, done))
-    except KeyboardInterrupt:
-        if (BASELINE, 0) in done:
-            _write(plan, store, done)
-        raise
-    store.close()
-    return _write(plan, store, done)
+    with store.owned():
+        done: Done = {}
+        if store.resume:
+            done = _finished(plan, store)
+            grown = plan.joined_by_rivals(_steps_computed(done))
+            if grown != plan:
+                plan, done = grown, _finished(grown, store)
+        store.open(plan.rows, plan.workload)
+        try:
+            while turn := next((turn for turn in plan.turns() if turn.key not in done), None):
+                turns = [turn.key for turn in plan.turns()]
+                show = _shown(
+                    progress, f"{turn.row.name} ({turns.index(turn.key) + 1}/{len(turns)})"
+                )
+                done[turn.key] = _run_row(_job(plan, store, turn, done, engine), turn, store, show)
+                store.write_row(done[turn.key], turn.round, plan.identity(turn.row))
+                plan = plan.joined_by_rivals(_steps_computed(done))
+                store.note(plan.rows, plan.workload)  # new rows are its own too
+                write_results(store.out / "results.json", _results(plan, done))
+        except KeyboardInterrupt:
+            if (BASELINE, 0) in done:
+                with suppress(HastenError, OSError):
+                    _write(plan, store, done)
+            raise
+        store.close()
+        return _write(plan, store, done)
 
 
 def _finished(plan: Plan, store: Store) -> Done:
-    """Rows measured before. A reference whose pictures are gone is measured again, unless nothing
-    is left to be scored against it."""
+    """Rows measured before. If anything is left to do, references whose pictures are gone are
+    measured again to score it, and the last baseline, because it has to come after it."""
     done = {}
     faults = Faults()
     for turn in plan.turns():
         with faults.gather():
-            row = store.finished_row(turn.row, turn.round, plan.identity(turn.row))
-            if row is not None:
-                done[turn.key] = row
+            outcome = store.finished_row(turn.row, turn.round, plan.identity(turn.row))
+            if outcome is not None:
+                done[turn.key] = outcome
+    if len({outcome.weights for outcome in done.values()}) > 1:
+        faults.add(
+            f"{store.out}: cannot resume: its rows were measured with different weights",
+            "choose another --out, or replace --resume by --overwrite",
+        )
     faults.raise_any()
     if any((planned.name, 0) not in done for planned in plan.rows):
         for name in plan.references:
-            if not store.has_floats(name, plan.workload):
+            if (name, 0) in done and not store.has_floats(name, plan.workload):
                 done.pop((name, 0), None)
+    for number in {turn.round for turn in plan.turns() if turn.key not in done}:
+        done.pop((BASELINE_AGAIN, number), None)
     return done
 
 
 def _steps_computed(done: Done) -> dict[str, float]:
     """Mean number of steps that each row computed in its first round."""
     return {
-        name: row.steps_computed.mean
-        for (name, turn), row in done.items()
-        if turn == 0 and row.steps_computed
+        name: outcome.row.steps_computed.mean
+        for (name, turn), outcome in done.items()
+        if turn == 0 and outcome.row.steps_computed
     }
 
 
 def _job(plan: Plan, store: Store, turn: Turn, done: Done, engine: str) -> Job:
-    """What the row's process is told. Only the first round has pictures and is scored."""
+    """What the row's process gets. Only the first round has pictures and is scored."""
     name = turn.row.name
     references = {}
     for reference in () if turn.round else plan.references:
         if reference != name and (reference, 0) in done:
-            usable = done[reference, 0].status == "ok"
+            usable = done[reference, 0].row.status == "ok"
             references[reference] = str(store.floats(reference)) if usable else None
+    weights = (outcome.weights for outcome in done.values() if outcome.weights)
     return Job(
         row=name,
+        role=turn.row.role,
         toml=turn.row.recipe.to_toml(),
         workload=plan.workload,
         device=plan.device,
+        weights=next(weights, None),
         images=None if turn.round else str(store.images(name)),
         floats=str(store.floats(name)),
         keep_floats=name in plan.references,
@@ -168,43 +183,87 @@ def _job(plan: Plan, store: Store, turn: Turn, done: Done, engine: str) -> Job:
     )
 
 
-def _run_row(job: Job, turn: Turn, store: Store, show: Callable[[dict[str, Any]], None]) -> Row:
+def _run_row(job: Job, turn: Turn, store: Store, show: Callable[[dict[str, Any]], None]) -> Outcome:
     """Run the job in a new process; a process that dies makes a failed row too.
 
-    Raises what the baseline's process refused to work with (the model, the device): no other row
-    could do better.
+    Raises what its process refused to work with, if no other row could do better: the model, the
+    device, the disk.
     """
     outcome_file = Path(job.outcome)
     outcome_file.unlink(missing_ok=True)
     job_file = store.work_file(job.row, turn.round, "job")
     write_text(job_file, job.model_dump_json())
     log = store.log_file(job.row, turn.round)
+    log.unlink(missing_ok=True)
     status = run_module("hasten.benchmark.row", str(job_file), log=log, on_message=show)
     if not outcome_file.exists():
         reason = f"{how_it_ended(status)}; see {log.relative_to(store.out)}"
-        return Row(recipe=job.row, status="failed", reason=reason, toml=job.toml)
+        row = Row(recipe=job.row, role=job.role, status="failed", reason=reason, toml=job.toml)
+        return Outcome(row=row)
     outcome = Outcome.model_validate_json(outcome_file.read_text("utf-8"))
-    if outcome.refusal and job.row == BASELINE:
-        kind: type[HastenError] = getattr(errors, outcome.refusal.kind)
-        raise kind(outcome.refusal.faults, outcome.refusal.fix)
+    refusal = outcome.refusal
+    if refusal and (refusal.final or job.row == BASELINE):
+        kind: type[HastenError] = getattr(errors, refusal.kind)
+        raise kind(refusal.faults, refusal.fix)
     if outcome.row.status != "ok" or job.images is None:
-        return outcome.row
+        return outcome
     images = (f"images/{job.row}/{prompt.id:03d}.png" for prompt in job.workload.prompts)
-    return outcome.row.model_copy(update={"images": tuple(images)})
+    row = outcome.row.model_copy(update={"images": tuple(images)})
+    return outcome.model_copy(update={"row": row})
 
 
 def _results(plan: Plan, done: Done) -> Results:
     """The results so far: every row of which at least one round is done."""
     rounds = range(plan.workload.rounds)
-    measured = [
-        [done[row.name, number] for number in rounds if (row.name, number) in done]
-        for row in plan.rows
-    ]
-    return assemble(plan.workload, plan.environment, [found for found in measured if found])
+    rows = []
+    names = {name for name, _ in done}
+    for planned in plan.rows:
+        measured = [done[key].row for number in rounds if (key := (planned.name, number)) in done]
+        if measured:
+            row = pooled(measured)
+            why = {
+                "role": planned.role,
+                "rival_of": tuple(name for name in planned.rival_of if name in names),
+                "notes": tuple(dict.fromkeys((*row.notes, *planned.notes))),
+            }
+            rows.append(row.model_copy(update=why))
+    return with_speedups(plan.workload, plan.environment, rows)
+
+
+def pooled(rounds: Sequence[Row]) -> Row:
+    """One row from at least one round of it.
+
+    Samples of all rounds are pooled, of the transformer's times the median is taken, of the memory
+    the largest. Setup, pictures and quality are the first round's. A round that is not ok makes
+    the row so.
+    """
+    for turn, row in enumerate(rounds):
+        if row.status != "ok":
+            return row.model_copy(update={"reason": _in_round(turn, row.reason)})
+    first = rounds[0]
+    samples = [value for row in rounds if (s := row.seconds_per_image) for value in s.samples]
+    steps = [row.steps_computed for row in rounds if row.steps_computed]
+    times = [row.transformer_ms_per_step for row in rounds if row.transformer_ms_per_step]
+    changes = {
+        "seconds_per_image": summarize_seconds(samples),
+        "notes": tuple(dict.fromkeys(note for row in rounds for note in row.notes)),
+        "peak_memory_bytes": max(row.peak_memory_bytes or 0 for row in rounds),
+        "transformer_ms_per_step": statistics.median(times),
+        "steps_computed": StepsComputed(
+            mean=statistics.fmean(step.mean for step in steps),
+            min=min(step.min for step in steps),
+            max=max(step.max for step in steps),
+        ),
+    }
+    return first.model_copy(update=changes)
+
+
+def _in_round(turn: int, reason: str | None) -> str | None:
+    return f"round {turn + 1}: {reason}" if turn else reason
 
 
 def _write(plan: Plan, store: Store, done: Done) -> Results:
-    from hasten.report import write_report
+    from hasten.report import write_report  # matplotlib takes its time
 
     results = _results(plan, done)
     write_results(store.out / "results.json", results)

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hasten.atomic import drafted
 from hasten.quality import LPIPS_MIN_SIDE, MS_SSIM_MIN_SIDE, lpips, ms_ssim, psnr, ssim
 from hasten.results import PromptQuality, Quality, summarize_quality
 
@@ -38,7 +39,8 @@ def save_png(file: Path, image: Tensor) -> None:
     """Write one 3×H×W float image in [0, 1] as an 8-bit PNG."""
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = image.float().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(file)
+    with drafted(file) as draft:
+        Image.fromarray(pixels).save(draft, format="PNG")
 
 
 def score(

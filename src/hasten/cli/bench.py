@@ -24,6 +24,11 @@ References = Annotated[
     str, typer.Option("--reference", metavar="ROW,ROW,...", help="Rows to score pictures against.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep the rows that --out already has.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the benchmark that --out already has.")
+]
+OURS = ("as_json", "debug")  # all other options go to the benchmark under their own names
+INTERRUPTED = "run the same command with --resume: it keeps the finished rows"
 
 
 def bench(
@@ -45,35 +50,29 @@ def bench(
     reference: References = "baseline",
     force: options.Force = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
+    given = locals()
+    same = {name: given[name] for name in given.keys() - {"recipes", "reference", *OURS}}
     from hasten import bench as run
     from hasten.cli.terminal import ProgressBar, print_line
     from hasten.log import forward_log
+    from hasten.process import terminable
 
-    with ProgressBar() as progress, forward_log(print_line, progress.stage):
+    with (
+        terminable(INTERRUPTED),
+        ProgressBar() as progress,
+        forward_log(print_line, progress.stage),
+    ):
         progress.stage("starting")
         results = run(
-            model=model,
             recipes=_names(recipes),
-            out=out,
-            prompts=prompts,
-            last=last,
-            limit=limit,
-            steps=steps,
-            size=size,
-            seed=seed,
-            guidance=guidance,
-            max_sequence_length=max_sequence_length,
-            device=device,
-            dtype=dtype,
-            rounds=rounds,
             references=_names(reference),
-            force=force,
-            resume=resume,
             progress=progress.show,
+            **same,
         )
     if as_json:
         print(results.model_dump_json(by_alias=True, indent=1))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hasten.atomic import write_text
 from hasten.errors import InputError
-from hasten.results import Results, read_results
+from hasten.results import Results
+from hasten.results_file import read_results
 
 __all__ = ["write_report"]
 
@@ -31,9 +33,9 @@ def write_report(
     page = out / "report.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(table.to_markdown(results), encoding="utf-8")
+        write_text(out / "table.md", table.to_markdown(results))
         plot.write_plot(results, out / "speedup.png")
-        page.write_text(html.render(results, album), encoding="utf-8", newline="\n")
+        write_text(page, html.render(results, album))
     except OSError as error:
         raise InputError(
             f"{out}: the report cannot be written: {error.strerror}",

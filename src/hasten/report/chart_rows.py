@@ -1,10 +1,39 @@
-"""What a chart draws of the results, and the words beside it."""
+"""Which rows a chart draws, the words next to them, and how each role looks: a hue that survives
+colour blindness (Okabe and Ito, 2008) and, in charts, a shape or a hatch as well."""
 
 from __future__ import annotations
 
-from hasten.report import numbers
-from hasten.report.table import QUALITY_ONLY, metric
-from hasten.results import BASELINE_AGAIN, Results, Row
+from dataclasses import dataclass
+
+from hasten.report.table import QUALITY_ONLY, format_seconds, metric
+from hasten.results import BASELINE_AGAIN, Results, Role, Row
+
+
+@dataclass(frozen=True)
+class Kind:
+    key: str
+    label: str
+    colour: str
+    hatch: str = ""
+
+
+KINDS: dict[Role, Kind] = {
+    "baseline": Kind("baseline", "baseline", "#767676"),
+    "recipe": Kind("recipe", "recipe", "#0072B2"),
+    "rival": Kind("fewer", "fewer steps, nothing cached", "#E69F00", "//"),
+    "graph": Kind("quality", "graph on a CPU, for its quality only", "#CC79A7"),
+    "peer": Kind("peer", "other library", "#009E73", ".."),
+}
+
+
+def kind_of(row: Row) -> Kind:
+    return KINDS[row.role]
+
+
+def present_kinds(rows: list[Row]) -> list[Kind]:
+    """The kinds among `rows`, in the order of a legend."""
+    roles = {row.role for row in rows}
+    return [kind for role, kind in KINDS.items() if role in roles]
 
 
 def drawn_rows(results: Results) -> list[Row]:
@@ -25,7 +54,7 @@ def scored_rows(results: Results) -> list[Row]:
 def facts(row: Row) -> list[str]:
     """What must not be missing where a speed-up is shown: seconds, LPIPS, a plan not calibrated."""
     measured = row.seconds_per_image
-    parts = [f"{numbers.seconds(measured.median if measured else None)} s"]
+    parts = [f"{format_seconds(measured.median if measured else None)} s"]
     lpips = metric(row, "lpips")
     if lpips.value is not None:
         parts.append(f"LPIPS {lpips.text}")
@@ -36,7 +65,7 @@ def facts(row: Row) -> list[str]:
 
 def not_drawn(results: Results) -> list[str]:
     return [
-        f"{row.recipe}, {QUALITY_ONLY if row.quality_only else f'{row.status}: {row.reason}'}"
+        f"{row.recipe}, {QUALITY_ONLY if row.role == 'graph' else f'{row.status}: {row.reason}'}"
         for row in results.rows
-        if row.status != "ok" or row.quality_only
+        if row.status != "ok" or row.role == "graph"
     ]

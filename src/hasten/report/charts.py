@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hasten.report import numbers
-from hasten.report.chart_rows import drawn_rows, facts, scored_rows
-from hasten.report.roles import Kind, kind_of
-from hasten.report.table import metric
+from hasten.report.chart_rows import Kind, drawn_rows, facts, kind_of, scored_rows
+from hasten.report.table import metric, speedup
 from hasten.results import Results, Row
 
 WIDE, NARROW = 560, 330
@@ -89,7 +87,7 @@ def bars(results: Results, width: int) -> Bars:
             kind_of(row),
             top + pitch * index,
             (row.speedup or 0.0) / longest * width,
-            numbers.speedup(row.speedup),
+            speedup(row, results).text,
             " · ".join(facts(row)),
         )
         for index, row in enumerate(rows)
@@ -102,7 +100,8 @@ def scatter(results: Results, width: int, height: int) -> Scatter:
     """Speed-up over LPIPS, both axes from zero, with the best speed for each LPIPS as a line."""
     rows = scored_rows(results)
     left, right, top, bottom = 38.0, width - 12.0, 34.0, height - 44.0
-    far = max((_lpips(row) or 0.0 for row in rows), default=0.0) * 1.08 or 0.1
+    far = max((_lpips(row) or 0.0 for row in rows), default=0.0) * 1.08
+    far = far if far > 1e-6 else 0.1
     fast = max((row.speedup or 0.0 for row in rows), default=0.0) * 1.08 or 1.0
 
     def place(row: Row) -> tuple[float, float]:
@@ -117,7 +116,7 @@ def scatter(results: Results, width: int, height: int) -> Scatter:
             kind_of(row),
             _mark(kind_of(row).key, *places[index]),
             labels[index],
-            title=f"{row.recipe}: {numbers.speedup(row.speedup)}, {', '.join(facts(row))}",
+            title=f"{row.recipe}: {speedup(row, results).text}, {', '.join(facts(row))}",
         )
         for index, row in enumerate(rows)
     ]

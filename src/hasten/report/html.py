@@ -11,10 +11,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hasten.report import charts, numbers, table
-from hasten.report.chart_rows import drawn_rows, facts, not_drawn, scored_rows
+from hasten.report import charts, table
+from hasten.report.chart_rows import (
+    Kind,
+    drawn_rows,
+    facts,
+    kind_of,
+    not_drawn,
+    present_kinds,
+    scored_rows,
+)
 from hasten.report.pictures import Album, Picture
-from hasten.report.roles import RECIPE, Kind, kind_of, present_kinds
 from hasten.results import BASELINE, BASELINE_AGAIN, Prompt, PromptQuality, Results, Row
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -103,26 +110,32 @@ def _context(results: Results, album: Album) -> dict[str, Any]:
 
 
 def lede(results: Results) -> str:
-    """The fastest recipe of this library, in one sentence with what it costs. Its rivals, fewer
-    steps and other libraries, are not what the page is about."""
-    rows = [row for row in drawn_rows(results) if kind_of(row) is RECIPE]
+    """The fastest recipe of this library, in one sentence with what it costs, and what is missing
+    to judge it. Its rivals, fewer steps and other libraries, are not what the page is about."""
+    rows = [row for row in drawn_rows(results) if row.role == "recipe"]
     if not rows:
         return " ".join(["No recipe was timed against the baseline.", *_scored_only(results)])
     best = max(rows, key=lambda row: row.speedup or 0.0)
-    return f"Fastest: {best.recipe}, {numbers.speedup(best.speedup)} ({', '.join(facts(best))})."
+    speedup = table.speedup(best, results).text
+    parts = [f"Fastest: {best.recipe}, {speedup} ({', '.join(facts(best))})."]
+    if table.lacks_rival(best, results):
+        parts.append("Its rival, as few steps without the cache, was not measured.")
+    if results.drift is None:
+        parts.append("The baseline was not rendered again, so the drift is unknown.")
+    return " ".join(parts)
 
 
 def _scored_only(results: Results) -> list[str]:
     return [
         f"For its quality only: {row.recipe}, LPIPS {table.metric(row, 'lpips').text}."
         for row in results.rows
-        if row.quality_only and table.metric(row, "lpips").value is not None
+        if row.role == "graph" and table.metric(row, "lpips").value is not None
     ]
 
 
 def timed_images(results: Results) -> str:
     """How many images each median stands on, if all stand on as many."""
-    timed = [row for row in results.rows if not row.quality_only]
+    timed = [row for row in results.rows if row.role != "graph"]
     counts = {row.seconds_per_image.n for row in timed if row.seconds_per_image}
     return f"{min(counts)} images" if len(counts) == 1 else ""
 

@@ -91,8 +91,10 @@ def _first_of_its_pixels(fingerprints: dict[Key, str | None]) -> dict[Key, str]:
 
 def _fingerprint(path: Path) -> str | None:
     try:
+        if not path.is_file():  # a pipe or a device would never end
+            return None
         image = _open(path)
-    except (OSError, Image.DecompressionBombError):
+    except Exception:  # decoders raise errors of any kind on a damaged file
         return None
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 

@@ -1,7 +1,8 @@
-"""`speedup.png`: one bar a row, from zero, with its seconds and its LPIPS written beside it."""
+"""`speedup.png`: one bar per row, from zero, with its seconds and its LPIPS written beside it."""
 
 from __future__ import annotations
 
+import io
 import textwrap
 from pathlib import Path
 
@@ -10,15 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from hasten.report import numbers
-from hasten.report.chart_rows import drawn_rows, facts, not_drawn
-from hasten.report.roles import kind_of, present_kinds
+from hasten.atomic import write_bytes
+from hasten.report.chart_rows import drawn_rows, facts, kind_of, not_drawn, present_kinds
+from hasten.report.table import speedup
 from hasten.results import Results, Row
 
 # A README column is about 830 CSS pixels wide; twice that many device pixels stay sharp.
 WIDTH, DPI = 8.3, 200
 # Inches, from the edges inwards: a fixed layout gives the same picture for the same results.
 HEAD, FOOT, BAR, LINE, MARGIN = 1.0, 0.42, 0.36, 0.175, 0.15
+LONGEST_REASON = 600  # characters; table.md and the page have all of it
 NO_METADATA = {"Software": None}  # the same results give the same bytes
 HALO = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 INK, MUTED, RULE = "#1f2328", "#59636e", "#d8dee4"
@@ -26,7 +28,9 @@ INK, MUTED, RULE = "#1f2328", "#59636e", "#d8dee4"
 
 def write_plot(results: Results, path: Path) -> None:
     """Without pyplot: no global backend is chosen and no figure stays open. Writing PNG is Agg."""
-    draw(results).savefig(path, format="png", dpi=DPI, facecolor="white", metadata=NO_METADATA)
+    png = io.BytesIO()
+    draw(results).savefig(png, format="png", dpi=DPI, facecolor="white", metadata=NO_METADATA)
+    write_bytes(path, png.getvalue())
 
 
 def draw(results: Results) -> Figure:
@@ -60,13 +64,13 @@ def draw(results: Results) -> Figure:
     names = 0.2 + 0.083 * max(len(_short(row.recipe)) for row in rows)
     width, bars = WIDTH - names - MARGIN, BAR * len(rows)
     axes = figure.add_axes((names / WIDTH, below / height, width / WIDTH, bars / height))
-    _bars(axes, rows)
+    _bars(axes, rows, results)
     _dress(axes, rows, width)
     _legend(figure, rows, (below + bars + 0.24) / height)
     return figure
 
 
-def _bars(axes: Axes, rows: list[Row]) -> None:
+def _bars(axes: Axes, rows: list[Row], results: Results) -> None:
     widths = [row.speedup or 0.0 for row in rows]
     kinds = [kind_of(row) for row in rows]
     axes.barh(
@@ -80,7 +84,7 @@ def _bars(axes: Axes, rows: list[Row]) -> None:
     )
     for index, row in enumerate(rows):
         number = axes.annotate(
-            numbers.speedup(row.speedup),
+            speedup(row, results).text,
             (widths[index], index),
             (6, -0.5),
             textcoords="offset points",
@@ -169,5 +173,6 @@ def _footer(results: Results) -> list[str]:
     """Why a row has no bar, wrapped to the width of the picture."""
     lines: list[str] = []
     for text in not_drawn(results):
-        lines += textwrap.wrap(f"Not drawn: {text}", 120, subsequent_indent="   ")
+        text = textwrap.shorten(f"Not drawn: {text}", LONGEST_REASON, placeholder=" …")
+        lines += textwrap.wrap(text, 120, subsequent_indent="   ")
     return lines

@@ -1,17 +1,19 @@
-"""The table: one line a row of the results, with what is worth knowing about it beside it."""
+"""The table: one line per row of the results, how its numbers are written, and its notes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from hasten.report import numbers
-from hasten.results import BASELINE, Environment, Results, Row, Workload
+from hasten.results import BASELINE, Environment, Results, Row, StepsComputed, Workload
+from hasten.units import format_bytes
 
 QUALITY_ONLY = (
     "for its quality only: onnxruntime draws with the engine's graph on a CPU, and what it takes "
     "there says nothing of an engine"
 )
+MISSING = "–"
 # A baseline that moved by more than this makes every speed-up doubtful.
 STEADY = 0.05
 
@@ -40,7 +42,7 @@ def columns(results: Results) -> list[Column]:
     """The columns these results can fill, without the recipe's name and the notes."""
     chosen = [
         Column("seconds", "s / image", _if_timed(_seconds), "low"),
-        Column("speedup", "speed-up", _speedup, "high"),
+        Column("speedup", "speed-up", lambda row: speedup(row, results), "high"),
         Column("steps", "steps computed", _steps, "low"),
         Column("lpips", "LPIPS", lambda row: metric(row, "lpips"), "low"),
         Column("ssim", "SSIM", lambda row: metric(row, "ssim"), "high"),
@@ -73,12 +75,9 @@ def metric(row: Row, name: str, reference: str = BASELINE) -> Cell:
     return Cell(METRIC_FORMAT[name](value), value)
 
 
-METRIC_FORMAT = {
-    "lpips": numbers.distance,
-    "ssim": numbers.similarity,
-    "psnr": numbers.decibels,
-    "ms_ssim": numbers.similarity,
-}
+def speedup(row: Row, results: Results) -> Cell:
+    """A row's speed-up, as fine as the benchmark's drift allows."""
+    return Cell(format_speedup(row.speedup, results.uncertainty), row.speedup)
 
 
 def notes(row: Row, results: Results) -> list[str]:
@@ -86,10 +85,8 @@ def notes(row: Row, results: Results) -> list[str]:
     found = []
     if row.status != "ok":
         found.append(f"{row.status}: {row.reason}")
-    if row.quality_only:
+    if row.role == "graph":
         found.append(QUALITY_ONLY)
-    if row.peer:
-        found.append(f"peer: {row.peer}")
     if row.calibrated is False:
         found.append("calibrated: false")
     shared = common_notes(results)
@@ -98,6 +95,27 @@ def notes(row: Row, results: Results) -> list[str]:
         common = common_quality_reason(results)
         reasons = dict.fromkeys(entry.reason for entry in row.quality if entry.reason)
         found += [f"quality: {reason}" for reason in reasons if reason != common]
+        found += _missing(row, results)
+    return found
+
+
+def lacks_rival(row: Row, results: Results) -> bool:
+    """Whether a recipe caches, and no row shows what as few steps give without the cache."""
+    caches = "[cache]" in (row.toml or "").splitlines()
+    covered = {name for other in results.rows for name in other.rival_of}
+    return caches and row.role == "recipe" and row.recipe not in covered
+
+
+def _missing(row: Row, results: Results) -> list[str]:
+    """What a whole benchmark would have of a row that was measured, and this one has not."""
+    found = []
+    work, samples = results.workload, row.seconds_per_image.n if row.seconds_per_image else 0
+    if samples < len(work.prompts) * work.rounds:
+        found.append(f"{samples // len(work.prompts)} of {work.rounds} rounds measured")
+    if row.recipe != BASELINE and row.quality_against(BASELINE) is None:
+        found.append("not scored against the baseline")
+    if lacks_rival(row, results):
+        found.append("its rival, as few steps without the cache, was not measured")
     return found
 
 
@@ -122,13 +140,16 @@ def common_quality_reason(results: Results) -> str | None:
 
 def drift_line(results: Results) -> str:
     drift, last = results.drift, results.rows[-1].seconds_per_image
-    if drift is None or last is None:
-        return "Drift: not measured, the baseline was not rendered a second time."
+    if drift is None or last is None or results.uncertainty is None:
+        return (
+            "Drift: not measured, the baseline was not rendered a second time. "
+            "Speed-ups are over its first time alone."
+        )
     steady = abs(drift - 1) <= STEADY
     return (
-        f"Drift: the baseline, rendered again at the end, took {numbers.seconds(last.median)} s, "
-        f"{numbers.percent_change(drift)} against the first time. "
-        "Smaller differences between recipes than this mean nothing."
+        f"Drift: the baseline, rendered again at the end, took {format_seconds(last.median)} s, "
+        f"{format_change(drift)} against the first time. Speed-ups are over the mean of both and "
+        f"known to ±{results.uncertainty * 100:.1f} %; smaller differences mean nothing."
         + ("" if steady else " The machine was not steady: measure again before quoting a number.")
     )
 
@@ -157,7 +178,7 @@ def environment_facts(environment: Environment) -> list[tuple[str, str]]:
     known = environment.model_dump(exclude_none=True)
     known["date"] = known["date"].replace("T", " ")
     if "gpu_memory_bytes" in known:
-        known["gpu_memory_bytes"] = numbers.memory(known["gpu_memory_bytes"])
+        known["gpu_memory_bytes"] = format_memory(known["gpu_memory_bytes"])
     return [(labels.get(key, key), str(value)) for key, value in known.items()]
 
 
@@ -190,39 +211,35 @@ def _reference_column(reference: str) -> Column:
 
 def _if_timed(cell: Callable[[Row], Cell]) -> Callable[[Row], Cell]:
     """Nothing of a row that is there for its quality only."""
-    return lambda row: Cell(numbers.MISSING) if row.quality_only else cell(row)
+    return lambda row: Cell(MISSING) if row.role == "graph" else cell(row)
 
 
 def _seconds(row: Row) -> Cell:
     measured = row.seconds_per_image
     if measured is None:
-        return Cell(numbers.MISSING)
-    spread = f"{numbers.seconds(measured.p10)}–{numbers.seconds(measured.p90)}"
-    return Cell(numbers.seconds(measured.median), measured.median, spread)
-
-
-def _speedup(row: Row) -> Cell:
-    return Cell(numbers.speedup(row.speedup), row.speedup)
+        return Cell(MISSING)
+    spread = f"{format_seconds(measured.p10)}–{format_seconds(measured.p90)}"
+    return Cell(format_seconds(measured.median), measured.median, spread)
 
 
 def _steps(row: Row) -> Cell:
     computed = row.steps_computed
-    return Cell(numbers.steps(computed), computed.mean if computed else None)
+    return Cell(format_steps(computed), computed.mean if computed else None)
 
 
 def _memory(row: Row) -> Cell:
-    weights = f"weights {numbers.memory(row.weights_bytes)}" if row.weights_bytes else ""
-    return Cell(numbers.memory(row.peak_memory_bytes), row.peak_memory_bytes, weights)
+    weights = f"weights {format_memory(row.weights_bytes)}" if row.weights_bytes else ""
+    return Cell(format_memory(row.peak_memory_bytes), row.peak_memory_bytes, weights)
 
 
 def _step(row: Row) -> Cell:
-    return Cell(numbers.milliseconds(row.transformer_ms_per_step), row.transformer_ms_per_step)
+    return Cell(format_milliseconds(row.transformer_ms_per_step), row.transformer_ms_per_step)
 
 
 def _setup(row: Row) -> Cell:
     first = row.first_image_seconds
-    detail = "" if first is None else f"+ {numbers.seconds(first)}"
-    return Cell(numbers.seconds(row.setup_seconds), row.setup_seconds, detail)
+    detail = "" if first is None else f"+ {format_seconds(first)}"
+    return Cell(format_seconds(row.setup_seconds), row.setup_seconds, detail)
 
 
 def _facts_line(facts: list[tuple[str, str]]) -> str:
@@ -239,3 +256,75 @@ def _escape(text: str) -> str:
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def format_seconds(value: float | None) -> str:
+    """Three significant digits or so, in seconds, without the unit."""
+    if value is None:
+        return MISSING
+    decimals = sum(value < limit for limit in (100, 10, 1, 0.1))
+    return f"{value:.{decimals}f}"
+
+
+def format_milliseconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def format_speedup(value: float | None, uncertainty: float | None) -> str:
+    """No finer than the drift allows: the last digit is the first one that is uncertain.
+
+    Args:
+        value: The speed-up.
+        uncertainty: `Results.uncertainty`, a share of the value; where it is unknown, one decimal.
+    """
+    if value is None:
+        return MISSING
+    decimals = 1
+    if uncertainty is not None:
+        decimals = -math.floor(math.log10(max(value * uncertainty, 0.005)))
+    return f"{value:.{min(max(decimals, 0), 2)}f}×"
+
+
+def format_distance(value: float | None) -> str:
+    """LPIPS: four decimals below 0.1, 0 only where it is 0."""
+    if value is None:
+        return MISSING
+    if 0 < value < 0.00005:
+        return "<0.0001"
+    return f"{value:.4f}" if 0 < value < 0.1 else f"{value:.3f}"
+
+
+def format_similarity(value: float | None) -> str:
+    """SSIM and MS-SSIM: 1 only where it is 1."""
+    if value is None:
+        return MISSING
+    return ">0.999" if 0.9995 <= value < 1 else f"{value:.3f}"
+
+
+def format_decibels(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def format_memory(value: int | None) -> str:
+    return MISSING if value is None else format_bytes(value)
+
+
+def format_steps(value: StepsComputed | None) -> str:
+    if value is None:
+        return MISSING
+    if value.min == value.max:
+        return f"{value.min}"
+    return f"{value.mean:.1f} ({value.min}–{value.max})"
+
+
+def format_change(ratio: float) -> str:
+    """1.012 -> "+1.2 %"."""
+    return f"{(ratio - 1) * 100:+.1f} %".replace("-", "−")
+
+
+METRIC_FORMAT = {
+    "lpips": format_distance,
+    "ssim": format_similarity,
+    "psnr": format_decibels,
+    "ms_ssim": format_similarity,
+}

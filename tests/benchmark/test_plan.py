@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from hasten.benchmark.plan import make_plan
+from hasten.benchmark.plan import Options, make_plan, resolve_workload, settings_of
 from hasten.benchmark.store import Store
-from hasten.benchmark.workload import Options, resolve_workload, settings_of
 from hasten.errors import Faults, InputError, ModelError, RecipeError
 from hasten.recipe import Recipe, Sampling
 from hasten.results import Workload
@@ -49,6 +48,14 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
     path.write_text("\n".join(f"prompt {n}" for n in range(60)))
     assert len(resolved(prompts=path).prompts) == 60
     assert [p.text for p in resolved(prompts=path, last=2).prompts] == ["prompt 58", "prompt 59"]
+
+
+def test_names_that_are_not_utf8_are_escaped_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "\udcff.txt"
+    path.write_text("a kite")
+    assert resolved(prompts=path).prompt_source == f"{tmp_path}/\\udcff.txt"
+    with pytest.raises(InputError, match="no report can show"):
+        resolved(model="owner/\udcff")
 
 
 @pytest.mark.parametrize(
@@ -113,3 +120,10 @@ def test_sampling_overrides_the_workload_for_its_row() -> None:
     assert settings_of(half, workload) == Settings(64, 48, 4, 0.0, 99)
     full = Recipe(sampling=Sampling(size="32x16", max_sequence_length=7))
     assert settings_of(full, workload) == Settings(32, 16, 9, 2.0, 7)
+
+
+def test_a_used_folder_is_one_fault_among_the_others(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(InputError) as caught:
+        make_plan(Options(steps=0), ["baseline"], [], Store(tmp_path))
+    assert len(caught.value.faults) == 2
