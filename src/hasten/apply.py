@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hasten.check import check
+from hasten.check import check, refuse_optimized
 from hasten.errors import AlreadyOptimizedError
 from hasten.families import family_of
 from hasten.log import logger
@@ -61,11 +61,7 @@ def optimize(
     family = family_of(pipe)
     if before := optimization_of(pipe):
         if not copy:
-            raise AlreadyOptimizedError(
-                "the pipeline's transformer is already optimised with the recipe "
-                f"{before.recipe.name!r}",
-                "hasten.restore(pipe) makes it plain again; or pass copy=True",
-            )
+            refuse_optimized(pipe)
         with _suspended(before, pipe):
             return optimize(pipe, recipe, copy=True, force=force)
     verdict = check(recipe, pipe, family, machine(), force=force)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hasten.conflicts import conflicts, graphs_declined, kernels_declined
-from hasten.errors import unsupported
+from hasten.errors import AlreadyOptimizedError, unsupported
 from hasten.machine import Machine, Problem
 from hasten.recipe import BudgetCache, Quantize, Recipe, ResidualCache, ScheduleCache
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from hasten.families.family import Family
     from hasten.quantization.plan import Plan
 
-__all__ = ["Problem", "Verdict", "check", "empty_weights", "problems"]
+__all__ = ["MARK", "Problem", "Verdict", "check", "empty_weights", "problems", "refuse_optimized"]
+
+MARK = "_hasten_optimization"  # attribute of an optimised transformer: what was done to it
 
 FORCED_SCHEDULE = "schedule learned on another model, used by force"
 FORCED_SCALES = "static scales calibrated on another model, used by force"
@@ -108,6 +110,16 @@ def check(
         graphs=graphs_declined(recipe, pipe.device.type),
         notes=_notes(recipe, family, name),
     )
+
+
+def refuse_optimized(pipe: Any) -> None:
+    """Raise AlreadyOptimizedError if the pipeline's transformer is optimised."""
+    if optimization := getattr(getattr(pipe, "transformer", None), MARK, None):
+        raise AlreadyOptimizedError(
+            "the pipeline's transformer is already optimised with the recipe "
+            f"{optimization.recipe.name!r}",
+            "hasten.restore(pipe) makes it plain again",
+        )
 
 
 def empty_weights(transformer: Any) -> Problem | None:

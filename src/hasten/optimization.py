@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hasten.check import Verdict
-from hasten.errors import AlreadyOptimizedError
+from hasten.check import MARK, Verdict
 from hasten.families.family import Family
 from hasten.models.fingerprint import fingerprint, unreadable
 from hasten.passes.cache.layer import CacheLayer
@@ -16,9 +15,7 @@ from hasten.recipe import Recipe
 from hasten.step.applied import Applied, undo_all
 from hasten.step.chain import RunLock, StepChain, plain_module
 
-__all__ = ["Optimization", "optimization_of", "refuse_optimized"]
-
-MARK = "_hasten_optimization"  # attribute of an optimised transformer
+__all__ = ["Optimization", "optimization_of"]
 
 CHANGED = (
     "the weights were changed after optimising (by an adapter?): the schedule is of other ones"
@@ -135,13 +132,3 @@ def optimization_of(pipe: Any) -> Optimization | None:
     transformer = plain_module(getattr(pipe, "transformer", None))
     found: Optimization | None = getattr(transformer, MARK, None)
     return found
-
-
-def refuse_optimized(pipe: Any) -> None:
-    """Raise AlreadyOptimizedError if the pipeline's transformer is optimised."""
-    if optimization := optimization_of(pipe):
-        raise AlreadyOptimizedError(
-            "the pipeline's transformer is already optimised with the recipe "
-            f"{optimization.recipe.name!r}",
-            "hasten.restore(pipe) makes it plain again",
-        )

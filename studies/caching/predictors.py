@@ -14,10 +14,9 @@ import argparse
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from hasten.calibration.closed_loop import fit_closed_loop
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step, record
 from hasten.passes.cache.predict import damped
 from hasten.quality import lpips
+from hasten.step.block_hooks import BlockHooks
 
 __all__ = ["CANDIDATES", "Ground", "Known", "markdown"]
 
@@ -170,34 +170,52 @@ def weighted(newest_first: Sequence[Tensor], weights: Weights) -> Tensor:
     return sum(rest, start=first)
 
 
+class StackResidual:
+    """Looks at a call between its blocks: keeps what all of them add to the image tokens, or adds
+    the weighted sum of what they added before (`weights`) and skips them."""
+
+    def __init__(self, known: list[Tensor], weights: Weights | None) -> None:
+        self.known, self.weights = known, weights
+        self.start: Tensor
+
+    def before(self, index: int, streams: dict[str, Tensor]) -> bool:
+        if index == 0:
+            self.start = streams["hidden_states"]
+        return self.weights is not None
+
+    def after_last(self, streams: dict[str, Tensor], *, skipped: bool) -> dict[str, Tensor]:
+        if self.weights is None:
+            self.known.insert(0, streams["hidden_states"] - self.start)
+            return streams
+        return {**streams, "hidden_states": self.start + weighted(self.known, self.weights)}
+
+
 @contextmanager
 def residual_cache(pipe: Any, path: Sequence[int], rows: Sequence[Weights]) -> Iterator[None]:
     """Inside, a skipped step adds a weighted sum of the block stack's past residuals H_end − H_0 to
     its own embedding and runs the output layers: `rows` as for velocities."""
     from hasten.families import family_of
 
-    family, transformer, scheduler = family_of(pipe), pipe.transformer, pipe.scheduler
+    transformer, scheduler = pipe.transformer, pipe.scheduler
+    blocks = family_of(pipe).blocks(transformer)
+    hooks = BlockHooks([(block, stack.returns) for _, block, stack in blocks])
+    original = transformer.forward
     branches: dict[int, list[Tensor]] = {}  # by order of the call in its step, newest first
     last = [-1, 0]  # step, calls in it
 
-    def forward(*, return_dict: bool = True, **kwargs: Any) -> Any:
+    def forward(**kwargs: Any) -> Any:
         step = scheduler.step_index or 0
         last[:] = [step, last[1] + 1 if step == last[0] else 0]
         known = branches.setdefault(last[1], [])
-        state = family.prologue(transformer, **kwargs)
-        start = state.image
-        if step in path:
-            _, state = deque(family.blocks(transformer, state), maxlen=1).pop()
-            known.insert(0, state.image - start)
-        else:
-            state = replace(state, image=start + weighted(known, rows[step]))
-        return (family.epilogue(transformer, state),)
+        with hooks.visited_by(StackResidual(known, None if step in path else rows[step])):
+            return original(**kwargs)
 
     transformer.forward = forward
     try:
         yield
     finally:
         del transformer.forward
+        hooks.remove()
 
 
 # --- the comparison -------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
     assert files_below(victim) == {"000.png"}
 
 
-@pytest.mark.parametrize("out", ["~nosuchuser/out", "a\0b", "\udcff", "y" * 300, "y/" * 3000])
+@pytest.mark.parametrize("out", ["a\0b", "\udcff", "y" * 300, "y/" * 3000])
 def test_an_out_that_no_folder_can_have_is_refused(out: str) -> None:
     with pytest.raises(InputError, match="no folder can be there"):
         absolute(out)

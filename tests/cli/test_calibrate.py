@@ -110,7 +110,7 @@ def test_static_scales_are_written(
     told = json.loads(capsys.readouterr().out)
     recipe = read_recipe(out)
     assert (told["path"], told["recipe"], told["prompts"]) == (str(out), "fp8-static", 2)
-    assert recipe.name == "fp8-static"
+    assert recipe.name == "mine", "a file's name is the recipe's"
     assert recipe.quantize is not None
     assert recipe.quantize.amax == told["amax"]
     assert recipe.fuse is not None, "the rest of the recipe is kept"

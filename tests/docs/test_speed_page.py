@@ -49,7 +49,7 @@ def test_what_compiling_the_decoder_brings_comes_from_the_results() -> None:
     results = PAGE.parents[1] / "studies" / "results" / "peers" / "h100-fp8-peer.json"
     rows = {row["row"]: row for row in json.loads(results.read_text("utf-8"))["rows"]}
     plain = rows["hasten:balanced"]
-    decoder = rows["hasten:studies/peers/recipes/balanced-decoder.toml"]
+    decoder = rows["hasten:benchmarks/peers/recipes/balanced-decoder.toml"]
 
     def saved(size: str) -> float:
         one, other = (row["sizes"][size]["seconds"]["median"] for row in (plain, decoder))

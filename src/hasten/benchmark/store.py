@@ -31,6 +31,7 @@ from hasten.folder_lock import FolderLock
 from hasten.log import logger
 from hasten.results import Environment, Workload
 from hasten.sealed import DamagedError, seal, unseal
+from hasten.user_files import expand_user
 
 __all__ = ["Identity", "Store", "absolute"]
 
@@ -45,13 +46,16 @@ RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 def absolute(out: str | os.PathLike[str]) -> Path:
     """The folder that `out` names. Raises InputError for a name that none can have."""
     try:
-        path = Path(out).expanduser().absolute()
+        path = expand_user(out).absolute()
         path.as_posix().encode()  # the results are UTF-8
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{os.fspath(out)!r}: no folder can be there: {error}", ANOTHER) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"no folder can be there ({reason}): {os.fspath(out)!r}", ANOTHER
+        ) from None
     return path
 
 

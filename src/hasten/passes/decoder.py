@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hasten.recipe import Decoder
 from hasten.step.applied import Applied, replace_attribute
+from hasten.step.protocols import Part
 
 __all__ = [
     "AUTO_PIXELS",
@@ -30,8 +31,10 @@ AUTO_PIXELS = 2048 * 2048
 MOST_COMPILATIONS = 4
 
 
-def improve_decoder(vae: Any, recipe: Decoder) -> Iterator[Applied]:
+def improve_decoder(vae: Part | None, recipe: Decoder) -> Iterator[Applied]:
     """Apply a recipe's `[decoder]`, yielding each part as it is done."""
+    if vae is None:  # `check` has refused a [decoder] without one
+        return
     if recipe.channels_last:
         yield lay_out_channels_last(vae)
     if recipe.compile:
@@ -40,7 +43,7 @@ def improve_decoder(vae: Any, recipe: Decoder) -> Iterator[Applied]:
         yield tile(vae, recipe.tiling)
 
 
-def lay_out_channels_last(vae: nn.Module) -> Applied:
+def lay_out_channels_last(vae: Part) -> Applied:
     """Store the kernels of all convolutions with the channels last; activations follow them.
 
     The modules get new parameters, so a pipeline that shares the old ones keeps its layout.
@@ -98,7 +101,7 @@ class BoundedCompilation:
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedCompilation:
         return BoundedCompilation(copy.deepcopy(self.decoder, memo))
 
-    def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, sample: Tensor, *args: object, **kwargs: object) -> Tensor:
         """sample: B × C × h × w latents; a tile of larger ones is packed first, for its strides
         would be taken for a size of its own."""
         sample = sample.contiguous()
@@ -111,7 +114,7 @@ class BoundedCompilation:
             self._compile(sample[..., :-1].contiguous(), *args, **kwargs)
         return self._compile(sample, *args, **kwargs)
 
-    def _compile(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _compile(self, *args: object, **kwargs: object) -> Tensor:
         """Run, compiling where necessary, and count."""
         before = self.counters["stats"]["unique_graphs"]
         output = self.forward(*args, **kwargs)
@@ -125,7 +128,7 @@ class BoundedCompilation:
         return f"{spent}; sizes that fit none of them run uncompiled" if full else spent
 
 
-def compile_decoder(vae: Any) -> Applied:
+def compile_decoder(vae: Part) -> Applied:
     """Compile the decoder in place (lazily: at its first call); the encoder is left alone."""
     decoder = vae.decoder
     compiled = BoundedCompilation(decoder)
@@ -139,7 +142,7 @@ def compile_decoder(vae: Any) -> Applied:
     )
 
 
-def tile(vae: Any, mode: Literal["auto", "on"]) -> Applied:
+def tile(vae: Part, mode: Literal["auto", "on"]) -> Applied:
     """Decode large pictures in overlapping tiles: memory for one of them, and faint seams.
 
     "on": any picture larger than one tile, in decoding and encoding. "auto": only decoding, and
@@ -148,7 +151,7 @@ def tile(vae: Any, mode: Literal["auto", "on"]) -> Applied:
     return _tile_large_ones(vae) if mode == "auto" else _tile_always(vae)
 
 
-def _tile_always(vae: Any) -> Applied:
+def _tile_always(vae: Part) -> Applied:
     before = vae.use_tiling
     vae.enable_tiling()
     side = getattr(vae, "tile_sample_min_size", None)
@@ -163,12 +166,12 @@ def _tile_always(vae: Any) -> Applied:
 class TiledDecode:
     """In the place of a VAE's `decode`: pictures of more than `AUTO_PIXELS` in tiles."""
 
-    def __init__(self, vae: Any, pixels_per_latent: int) -> None:
+    def __init__(self, vae: Part, pixels_per_latent: int) -> None:
         self.vae, self.pixels_per_latent = vae, pixels_per_latent
         self.decode: Callable[..., Any] = vae.decode
         self.tiled = 0
 
-    def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, z: Tensor, *args: object, **kwargs: object) -> Any:
         """z: B × C × … × h × w latents; other arguments and the result are those of `decode`."""
         pixels = z.shape[-2] * z.shape[-1] * self.pixels_per_latent
         if self.vae.use_tiling or pixels <= AUTO_PIXELS:
@@ -184,7 +187,7 @@ class TiledDecode:
         return f"{self.tiled} so far" if self.tiled else ""
 
 
-def _tile_large_ones(vae: Any) -> Applied:
+def _tile_large_ones(vae: Part) -> Applied:
     tiled = TiledDecode(vae, pixels_per_latent(vae))
     return Applied(
         name="decoder",
@@ -195,7 +198,7 @@ def _tile_large_ones(vae: Any) -> Applied:
     )
 
 
-def pixels_per_latent(vae: Any) -> int:
+def pixels_per_latent(vae: Part) -> int:
     """Pixels of a picture for one latent position, however this VAE says so."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
     if ratio is None and "block_out_channels" in vae.config:

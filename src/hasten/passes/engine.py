@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import nn
 
@@ -139,7 +139,7 @@ class _Watch:
         }
 
 
-def _release(transformer: Any, family: Family) -> int:
+def _release(transformer: Transformer, family: Family) -> int:
     """Leave the blocks empty, all but their modulation linears; returns the bytes that were there.
 
     Empty parameters, unlike torch's meta ones, still follow `pipe.to(device)`.

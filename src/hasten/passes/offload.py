@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from hasten.step.applied import Applied
+from hasten.step.protocols import Pipeline
 
 __all__ = ["offload_models", "offload_modulations"]
 
 
-def offload_models(pipe: Any) -> Applied:
+def offload_models(pipe: Pipeline) -> Applied:
     """Diffusers' model offload: text encoders, transformer and decoder take turns on the device."""
     device = pipe.device
     pipe.enable_model_cpu_offload()
@@ -48,7 +49,7 @@ def offload_modulations(norms: Sequence[tuple[str, Any]], device: torch.device) 
     )
 
 
-def _back_to(pipe: Any, device: torch.device) -> None:
+def _back_to(pipe: Pipeline, device: torch.device) -> None:
     pipe.remove_all_hooks()
     pipe._all_hooks = []
     pipe.to(device)

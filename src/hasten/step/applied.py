@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hasten.errors import UnsupportedError
+from hasten.step.protocols import Part
 
 __all__ = ["Applied", "Replaced", "refuse_saving", "replace_attribute", "undo_all"]
 
@@ -65,12 +66,12 @@ class Replaced:
             delattr(self.owner, self.name)
 
 
-def _own(owner: Any) -> dict[str, Any]:
+def _own(owner: object) -> dict[str, Any]:
     """An instance's own attributes, submodules among them."""
     return {**owner.__dict__.get("_modules", {}), **owner.__dict__}
 
 
-def replace_attribute(owner: Any, name: str, value: object) -> Replaced:
+def replace_attribute(owner: object, name: str, value: object) -> Replaced:
     """Set an attribute of this instance alone.
 
     Returns:
@@ -94,7 +95,7 @@ def undo_all(applied: Sequence[Applied]) -> list[str]:
     return stuck
 
 
-def refuse_saving(module: Any) -> None:
+def refuse_saving(module: Part) -> None:
     """Have `save_pretrained` of a quantised module refuse: others would load codes as weights."""
     module.save_pretrained = _refuse_to_save
 

@@ -70,15 +70,22 @@ class BlockHooks:
     def remove(self) -> None:
         """Put back what was there."""
         for hook in self.hooks:
-            if hook.block._compiled_call_impl is hook:
-                hook.block._compiled_call_impl = hook.compiled
+            block: Any = hook.block
+            if block._compiled_call_impl is hook:
+                block._compiled_call_impl = hook.compiled
 
 
 class BlockHook:
     """Called in the place of one block, with its arguments and its results."""
 
     def __init__(
-        self, owner: BlockHooks, index: int, block: Any, returns: tuple[str, ...], *, last: bool
+        self,
+        owner: BlockHooks,
+        index: int,
+        block: nn.Module,
+        returns: tuple[str, ...],
+        *,
+        last: bool,
     ) -> None:
         self.owner, self.index, self.block = owner, index, block
         self.returns, self.last = returns, last
@@ -86,7 +93,7 @@ class BlockHook:
         self.compiled: Callable[..., Any] | None = None
         self.call: Callable[..., Any] = block._call_impl
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         visitor = self.owner.visitor
         if visitor is None:
             return self.call(*args, **kwargs)

@@ -98,7 +98,7 @@ class StepChain:
         self._replaced: list[Replaced] = []
         self._entry: Inner = self._forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Called in place of the transformer's forward, with its arguments and its result."""
         with self.lock:
             call = self._call(args, kwargs)
@@ -210,7 +210,7 @@ class StepChain:
             ended = partial(self._end_of_call, transformer._reset_stateful_cache)
             self._replaced.append(replace_attribute(transformer, "_reset_stateful_cache", ended))
 
-    def _without_chain(self, function: Callable[..., Any], **arguments: Any) -> Any:
+    def _without_chain(self, function: Callable[..., Any], **arguments: object) -> Any:
         """Call a function while the forward before the chain's is in its place."""
         forward = next(one for one in self._replaced if one.name == "forward")
         forward()
@@ -228,7 +228,7 @@ class StepChain:
 
 
 @contextmanager
-def _named_context(original: Callable[..., Any], name: str, **where: Any) -> Iterator[None]:
+def _named_context(original: Callable[..., Any], name: str, **where: object) -> Iterator[None]:
     token = _context.set(name)
     try:
         with original(name, **where):

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hasten.step.protocols import Part
+
 __all__ = ["Modulations", "RowReader", "RowReaders"]
 
 Norms = Sequence[tuple[str, nn.Module]]
@@ -55,7 +57,7 @@ class RowReader:
     tree, under its own name.
     """
 
-    def __init__(self, linear: Any, start: int) -> None:
+    def __init__(self, linear: Part, start: int) -> None:
         self.linear = linear
         self.stop = start + linear.out_features
         self.start = start
@@ -117,13 +119,13 @@ class RowReaders:
                 reader.row = None
 
 
-def _linear(norm: Any) -> Any:
+def _linear(norm: nn.Module) -> Any:
     return norm.linear
 
 
-def _on(active: Tensor, linear: Any) -> Tensor:
+def _on(active: Tensor, linear: Part) -> Tensor:
     """The linear on these rows, wherever its weights are."""
-    if type(linear) is nn.Linear and linear.weight.device != active.device:
+    if isinstance(linear, nn.Linear) and linear.weight.device != active.device:
         weight = linear.weight.to(active.device, non_blocking=True)
         bias = None if linear.bias is None else linear.bias.to(active.device, non_blocking=True)
         return nn.functional.linear(active, weight, bias)

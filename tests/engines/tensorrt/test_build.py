@@ -122,7 +122,7 @@ def test_no_process_for_a_target_there_is_not(
 
 def test_a_text_length_that_the_graph_has_not(graph: Path, engine: Path) -> None:
     pinned = write_pinned(graph.parent / "pinned")
-    assert "does not take the sizes" in str(failure(pinned, engine))
+    assert "does not take the requested sizes" in str(failure(pinned, engine))
 
 
 def write_pinned(folder: Path) -> Path:

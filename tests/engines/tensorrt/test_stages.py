@@ -324,7 +324,7 @@ def test_what_is_no_pipeline_of_ours(place: Path) -> None:
     class Other:
         name_or_path = None
 
-    assert "no supported family" in failed(place / "new", pipe=Other()).faults[0]
+    assert "has no transformer" in failed(place / "new", pipe=Other()).faults[0]
 
 
 @pytest.mark.usefixtures("quick_export")

@@ -264,8 +264,7 @@ def scales(model: Any, shapes: Shapes) -> dict[str, Amax]:
     step(**inputs)
     for hook in hooks:
         hook.remove()
-    for reader, (_, norm) in zip(step.readers, FAMILY.modulated_norms(model), strict=True):
-        norm.linear = reader.linear
+    step.readers.detach()
     return found
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hasten.check import refuse_optimized
 from hasten.engines.tensorrt.export import refuse_adapters
 from hasten.engines.tensorrt.nodes import Amax
 from hasten.engines.tensorrt.packages import needed
@@ -25,7 +26,6 @@ from hasten.engines.tensorrt.preflight import METHODS
 from hasten.errors import EngineError, InputError, ModelError
 from hasten.families.family import Family
 from hasten.library_logging import quiet
-from hasten.optimization import refuse_optimized
 from hasten.structural_copy import structural_copy
 
 __all__ = ["calibrate", "load", "save"]

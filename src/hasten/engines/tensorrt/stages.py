@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.check import refuse_optimized
 from hasten.engines.tensorrt import PROMPTS
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.files import AMAX, ENGINE, GRAPH
@@ -45,7 +46,6 @@ from hasten.errors import EngineError, Faults
 from hasten.machine import machine, version_of
 from hasten.memory import PeakMemory, ran_out
 from hasten.models.defaults import ModelDefaults, defaults_for
-from hasten.optimization import refuse_optimized
 from hasten.prompts import read_prompts
 from hasten.recipe import Sampling
 from hasten.settings import Settings

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.families.flux1.conditioning import embed_conditioning, rotary
+from hasten.step.protocols import Transformer
 
 __all__ = ["FluxBlocks", "FluxState"]
 
@@ -39,7 +39,7 @@ class FluxBlocks:
 
     def state(
         self,
-        transformer: Any,
+        transformer: Transformer,
         latents: Tensor,
         text: Tensor,
         conditioning: Tensor,
@@ -48,7 +48,7 @@ class FluxBlocks:
         """The state before the first block: latents are B×S×C, the rest is embedded already."""
         return FluxState(transformer.x_embedder(latents), text, conditioning, rotary)
 
-    def blocks(self, transformer: Any, state: FluxState) -> Iterator[tuple[str, FluxState]]:
+    def blocks(self, transformer: Transformer, state: FluxState) -> Iterator[tuple[str, FluxState]]:
         """Run the double-stream, then the single-stream blocks; yield the state after each."""
         for name in ("transformer_blocks", "single_transformer_blocks"):
             for index, block in enumerate(getattr(transformer, name)):
@@ -61,14 +61,14 @@ class FluxBlocks:
                 state = replace(state, image=image, text=text)
                 yield f"{name}.{index}", state
 
-    def epilogue(self, transformer: Any, state: FluxState) -> Tensor:
+    def epilogue(self, transformer: Transformer, state: FluxState) -> Tensor:
         """Modulated output norm and projection: the velocity, B×S×C."""
         output: Tensor = transformer.proj_out(transformer.norm_out(state.image, state.conditioning))
         return output
 
     def conditioning(
         self,
-        transformer: Any,
+        transformer: Transformer,
         timestep: Tensor,
         guidance: Tensor | None,
         pooled_projections: Tensor,
@@ -77,6 +77,8 @@ class FluxBlocks:
         """See `embed_conditioning`."""
         return embed_conditioning(transformer, timestep, guidance, pooled_projections, dtype)
 
-    def rotary(self, transformer: Any, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(
+        self, transformer: Transformer, txt_ids: Tensor, img_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `rotary`."""
         return rotary(transformer, txt_ids, img_ids)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.step.protocols import Pipeline
+from hasten.step.protocols import Pipeline, Transformer
 
 __all__ = ["FluxSplit", "decode", "embed_conditioning", "modulated_norms", "rotary", "rows"]
 
 CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
-def modulated_norms(transformer: Any) -> list[tuple[str, nn.Module]]:
+def modulated_norms(transformer: Transformer) -> list[tuple[str, nn.Module]]:
     """(name, norm) of every norm with a modulation linear, in the order in which they run."""
     norms: list[tuple[str, nn.Module]] = []
     for index, block in enumerate(transformer.transformer_blocks):
@@ -27,7 +27,7 @@ def modulated_norms(transformer: Any) -> list[tuple[str, nn.Module]]:
 
 
 def rows(
-    transformer: Any, inputs: Mapping[str, Any], timesteps: Tensor, dtype: torch.dtype
+    transformer: Transformer, inputs: Mapping[str, Any], timesteps: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """What the modulation linears see, R×D, of a call's inputs at R timesteps (`Conditioning`)."""
     batch = len(inputs["timestep"])
@@ -43,7 +43,7 @@ def rows(
 
 
 def embed_conditioning(
-    transformer: Any,
+    transformer: Transformer,
     timestep: Tensor,
     guidance: Tensor | None,
     pooled_projections: Tensor,
@@ -60,7 +60,7 @@ def embed_conditioning(
     return embedded
 
 
-def rotary(transformer: Any, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(transformer: Transformer, txt_ids: Tensor, img_ids: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, (T+S)×head_dim each in float32, from T×3 and S×3 positions."""
     ids = [ids[0] if ids.ndim == 3 else ids for ids in (txt_ids, img_ids)]
     cos, sin = transformer.pos_embed(torch.cat(ids))
@@ -79,7 +79,7 @@ class FluxSplit:
         extra = sorted((inputs.get("joint_attention_kwargs") or {}).keys() - {"scale"})
         return f"joint_attention_kwargs {', '.join(extra)}" if extra else None
 
-    def embedded(self, transformer: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def embedded(self, transformer: Transformer, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """text: B×T×D; cos, sin: (T+S)×head_dim."""
         cos, sin = rotary(transformer, inputs["txt_ids"], inputs["img_ids"])
         text = transformer.context_embedder(inputs["encoder_hidden_states"])
@@ -88,10 +88,9 @@ class FluxSplit:
 
 def decode(pipe: Pipeline, latents: Tensor, height: int, width: int) -> Tensor:
     """Pictures of packed latents (P×tokens×channels): P×3×height×width in [-1, 1]."""
-    flux: Any = pipe
-    unpacked = flux._unpack_latents(latents, height, width, flux.vae_scale_factor)
-    config = flux.vae.config
-    pictures: Tensor = flux.vae.decode(
+    unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    config = pipe.vae.config
+    pictures: Tensor = pipe.vae.decode(
         unpacked / config.scaling_factor + config.shift_factor, return_dict=False
     )[0]
     return pictures

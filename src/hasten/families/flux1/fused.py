@@ -28,6 +28,7 @@ from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import available
 from hasten.quantization.projection import Projection, project, same_kind
 from hasten.step.modulations import Modulations
+from hasten.step.protocols import Part, Transformer
 
 __all__ = ["FluxKernels", "FusedFlux", "reasons_against"]
 
@@ -38,11 +39,13 @@ class FluxKernels:
     """FLUX.1's blocks on fused kernels (`families.family.Kernels`)."""
 
     def reasons_against(
-        self, transformer: Any, to_be: Mapping[nn.Module, type] = MappingProxyType({})
+        self, transformer: Transformer, to_be: Mapping[nn.Module, type] = MappingProxyType({})
     ) -> list[str]:
         return reasons_against(transformer, to_be)
 
-    def fused(self, transformer: Any, modulations: Modulations, attend: Attend) -> FusedFlux:
+    def fused(
+        self, transformer: Transformer, modulations: Modulations, attend: Attend
+    ) -> FusedFlux:
         return FusedFlux(transformer, modulations, attend)
 
 
@@ -53,7 +56,7 @@ class FusedFlux:
     transformer, since torch copies parameters apart that were views of one tensor.
     """
 
-    def __init__(self, transformer: Any, modulations: Modulations, attend: Attend) -> None:
+    def __init__(self, transformer: Transformer, modulations: Modulations, attend: Attend) -> None:
         self.transformer = transformer
         self.modulations = modulations
         self.attend = attend
@@ -147,7 +150,7 @@ class Residual:
 class DoubleBlock:
     """Text and image rows through weights of their own; attention over both."""
 
-    def __init__(self, block: Any, text: int, image: int, attend: Attend) -> None:
+    def __init__(self, block: Part, text: int, image: int, attend: Attend) -> None:
         attn, width = block.attn, block.attn.query_dim
         self.width, self.attend = width, attend
         self.weights = _head_norms(attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
@@ -182,7 +185,7 @@ class DoubleBlock:
 class SingleBlock:
     """Attention and MLP side by side over all rows alike."""
 
-    def __init__(self, block: Any, start: int, attend: Attend) -> None:
+    def __init__(self, block: Part, start: int, attend: Attend) -> None:
         attn, width = block.attn, block.attn.query_dim
         self.width, self.attend = width, attend
         self.weights = _head_norms(attn.norm_q, attn.norm_k, attn.norm_q, attn.norm_k)
@@ -205,7 +208,7 @@ class SingleBlock:
 
 
 def reasons_against(
-    transformer: Any, to_be: Mapping[nn.Module, type] = MappingProxyType({})
+    transformer: Transformer, to_be: Mapping[nn.Module, type] = MappingProxyType({})
 ) -> list[str]:
     """Why these blocks cannot run on the fused kernels; empty where they can.
 
@@ -225,7 +228,7 @@ def reasons_against(
     return reasons
 
 
-def _against(block: Any, dtype: torch.dtype, to_be: Mapping[nn.Module, type]) -> list[str]:
+def _against(block: Part, dtype: torch.dtype, to_be: Mapping[nn.Module, type]) -> list[str]:
     reasons = []
     attn = block.attn
     processor = type(attn.processor).__name__
@@ -273,20 +276,20 @@ def _misfit(latents: Tensor, text: Tensor, row: Tensor, cos: Tensor) -> str | No
     return None
 
 
-def _hooked(block: nn.Module) -> bool:
+def _hooked(block: Part) -> bool:
     return any(
         part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
         for part in block.modules()
     )
 
 
-def _head_norms(*norms: Any) -> Tensor:
+def _head_norms(*norms: Part) -> Tensor:
     return torch.stack([norm.weight.detach() for norm in norms])
 
 
-def _layers(transformer: Any) -> list[int]:
+def _layers(transformer: Transformer) -> list[int]:
     return [id(module) for module in transformer.modules()]
 
 
-def _named(transformer: Any, stack: str) -> list[tuple[str, Any]]:
+def _named(transformer: Transformer, stack: str) -> list[tuple[str, Any]]:
     return [(f"{stack}.{index}", block) for index, block in enumerate(getattr(transformer, stack))]

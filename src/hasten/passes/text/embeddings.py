@@ -51,7 +51,7 @@ class CachedEncoder:
         self.uncached = 0
         self.encode: Callable[..., Any] = encoder._compiled_call_impl or encoder._call_impl
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         key = None if _off.get() else key_of(self.encoder, args, kwargs)
         if key is None:
             self.uncached += 1
@@ -93,8 +93,9 @@ class EmbeddingCaches:
     def remove(self) -> None:
         """Put back what was there, unless the encoder was compiled or wrapped since."""
         for cache, previous in zip(self.caches, self.before, strict=True):
-            if cache.encoder._compiled_call_impl is cache:
-                cache.encoder._compiled_call_impl = previous
+            encoder: Any = cache.encoder
+            if encoder._compiled_call_impl is cache:
+                encoder._compiled_call_impl = previous
 
     def live(self) -> str:
         store, uncached = self.store, sum(cache.uncached for cache in self.caches)
@@ -135,7 +136,7 @@ def text_encoders(pipe: Pipeline) -> dict[str, nn.Module | None]:
 class _Held:
     """A tensor's copy in host memory, and where it came from."""
 
-    def __init__(self, tensor: Any) -> None:
+    def __init__(self, tensor: object) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError
         self.tensor = tensor.detach().to("cpu", copy=True)

@@ -37,7 +37,7 @@ def key_of(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
 
 
-def _frozen(value: Any) -> Hashable:
+def _frozen(value: object) -> Hashable:
     if isinstance(value, Tensor):
         if value.requires_grad or value.is_meta:
             raise _NoKeyError

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from hasten.passes.text.embeddings import cache_embeddings
 from hasten.passes.text.weights import store_in_eight_bits
 from hasten.recipe import Text
 from hasten.step.applied import Applied
+from hasten.step.protocols import Pipeline
 
 __all__ = ["prepare_text"]
 
 
-def prepare_text(pipe: Any, recipe: Text) -> Iterator[Applied]:
+def prepare_text(pipe: Pipeline, recipe: Text) -> Iterator[Applied]:
     """Apply each part of the section, yielding it as it is done."""
     if recipe.scheme is not None:
         yield store_in_eight_bits(pipe.text_encoder_2, recipe.scheme)

@@ -34,7 +34,7 @@ class Store:
             self._values.move_to_end(key)
             return self._values[key][0]
 
-    def put(self, key: Hashable, value: Any, size: int) -> None:
+    def put(self, key: Hashable, value: object, size: int) -> None:
         """Keep a value of `size` bytes; one larger than the limit is not kept."""
         with self._lock:
             self._drop(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hasten.kernels.quantize import FP8
 from hasten.quantization.linear import WeightOnlyLinear
 from hasten.step.applied import Applied, refuse_saving
+from hasten.step.protocols import Part
 
 __all__ = ["FeedForwardOutput", "store_in_eight_bits"]
 
@@ -37,7 +38,7 @@ class FeedForwardOutput(nn.Module):
         return output
 
 
-def store_in_eight_bits(encoder: Any, scheme: Scheme) -> Applied:
+def store_in_eight_bits(encoder: Part, scheme: Scheme) -> Applied:
     """Replace each linear of the encoder in its parent, one scale per output channel.
 
     Embeddings, the relative position bias and norms stay. Each original is freed as it is replaced,
@@ -67,7 +68,7 @@ def store_in_eight_bits(encoder: Any, scheme: Scheme) -> Applied:
     )
 
 
-def _replace(encoder: Any, name: str, linear: WeightOnlyLinear, dtype: torch.dtype) -> None:
+def _replace(encoder: Part, name: str, linear: WeightOnlyLinear, dtype: torch.dtype) -> None:
     parent, _, own = name.rpartition(".")
     new: nn.Module = linear
     if own == "wo":
