@@ -17,9 +17,7 @@ from hasten.step.chain import RunLock, StepChain, plain_module
 
 __all__ = ["Optimization", "optimization_of"]
 
-CHANGED = (
-    "the weights were changed after optimising (by an adapter?): the schedule is of other ones"
-)
+CHANGED = "weights changed after optimising (an adapter?): the schedule was learned on other ones"
 
 
 class Optimization:

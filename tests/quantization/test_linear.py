@@ -190,7 +190,7 @@ def test_copies_and_state_dicts_carry_everything(
 
 
 def test_its_text_says_what_it_is(linear: nn.Linear) -> None:
-    assert "float8_e4m3fn, scale a row" in repr(quantized(linear, Quantize()))
+    assert "float8_e4m3fn, scale per row" in repr(quantized(linear, Quantize()))
     emulated = quantized(linear, Quantize(scheme="int8-weight", emulate=True))
     assert "weight rounded as torch.int8" in repr(emulated)
 

@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,11 @@ FIX = (
     "use the recipe without [compile] and decoder.compile: the rest of it works; "
     'compile.mode = "none" with [fuse] needs no compiler'
 )
-LIMIT_FIX = "set compile.dynamic = true, so that one compilation serves all sizes"
+LIMIT_FIX = (
+    "see what changes from call to call: for sizes set compile.dynamic = true; load adapters under "
+    "one adapter_name; restore() frees compiled code"
+)
+TORCHS_LIMIT, OWN_LIMIT = 8, 64  # compilations of one class, over all pipelines of a process
 
 
 def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Applied:
@@ -93,16 +97,29 @@ def _undo(blocks: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def compiler_errors() -> Iterator[None]:
-    """Turn an error of Dynamo or inductor, pages long, into an UnsupportedError of one line."""
+    """Turn an error of Dynamo or inductor, pages long, into an UnsupportedError of one line.
+
+    Dynamo counts compilations per class, over all pipelines of a process and all adapters that one
+    has had, so torch's default limit is raised meanwhile; a limit of the user's own stays.
+    """
     try:
-        yield
+        with _raised_limit():
+            yield
     except Exception as error:
-        if told := _told(error):
-            raise told from error
+        if refusal := _one_line_for(error):
+            raise refusal from error
         raise
 
 
-def _told(error: Exception) -> UnsupportedError | None:
+def _raised_limit() -> AbstractContextManager[object]:
+    config = sys.modules.get("torch._dynamo.config")
+    if config is None or config.recompile_limit != TORCHS_LIMIT:
+        return nullcontext()
+    raised: AbstractContextManager[object] = config.patch(recompile_limit=OWN_LIMIT)
+    return raised
+
+
+def _one_line_for(error: Exception) -> UnsupportedError | None:
     """What a compiler's error comes to; None for any other. Loads no compiler to find out."""
     kinds = sys.modules.get("torch._dynamo.exc")
     if kinds is None:

@@ -13,7 +13,7 @@ from hasten.errors import ModelError
 from hasten.quantization.linear import QuantizedLinear, quantized
 from hasten.quantization.plan import Linears, Plan
 from hasten.recipe import Quantize
-from hasten.step.applied import Applied, refuse_saving
+from hasten.step.applied import Applied, refuse_as_weights
 from hasten.step.protocols import Transformer
 
 __all__ = ["quantize_linears"]
@@ -47,7 +47,7 @@ def quantize_linears(
         if done:
             error.add_note(f"quantize: {done} linears are replaced already; load the model again")
         raise
-    refuse_saving(transformer)
+    refuse_as_weights(transformer)
     return Applied(
         name="quantize",
         what=_describe(recipe, done, before, after),

@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, weight={self.weight.dtype}, "
-            f"scale a {self.granularity}{static}"
+            f"scale per {self.granularity}{static}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -14,6 +14,7 @@ from hasten.kernels.int8_product import int8_product
 from hasten.kernels.quantize import FP8
 from hasten.kernels.streams import Streams
 from hasten.quantization.linear import Fp8Linear, Int8Linear
+from hasten.quantization.plan import special_weight
 
 __all__ = ["CODES", "Projection", "project", "same_kind"]
 
@@ -119,10 +120,13 @@ def same_kind(
     """
     kinds = {to_be.get(linear, type(linear)) for linear in linears}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    if any(hasattr(linear, "base_layer") for linear in linears):
+        return ["some of its linears carry LoRA adapters"]
     if len(kinds) > 1:
         return [f"linears that read one input are of different kinds: {names}"]
     if kinds == {nn.Linear}:
-        return []
+        special = [why for linear in linears if (why := _special(linear))]
+        return [f"a weight of its linears is {special[0]}"] if special else []
     if not kinds <= CODES.keys():
         known = " and ".join(kind.__name__ for kind in (nn.Linear, *CODES))
         return [f"its linears are {names}: the kernels know {known}"]
@@ -167,6 +171,10 @@ def _state(linear: Any) -> tuple[int, int, int]:
 def _weight(linear: Any) -> Tensor:
     weight: Tensor = linear.weight
     return weight.detach()
+
+
+def _special(linear: Any) -> str:
+    return special_weight(linear.weight)
 
 
 def _scale(linear: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from hasten.errors import UnsupportedError
 from hasten.step.protocols import Part
 
-__all__ = ["Applied", "Replaced", "refuse_saving", "replace_attribute", "undo_all"]
+__all__ = ["Applied", "Replaced", "refuse_as_weights", "replace_attribute", "undo_all"]
 
 
 def nothing_to_say() -> str:
@@ -95,13 +95,23 @@ def undo_all(applied: Sequence[Applied]) -> list[str]:
     return stuck
 
 
-def refuse_saving(module: Part) -> None:
-    """Have `save_pretrained` of a quantised module refuse: others would load codes as weights."""
+def refuse_as_weights(module: Part) -> None:
+    """Have a quantised module refuse what takes its codes for weights: saving, and adapters."""
     module.save_pretrained = _refuse_to_save
+    if hasattr(module, "load_lora_adapter"):
+        module.load_lora_adapter = _refuse_adapters
 
 
 def _refuse_to_save(*_: object, **__: object) -> NoReturn:
     raise UnsupportedError(
         "the weights are quantised, and a file of their codes would be loaded as plain weights",
         "save the pipeline before it is optimised, and optimise it again after loading",
+    )
+
+
+def _refuse_adapters(*_: object, **__: object) -> NoReturn:
+    raise UnsupportedError(
+        "the weights are quantised, and an adapter cannot be added to their codes",
+        "load the pipeline again; then, before optimize(): pipe.load_lora_weights(...), "
+        "pipe.fuse_lora(), pipe.unload_lora_weights()",
     )

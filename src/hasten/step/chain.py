@@ -202,7 +202,7 @@ class StepChain:
         if compiled is not None:  # nn.Module.compile: it would trace into the chain
             self.original = partial(self._without_chain, compiled)
             self._replaced.append(replace_attribute(transformer, "_compiled_call_impl", None))
-        self._replaced.append(replace_attribute(transformer, "forward", self))
+        self._replaced.append(self._take_forward())
         if hasattr(transformer, "cache_context"):
             named = partial(_named_context, transformer.cache_context)
             self._replaced.append(replace_attribute(transformer, "cache_context", named))
@@ -210,16 +210,17 @@ class StepChain:
             ended = partial(self._end_of_call, transformer._reset_stateful_cache)
             self._replaced.append(replace_attribute(transformer, "_reset_stateful_cache", ended))
 
+    def _take_forward(self) -> Replaced:
+        return replace_attribute(self.transformer, "forward", self)
+
     def _without_chain(self, function: Callable[..., Any], **arguments: object) -> Any:
         """Call a function while the forward before the chain's is in its place."""
-        forward = next(one for one in self._replaced if one.name == "forward")
-        forward()
+        taken = next(one for one in self._replaced if one.name == "forward")
+        taken()
         try:
             return function(**arguments)
         finally:
-            self._replaced[self._replaced.index(forward)] = replace_attribute(
-                self.transformer, "forward", self
-            )
+            self._replaced[self._replaced.index(taken)] = self._take_forward()
 
     def _end_of_call(self, reset: Callable[..., None], recurse: bool = True) -> None:
         with self.lock:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hasten.kernels.quantize import FP8
 from hasten.quantization.linear import WeightOnlyLinear
-from hasten.step.applied import Applied, refuse_saving
+from hasten.step.applied import Applied, refuse_as_weights
 from hasten.step.protocols import Part
 
 __all__ = ["FeedForwardOutput", "store_in_eight_bits"]
@@ -57,7 +57,7 @@ def store_in_eight_bits(encoder: Part, scheme: Scheme) -> Applied:
             raise
         before, after = before + _bytes(old), after + _bytes(linear)
         _replace(encoder, name, linear, old.weight.dtype)
-    refuse_saving(encoder)
+    refuse_as_weights(encoder)
     return Applied(
         name="text",
         what=f"{len(names)} linears of {type(encoder).__name__} in {scheme}: "
