@@ -30,13 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"errors", "user_files"},
     "prompts": {"errors", "sealed", "user_files"},
     "memory": {"errors"},
-    "machine": {"errors", "memory"},
+    "machine": {"errors", "memory", "quantization"},
     "results_file": {"errors", "results", "atomic", "sealed"},
     "folder_lock": {"errors"},
     "quality": {"errors"},
     "report": {"errors", "results", "results_file", "units", "atomic"},
     "kernels": {"errors"},
-    "quantization": {"errors", "recipe", "machine", "kernels"},
+    "quantization": {"errors", "recipe", "kernels"},
     "step": {"errors"},
     "families": {"errors", "kernels", "quantization", "step"},
     "models": {
@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "passes": {
         "errors", "recipe", "schedules", "step", "kernels", "families", "models", "quantization",
     },
-    "conflicts": {"recipe", "machine"},
+    "conflicts": {"errors", "recipe", "quantization"},
     "check": {
         "errors", "recipe", "machine", "families", "models", "quantization", "conflicts", "step",
         "passes",

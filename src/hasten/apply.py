@@ -32,7 +32,7 @@ from hasten.step.applied import Applied
 from hasten.step.block_hooks import BlockHooks
 from hasten.step.chain import StepChain
 from hasten.step.graphs import no_graphs, record_graphs
-from hasten.step.scheduler import SchedulerOf
+from hasten.step.run import SchedulerOf
 from hasten.structural_copy import structural_copy
 
 __all__ = ["optimize"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hasten.machine import Problem
+from hasten.errors import Problem
+from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Recipe, ResidualCache
 
 __all__ = ["conflicts", "graphs_declined", "kernels_declined"]
@@ -26,8 +27,8 @@ def kernels_declined(recipe: Recipe) -> str | None:
         return "the blocks are compiled instead"
     if recipe.offload and recipe.offload.kind == "model":
         return 'offload.kind = "model" moves the weights that the kernels have merged'
-    feeds = ("fp8", "int8")
-    if recipe.quantize and (recipe.quantize.scheme not in feeds or recipe.quantize.emulate):
+    scheme = SCHEMES[recipe.quantize.scheme] if recipe.quantize else None
+    if recipe.quantize and scheme and (not scheme.fused or recipe.quantize.emulate):
         emulated = "emulated " if recipe.quantize.emulate else ""
         return (
             'the kernels feed real "fp8" and "int8" products, no '

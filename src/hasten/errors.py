@@ -31,6 +31,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "Part",
+    "Problem",
     "RecipeError",
     "UnsupportedError",
     "causes",
@@ -42,6 +43,13 @@ __all__ = [
 
 
 LONGEST_FAULT, LONGEST_FIX = 400, 1000
+
+
+class Problem(NamedTuple):
+    """Why something cannot work here, in one line, and what to do about it, in one line."""
+
+    fault: str
+    fix: str
 
 
 class Part(NamedTuple):

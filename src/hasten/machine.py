@@ -17,10 +17,10 @@ import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
-from hasten.errors import InputError
+from hasten.errors import InputError, Problem
 from hasten.memory import memory_limits
+from hasten.quantization.schemes import OLDEST_FP8, OLDEST_INT8, SCHEMES
 
 __all__ = ["DTYPES", "Gpu", "Machine", "Problem", "check_dtype", "machine"]
 
@@ -29,21 +29,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Triton's oldest supported NVIDIA generation (Volta).
 OLDEST_TRITON_CAPABILITY = (7, 0)
-# Oldest GPUs whose tensor cores multiply FP8 (Ada) and int8 as cuBLASLt does it (Turing).
-OLDEST_FP8_CAPABILITY = (8, 9)
-OLDEST_INT8_CAPABILITY = (7, 5)
 OLDEST_BF16_CAPABILITY = (8, 0)
 # GPUs that TensorRT for RTX 1.7 builds for: Turing, Ampere, Ada, Blackwell; no Hopper, no B200.
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 ENGINE_PACKAGES = ("tensorrt", "modelopt", "onnx", "onnxscript", "onnxruntime")
 INSTALL_COMPILER = "apt-get install g++ python3-dev (Debian/Ubuntu)"
-
-
-class Problem(NamedTuple):
-    """Why something cannot work here, in one line, and what to do about it, in one line."""
-
-    fault: str
-    fix: str
 
 
 @dataclass(frozen=True)
@@ -199,7 +189,7 @@ class Machine:
         if gpu is None:
             works = emulate or scheme != "fp8" or self.fp8_on_cpu
             return None if works else self._no_cpu_fp8_problem()
-        if emulate or scheme.endswith("-weight"):
+        if emulate or not SCHEMES[scheme].activations:
             uncompilable = compiled and scheme.startswith("fp8")
             return _old_triton_problem(gpu, scheme) if uncompilable else None
         return _old_gpu_problem(gpu, scheme)
@@ -256,7 +246,7 @@ class Machine:
                 f"{_dotted(gpu.capability)})",
                 "use the preset fp8 or lossless: they need no engine",
             )
-        needed = {"fp8": OLDEST_FP8_CAPABILITY, "bf16": OLDEST_BF16_CAPABILITY}.get(precision)
+        needed = {"fp8": OLDEST_FP8, "bf16": OLDEST_BF16_CAPABILITY}.get(precision)
         if needed is None or gpu.capability >= needed:
             return None
         return Problem(
@@ -314,11 +304,11 @@ class Machine:
 
 def _old_gpu_problem(gpu: Gpu, scheme: str) -> Problem | None:
     """Why this GPU cannot multiply the codes of `scheme` ("fp8" or "int8")."""
-    needed = OLDEST_FP8_CAPABILITY if scheme == "fp8" else OLDEST_INT8_CAPABILITY
-    if gpu.capability >= needed:
+    needed = SCHEMES[scheme].oldest_gpu
+    if needed is None or gpu.capability >= needed:
         return None
     nearest = 'scheme = "int8-weight"'
-    if gpu.capability >= OLDEST_INT8_CAPABILITY:
+    if gpu.capability >= OLDEST_INT8:
         nearest = 'scheme = "int8", as the preset "int8" has it'
     return Problem(
         f'quantize.scheme = "{scheme}" needs a GPU of compute capability {_dotted(needed)} or '
@@ -329,11 +319,11 @@ def _old_gpu_problem(gpu: Gpu, scheme: str) -> Problem | None:
 
 def _old_triton_problem(gpu: Gpu, scheme: str) -> Problem | None:
     """Why torch.compile cannot convert FP8 on this GPU: Triton has no such type there."""
-    if gpu.capability >= OLDEST_FP8_CAPABILITY:
+    if gpu.capability >= OLDEST_FP8:
         return None
     return Problem(
         f"torch.compile cannot convert FP8 on {gpu.name}: that needs compute capability "
-        f"{_dotted(OLDEST_FP8_CAPABILITY)}, it has {_dotted(gpu.capability)}",
+        f"{_dotted(OLDEST_FP8)}, it has {_dotted(gpu.capability)}",
         f'set scheme = "{scheme.replace("fp8", "int8")}", or leave [compile] out',
     )
 

@@ -20,8 +20,7 @@ from hasten.recipe import Recipe
 from hasten.settings import Settings
 from hasten.step.applied import replace_attribute
 from hasten.step.chain import plain_module
-from hasten.step.run import RunCounts
-from hasten.step.scheduler import PipelineCall, current_call
+from hasten.step.run import PipelineCall, RunCounts, current_call
 
 __all__ = ["OptimizedPipeline", "restore"]
 

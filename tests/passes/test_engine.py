@@ -21,7 +21,7 @@ from hasten.passes.offload import offload_modulations
 from hasten.recipe import IntervalCache
 from hasten.step.applied import Applied
 from hasten.step.chain import StepChain
-from hasten.step.scheduler import SchedulerOf
+from hasten.step.run import SchedulerOf
 
 Call = Callable[..., torch.Tensor]
 

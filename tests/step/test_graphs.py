@@ -6,8 +6,10 @@ holds whatever was no tensor as it was while recording.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -299,3 +301,31 @@ def inputs() -> dict[str, torch.Tensor]:
         "img_ids": torch.zeros(4, 3),
         "txt_ids": torch.zeros(3, 3),
     }
+
+
+def test_a_computed_step_passes_few_files(captures: list[Any], pipe: Any, call: Call) -> None:
+    """What a reader has to follow from the pipeline to the recorded kernels, as in `balanced`."""
+    sections = {**KERNELS, "attention": {"backend": "auto"}, "cache": {"budget": 6}}
+    fast = hasten.optimize(pipe, Recipe.from_dict(sections))
+    call(fast)
+    source = Path(hasten.__file__).parent
+    files: set[str] = set()
+    counting = False
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if counting and event == "call" and source in path.parents:
+            files.add(str(path.relative_to(source)))
+
+    def at_step_end(_: Any, step: int, *__: Any) -> dict[str, Any]:
+        nonlocal counting
+        counting = step == 2  # during the step that follows
+        return {}
+
+    sys.setprofile(look)
+    try:
+        call(fast, callback_on_step_end=at_step_end)
+    finally:
+        sys.setprofile(None)
+    assert "step/chain.py" in files
+    assert len(files) <= 9, sorted(files)

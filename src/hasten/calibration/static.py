@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hasten.errors import InputError
+from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Quantize, Recipe
 
 __all__ = ["dynamic", "with_static_scales"]
@@ -22,7 +23,7 @@ def dynamic(recipe: Recipe) -> Quantize:
         raise InputError(
             f"the recipe {recipe.name} quantises nothing", "give one with [quantize]: fp8"
         )
-    if recipe.quantize.scheme != "fp8":
+    if not SCHEMES[recipe.quantize.scheme].static:
         raise InputError(
             f'the recipe {recipe.name} quantises in "{recipe.quantize.scheme}", and static scales '
             'are for "fp8"',

@@ -10,9 +10,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
 from hasten.families.family import Attend, Family
+from hasten.quantization.linear import dtype_of
+from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Fuse
 from hasten.step.applied import Applied
 from hasten.step.body import BodyLayer
@@ -22,7 +22,7 @@ from hasten.step.modulations import Modulations, RowReaders
 
 __all__ = ["fuse_step"]
 
-NAMES = {torch.float8_e4m3fn: "FP8", torch.int8: "int8"}
+NAMES = {dtype_of(scheme): scheme.label for scheme in SCHEMES.values()}
 
 
 def fuse_step(

@@ -35,6 +35,7 @@ from hasten.kernels.quantize import (
     quantize_rows,
     quantize_tensor,
 )
+from hasten.quantization.schemes import SCHEMES, Scheme
 from hasten.recipe import Quantize
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Int8Linear",
     "QuantizedLinear",
     "WeightOnlyLinear",
+    "dtype_of",
     "linear_class",
     "quantized",
 ]
@@ -233,12 +235,15 @@ class EmulatedLinear(QuantizedLinear):
 
 def linear_class(recipe: Quantize) -> type[QuantizedLinear]:
     """The class of what stands in for linears under a recipe's `[quantize]`."""
-    codes, weight_only = _scheme(recipe.scheme)
-    if recipe.emulate:
-        return EmulatedLinear
-    if weight_only:
-        return WeightOnlyLinear
-    return Fp8Linear if codes == FP8 else Int8Linear
+    kinds = (Fp8Linear, Int8Linear, WeightOnlyLinear)
+    by_name: dict[str, type[QuantizedLinear]] = {kind.__name__: kind for kind in kinds}
+    return EmulatedLinear if recipe.emulate else by_name[SCHEMES[recipe.scheme].linear]
+
+
+def dtype_of(scheme: Scheme) -> torch.dtype:
+    """The codes' dtype."""
+    dtype: torch.dtype = getattr(torch, scheme.codes)
+    return dtype
 
 
 def quantized(linear: nn.Linear, recipe: Quantize, name: str = "") -> QuantizedLinear:
@@ -246,21 +251,17 @@ def quantized(linear: nn.Linear, recipe: Quantize, name: str = "") -> QuantizedL
 
     name: the linear's, under which a recipe with static scales has its largest input.
     """
-    codes, weight_only = _scheme(recipe.scheme)
+    scheme, granularity = SCHEMES[recipe.scheme], recipe.granularity
+    codes = dtype_of(scheme)
     amax = None if recipe.amax is None else recipe.amax[name]
-    if recipe.emulate:
-        return EmulatedLinear.from_linear(linear, recipe.granularity, codes, not weight_only, amax)
-    if weight_only:
-        return WeightOnlyLinear.from_linear(linear, recipe.granularity, codes)
-    if codes == FP8:
-        return Fp8Linear.from_linear(linear, recipe.granularity, amax)
-    return Int8Linear.from_linear(linear, recipe.granularity)
-
-
-def _scheme(scheme: str) -> tuple[torch.dtype, bool]:
-    """A scheme's codes, and whether it leaves activations as they are."""
-    kind, _, weight = scheme.partition("-")
-    return {"fp8": FP8, "int8": torch.int8}[kind], weight == "weight"
+    kind = linear_class(recipe)
+    if kind is EmulatedLinear:
+        return EmulatedLinear.from_linear(linear, granularity, codes, scheme.activations, amax)
+    if kind is WeightOnlyLinear:
+        return WeightOnlyLinear.from_linear(linear, granularity, codes)
+    if kind is Fp8Linear:
+        return Fp8Linear.from_linear(linear, granularity, amax)
+    return Int8Linear.from_linear(linear, granularity)
 
 
 def _codes(x: Tensor, granularity: Granularity, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from hasten.errors import unsupported
-from hasten.machine import Problem
+from hasten.errors import Problem, unsupported
+from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Quantize
 
 __all__ = ["PLAIN_DTYPES", "Linears", "Plan", "make_plan", "plan_problems", "special_weight"]
@@ -25,9 +25,6 @@ __all__ = ["PLAIN_DTYPES", "Linears", "Plan", "make_plan", "plan_problems", "spe
 Linears = Sequence[tuple[str, nn.Linear]]
 """Linears of a transformer by their names in it."""
 
-# Of both sides of a weight: cuBLASLt takes no others. The same everywhere, so that one recipe means
-# the same layers on any device.
-MULTIPLE_OF = {"fp8": 16, "int8": 8, "fp8-weight": 1, "int8-weight": 1}
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODULATION = "modulation: sees one row a step, not every token"
 OUTSIDE = "outside the repeated blocks: few weights, and all of the picture passes through them"
@@ -128,7 +125,7 @@ def _sorted_out(linears: Linears, recipe: Quantize) -> tuple[list[str], dict[str
     skipped: list[str] = []
     misfits: dict[str, str] = {}
     chosen = []
-    multiple = MULTIPLE_OF[recipe.scheme]
+    multiple = SCHEMES[recipe.scheme].multiple_of
     for name, linear in linears:
         if any(_matches(name, pattern) for pattern in recipe.skip):
             skipped.append(name)

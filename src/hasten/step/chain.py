@@ -23,8 +23,7 @@ from hasten.errors import CallError
 from hasten.step.applied import Replaced, replace_attribute
 from hasten.step.call import Inner, Layer, Output, StepCall
 from hasten.step.protocols import Scheduler, Transformer
-from hasten.step.run import Run
-from hasten.step.scheduler import current_call, step_index
+from hasten.step.run import Run, current_call, step_index
 
 __all__ = ["ORDER", "RunLock", "StepChain", "plain_module"]
 

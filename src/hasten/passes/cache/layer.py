@@ -16,7 +16,7 @@ from hasten.passes.cache.plan import Planner
 from hasten.step.applied import Applied
 from hasten.step.call import Inner, Output, StepCall
 from hasten.step.chain import StepChain
-from hasten.step.scheduler import outside_of_a_run
+from hasten.step.run import outside_of_a_run
 
 __all__ = ["Branch", "CacheLayer", "Policy", "cache_steps"]
 

@@ -7,15 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hasten.kernels.quantize import FP8
-from hasten.quantization.linear import WeightOnlyLinear
+from hasten.quantization.linear import WeightOnlyLinear, dtype_of
+from hasten.quantization.schemes import SCHEMES
 from hasten.step.applied import Applied, refuse_as_weights
 from hasten.step.protocols import Part
 
 __all__ = ["FeedForwardOutput", "store_in_eight_bits"]
 
-Scheme = Literal["fp8-weight", "int8-weight"]
-CODES = {"fp8-weight": FP8, "int8-weight": torch.int8}
+WeightScheme = Literal["fp8-weight", "int8-weight"]
 
 
 class FeedForwardOutput(nn.Module):
@@ -38,7 +37,7 @@ class FeedForwardOutput(nn.Module):
         return output
 
 
-def store_in_eight_bits(encoder: Part, scheme: Scheme) -> Applied:
+def store_in_eight_bits(encoder: Part, scheme: WeightScheme) -> Applied:
     """Replace each linear of the encoder in its parent, one scale per output channel.
 
     Embeddings, the relative position bias and norms stay. Each original is freed as it is replaced,
@@ -50,7 +49,9 @@ def store_in_eight_bits(encoder: Part, scheme: Scheme) -> Applied:
     for done, name in enumerate(largest_first):
         old = encoder.get_submodule(name)
         try:
-            linear = WeightOnlyLinear.from_linear(old, dtype=CODES[scheme]).train(old.training)
+            linear = WeightOnlyLinear.from_linear(old, dtype=dtype_of(SCHEMES[scheme])).train(
+                old.training
+            )
         except BaseException as error:
             if done:
                 error.add_note(f"text: {done} linears are replaced already; load the model again")
