@@ -328,4 +328,5 @@ def test_a_computed_step_passes_few_files(captures: list[Any], pipe: Any, call: 
     finally:
         sys.setprofile(None)
     assert "step/chain.py" in files
-    assert len(files) <= 9, sorted(files)
+    followed = {name for name in files if not name.startswith("kernels")}  # a graph runs those
+    assert len(followed) <= 9, sorted(followed)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,18 +51,29 @@ class Conditioning:
     per_timestep: float = 1000.0
 
 
-class Split(Protocol):
-    """Cuts a step into what a run needs once and a body, for kernels and exported engines."""
+@dataclass(frozen=True)
+class Split:
+    """Cuts a step into what a run needs once and a body, for kernels and exported engines.
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the forward's arguments that `embedded` reads."""
+    Attributes:
+        inputs: Names of the forward's arguments that `embedded` reads.
+        embedded: (transformer, inputs of a call) -> the body's constants besides the row, by name.
+        original_only: Arguments that only the original forward takes.
+    """
+
+    inputs: tuple[str, ...]
+    embedded: Callable[[Transformer, Mapping[str, Any]], dict[str, Tensor]]
+    original_only: tuple[str, ...] = ()
 
     def beyond(self, inputs: Mapping[str, Any]) -> str | None:
         """What of a call's inputs the body cannot take; None where it takes all."""
-
-    def embedded(self, transformer: Transformer, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The body's constants besides the row, by name."""
+        for name in self.original_only:
+            if inputs.get(name) is not None:
+                return name
+        for name, value in inputs.items():
+            if name.endswith("attention_kwargs") and (extra := (value or {}).keys() - {"scale"}):
+                return f"{name} {', '.join(sorted(extra))}"
+        return None
 
 
 def no_change() -> str | None:

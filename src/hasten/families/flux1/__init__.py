@@ -1,8 +1,8 @@
 """FLUX.1 dev, schnell, Krea, Kontext, Fill, Control: all run one `FluxTransformer2DModel`."""
 
-from hasten.families.family import Conditioning, Family, Stack
+from hasten.families.family import Conditioning, Family, Split, Stack
 from hasten.families.flux1.blocks import FluxBlocks
-from hasten.families.flux1.conditioning import FluxSplit, decode, modulated_norms, rows
+from hasten.families.flux1.conditioning import decode, embedded, modulated_norms, rows
 from hasten.families.flux1.fused import FluxKernels
 
 __all__ = ["FLUX1"]
@@ -16,7 +16,11 @@ FLUX1 = Family(
     conditioning=Conditioning(
         norms=modulated_norms, rows=rows, inputs=("pooled_projections", "guidance")
     ),
-    split=FluxSplit(),
+    split=Split(
+        inputs=("encoder_hidden_states", "txt_ids", "img_ids"),
+        embedded=embedded,
+        original_only=("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
     kernels=FluxKernels(),
     export=FluxBlocks(),
     decode=decode,

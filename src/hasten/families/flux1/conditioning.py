@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from hasten.step.protocols import Pipeline, Transformer
 
-__all__ = ["FluxSplit", "decode", "embed_conditioning", "modulated_norms", "rotary", "rows"]
-
-CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
+__all__ = ["decode", "embed_conditioning", "embedded", "modulated_norms", "rotary", "rows"]
 
 
 def modulated_norms(transformer: Transformer) -> list[tuple[str, nn.Module]]:
@@ -67,23 +65,11 @@ def rotary(transformer: Transformer, txt_ids: Tensor, img_ids: Tensor) -> tuple[
     return cos, sin
 
 
-class FluxSplit:
-    """Text and positions are embedded once per run; ControlNet and IP-Adapter need the forward."""
-
-    inputs = ("encoder_hidden_states", "txt_ids", "img_ids")
-
-    def beyond(self, inputs: Mapping[str, Any]) -> str | None:
-        for name in CONTROL:
-            if inputs.get(name) is not None:
-                return name
-        extra = sorted((inputs.get("joint_attention_kwargs") or {}).keys() - {"scale"})
-        return f"joint_attention_kwargs {', '.join(extra)}" if extra else None
-
-    def embedded(self, transformer: Transformer, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """text: B×T×D; cos, sin: (T+S)×head_dim."""
-        cos, sin = rotary(transformer, inputs["txt_ids"], inputs["img_ids"])
-        text = transformer.context_embedder(inputs["encoder_hidden_states"])
-        return {"text": text, "cos": cos, "sin": sin}
+def embedded(transformer: Transformer, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a body needs besides the row: text, B×T×D; cos and sin, (T+S)×head_dim."""
+    cos, sin = rotary(transformer, inputs["txt_ids"], inputs["img_ids"])
+    text = transformer.context_embedder(inputs["encoder_hidden_states"])
+    return {"text": text, "cos": cos, "sin": sin}
 
 
 def decode(pipe: Pipeline, latents: Tensor, height: int, width: int) -> Tensor:
