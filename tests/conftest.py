@@ -13,6 +13,8 @@ import torch
 from hasten.models.architecture import Shape
 from hasten.models.random_weights import build_shape
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # Diffusers imports onnxruntime
+
 SMALL = Shape(
     name="small",
     transformer={

@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "calibration": {
         "errors", "recipe", "quality", "kernels", "families", "models", "passes", "quantization",
-        "apply", "pipeline", "prompts", "atomic", "sealed", "folder_lock",
+        "apply", "pipeline", "prompts", "atomic", "sealed", "folder_lock", "check", "settings",
     },
 }  # fmt: skip
 LOWER = set(MAY_IMPORT)

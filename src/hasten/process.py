@@ -141,11 +141,11 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def terminable(advice: str) -> Iterator[None]:
+def terminable(advice: str | None = None) -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does: by a KeyboardInterrupt, which cleans up.
 
     Args:
-        advice: What to do next; both kinds of KeyboardInterrupt leave with it as their text.
+        advice: What to do next: both kinds of KeyboardInterrupt leave with it as their text.
     """
 
     def interrupt(*_: object) -> None:
@@ -156,6 +156,8 @@ def terminable(advice: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if advice is None:
+            raise
         raise KeyboardInterrupt(advice) from None
     finally:
         if main_thread:

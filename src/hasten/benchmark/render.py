@@ -18,6 +18,7 @@ from hasten.benchmark.plan import settings_of
 from hasten.benchmark.score import Told, save_floats, save_png
 from hasten.benchmark.timer import timed
 from hasten.errors import HastenError
+from hasten.families import family_of
 from hasten.models import has_random_weights, load_pipeline
 from hasten.models.fingerprint import fingerprint
 from hasten.recipe import BudgetCache, Recipe, ScheduleCache
@@ -97,7 +98,7 @@ def render(engine: Any, prompt: Prompt, settings: Settings) -> Tensor:
     """One image, 3×H×W in [0, 1], on the pipeline's device; its noise is drawn on the CPU so that
     it is the same on every device."""
     arguments = _call_arguments(prompt, settings)
-    image: Tensor = engine.fast(prompt.text, output_type="pt", **arguments).images[0]
+    image: Tensor = engine.fast(prompt=prompt.text, output_type="pt", **arguments).images[0]
     return image
 
 
@@ -126,24 +127,17 @@ def render_all(
 def denoise_seconds(engine: Any, prompt: Prompt, settings: Settings, device: torch.device) -> float:
     """Median seconds of all sampling steps, text encoded before and nothing decoded after.
 
+    The text is encoded each time where a family does not say how to do it before.
+
     Three runs, or as many (at least one) as begin within five seconds.
     """
-    pipe = engine.pipe
-    with torch.no_grad():
-        embeds, pooled, _ = pipe.encode_prompt(
-            prompt=prompt.text,
-            prompt_2=None,
-            device=pipe._execution_device,
-            max_sequence_length=settings.max_sequence_length,
-        )
+    encode = family_of(engine.pipe).encode
+    text = {"prompt": prompt.text}
+    if encode is not None:
+        text = encode(engine.pipe, prompt.text, settings.max_sequence_length)
 
     def denoise() -> None:
-        engine.fast(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            output_type="latent",
-            **_call_arguments(prompt, settings),
-        )
+        engine.fast(**text, output_type="latent", **_call_arguments(prompt, settings))
 
     seconds: list[float] = []
     while len(seconds) < DENOISE_RUNS and sum(seconds) < DENOISE_SECONDS:

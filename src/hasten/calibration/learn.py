@@ -28,11 +28,14 @@ from hasten.calibration.search import (
 )
 from hasten.calibration.store import Fitted, Store, opened
 from hasten.calibration.trajectories import Trajectories, record
+from hasten.check import refuse_optimized
 from hasten.errors import InputError
+from hasten.families import family_of
 from hasten.models.fingerprint import fingerprint
 from hasten.pipeline import OptimizedPipeline
 from hasten.prompts import prompt_hash
 from hasten.recipe import Cache, IntervalCache, Recipe, ScheduleCache
+from hasten.settings import Settings
 
 __all__ = ["Calibration", "Request", "calibrate", "request_of", "search_plan"]
 
@@ -360,19 +363,14 @@ def request_of(
         UnsupportedError: The pipeline is of no supported family.
         AlreadyOptimizedError: It is optimised.
     """
-    plain, defaults = _call_defaults(pipe)
+    plain = pipe.pipe if type(pipe) is OptimizedPipeline else pipe
+    family_of(plain)
+    refuse_optimized(plain)
+    defaults = Settings.for_call(plain, None)
     side = plain.default_sample_size * plain.vae_scale_factor
     size = {"height": side, "width": side}
     call = {**size, **defaults, **arguments, "num_inference_steps": steps}
     return Request(plain, prompts, seed, batch, call)
-
-
-def _call_defaults(pipe: Any) -> tuple[Any, dict[str, Any]]:
-    """The plain pipeline, and the arguments that its model is called with by default."""
-    fast = optimize(pipe, Recipe())
-    plain, defaults = fast.pipe, fast.call_defaults
-    fast.restore()
-    return plain, defaults
 
 
 def _interval_of(budget: int, steps: int) -> IntervalCache:

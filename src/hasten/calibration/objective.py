@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hasten.errors import UnsupportedError
+from hasten.families import family_of
 from hasten.quality import lpips
 
 __all__ = ["Objective", "ObjectiveName", "decode", "picture_distance", "relative_error"]
@@ -38,14 +40,21 @@ def picture_distance(pipe: Any, reference: Tensor, height: int, width: int) -> O
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """Pictures, P×3×H×W in [0, 1], float32, on the pipeline's device; latents are P×D."""
+    """Pictures, P×3×H×W in [0, 1], float32, on the pipeline's device; latents are P×D.
+
+    Raises:
+        UnsupportedError: How to decode latents is not declared for this family.
+    """
+    family = family_of(pipe)
+    if family.decode is None:
+        raise UnsupportedError(
+            f"how final latents of {family.name} become pictures is not declared",
+            'calibrate with objective = "latent", or declare it: hasten.register_family',
+        )
     channels = pipe.transformer.config.in_channels
-    config = pipe.vae.config
     pictures = []
     for some in torch.split(latents, BATCH):
         packed = some.view(len(some), -1, channels).to(pipe._execution_device, pipe.vae.dtype)
-        unpacked = pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
-        scaled = unpacked / config.scaling_factor + config.shift_factor
-        image = pipe.vae.decode(scaled, return_dict=False)[0]
+        image = family.decode(pipe, packed, height, width)
         pictures.append((image.float() / 2 + 0.5).clamp(0, 1))
     return torch.cat(pictures)

@@ -26,6 +26,7 @@ from hasten.cli.terminal import discard_stdout, prepare_streams
 from hasten.errors import HastenError, InputError, Part
 from hasten.library_logging import quiet_libraries
 from hasten.memory import ran_out
+from hasten.process import terminable
 
 # Typer may or may not bring its own copy of click; either way this is the base of usage errors.
 UsageError: Any = typer.BadParameter.__base__
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_streams()
     quiet_libraries(debug="--debug" in arguments)
     try:
-        return _run(arguments)
+        with terminable():
+            return _run(arguments)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         discard_stdout()
         return 1

@@ -27,6 +27,10 @@ Decode = Callable[[Any, Tensor, int, int], Tensor]
 """(pipeline, final latents P×tokens×channels, height, width) -> pictures, P×3×H×W in [-1, 1]."""
 
 
+Encode = Callable[[Any, str, int], dict[str, Any]]
+"""(pipeline, prompt, longest text in tokens) -> arguments of its call in place of the prompt."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """A ModuleList of blocks.
@@ -68,6 +72,7 @@ class Family:
         conditioning: Its modulations, where a table of them pays.
         split, kernels, export: Opt-in parts; see their protocols.
         decode: Final latents to pictures, for what judges a schedule by its pictures.
+        encode: A prompt to embeddings, for what times the sampling steps alone.
     """
 
     name: str
@@ -81,6 +86,7 @@ class Family:
     kernels: Kernels | None = None
     export: Any = field(default=None, repr=False)
     decode: Decode | None = None
+    encode: Encode | None = None
 
     def blocks(self, transformer: Transformer) -> list[tuple[str, nn.Module, Stack]]:
         """(name, block, its stack) of every repeated block, in the order in which they run."""

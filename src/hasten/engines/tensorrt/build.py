@@ -1,14 +1,13 @@
 """From a graph to an engine for a list of GPUs, in a process of its own; no GPU is needed.
 
 The builder takes 2.5 times the weights in memory, may crash, and gives that memory back only by
-ending. So `build` starts this very module as a program, `python -m ... REQUEST FD PARENT`. REQUEST
+ending. So `build` starts this very module as a program, `python -m ... REQUEST FD`. REQUEST
 is JSON: graph, part (the file to write), targets, and tokens: for each input with a free size, its
 least, best and largest size. The result goes to the file descriptor FD as JSON.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -35,7 +34,6 @@ from hasten.process import how_it_ended, start_module
 __all__ = ["Built", "build", "main"]
 
 BUILDER = "hasten.engines.tensorrt.build"
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 NOISE = "cudaError 35"  # there is no driver: true, and no reason why anything failed
 EXPORT_AGAIN = "delete the graph's folder and export again"
 # What the builder says -> what that means, and what to do about it.
@@ -150,8 +148,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start(request: dict[str, Any], send: int, output: BinaryIO) -> subprocess.Popen[bytes]:
-    arguments = json.dumps(request), str(send), str(os.getpid())
-    return start_module(BUILDER, *arguments, output=output, keep=send)
+    return start_module(BUILDER, json.dumps(request), str(send), output=output, keep=send)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -198,9 +195,8 @@ def _check(result: dict[str, Any], graph: Path, engine: Path) -> None:
     )
 
 
-def main(request: str, answer: int, parent: int) -> None:
+def main(request: str, answer: int) -> None:
     """Build, and write the result to the file descriptor `answer`. The program's side."""
-    _end_with(parent)
     result = _build(json.loads(request))
     result["peak_bytes"] = status_bytes("VmHWM")
     with os.fdopen(answer, "w", encoding="utf-8") as file:
@@ -285,12 +281,5 @@ def _writer(trt: Any, file: BinaryIO) -> Any:
     return Writer()
 
 
-def _end_with(parent: int) -> None:
-    """Have Linux kill this process when the one that started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -2,7 +2,7 @@
 
 from hasten.families.family import Conditioning, Family, Split, Stack
 from hasten.families.flux1.blocks import FluxBlocks
-from hasten.families.flux1.conditioning import decode, embedded, modulated_norms, rows
+from hasten.families.flux1.conditioning import decode, embedded, encode, modulated_norms, rows
 from hasten.families.flux1.fused import FluxKernels
 
 __all__ = ["FLUX1"]
@@ -24,4 +24,5 @@ FLUX1 = Family(
     kernels=FluxKernels(),
     export=FluxBlocks(),
     decode=decode,
+    encode=encode,
 )

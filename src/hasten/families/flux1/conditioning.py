@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from hasten.step.protocols import Pipeline, Transformer
 
-__all__ = ["decode", "embed_conditioning", "embedded", "modulated_norms", "rotary", "rows"]
+__all__ = [
+    "decode",
+    "embed_conditioning",
+    "embedded",
+    "encode",
+    "modulated_norms",
+    "rotary",
+    "rows",
+]
 
 
 def modulated_norms(transformer: Transformer) -> list[tuple[str, nn.Module]]:
@@ -80,3 +88,15 @@ def decode(pipe: Pipeline, latents: Tensor, height: int, width: int) -> Tensor:
         unpacked / config.scaling_factor + config.shift_factor, return_dict=False
     )[0]
     return pictures
+
+
+@torch.no_grad()
+def encode(pipe: Pipeline, prompt: str, max_sequence_length: int) -> dict[str, Any]:
+    """Embeddings of a prompt by T5 and CLIP, as the pipeline's call takes them."""
+    text, pooled, _ = pipe.encode_prompt(
+        prompt=prompt,
+        prompt_2=None,
+        device=pipe._execution_device,
+        max_sequence_length=max_sequence_length,
+    )
+    return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
