@@ -17,8 +17,8 @@ from hasten.optimization import Optimization, optimization_of
 from hasten.passes.attention import Attend, choose_attention
 from hasten.passes.cache.layer import Policy, cache_steps
 from hasten.passes.cache.plan import Planner
-from hasten.passes.cache.policy_planned import Planned
-from hasten.passes.cache.residual import Residual
+from hasten.passes.cache.policy_planned import PlannedPolicy
+from hasten.passes.cache.residual import ResidualPolicy
 from hasten.passes.compile import compile_blocks, compile_forward
 from hasten.passes.decoder import improve_decoder
 from hasten.passes.engine import run_on_engine
@@ -155,7 +155,7 @@ def _speed_up_a_step(optimization: Optimization, pipe: Any, applied: list[Applie
 def _policy(cache: Cache, optimization: Optimization) -> Policy:
     """What the `[cache]` section asks for."""
     if not isinstance(cache, ResidualCache):
-        return Planned(Planner(cache, optimization.verdict.fingerprint))
+        return PlannedPolicy(Planner(cache, optimization.verdict.fingerprint))
     family, transformer = optimization.family, optimization.chain.transformer
     hooks = BlockHooks([(block, stack.returns) for _, block, stack in family.blocks(transformer)])
-    return Residual(cache, hooks, family.output)
+    return ResidualPolicy(cache, hooks, family.output)

@@ -16,7 +16,7 @@ from hasten.recipe import BudgetCache, Quantize, Recipe, ResidualCache, Schedule
 
 if TYPE_CHECKING:
     from hasten.families.family import Family
-    from hasten.quantization.plan import Plan
+    from hasten.quantization.plan import LinearPlan
 
 __all__ = ["MARK", "Problem", "Verdict", "check", "empty_weights", "problems", "refuse_optimized"]
 
@@ -39,7 +39,7 @@ class Verdict:
     """
 
     fingerprint: str | None = None
-    linears: Plan | None = None
+    linears: LinearPlan | None = None
     kernels: str | None = None
     graphs: str | None = None
     notes: tuple[str, ...] = ()
@@ -189,12 +189,12 @@ def _linear_problems(recipe: Recipe, transformer: Any, family: Family) -> list[P
     return plan_problems(transformer, family.quantizable(transformer), recipe.quantize)
 
 
-def _plan(recipe: Recipe, transformer: Any, family: Family) -> Plan | None:
+def _plan(recipe: Recipe, transformer: Any, family: Family) -> LinearPlan | None:
     if recipe.quantize is None:
         return None
-    from hasten.quantization.plan import make_plan
+    from hasten.quantization.plan import plan_linears
 
-    return make_plan(transformer, family.quantizable(transformer), recipe.quantize)
+    return plan_linears(transformer, family.quantizable(transformer), recipe.quantize)
 
 
 def _against_kernels(recipe: Recipe, transformer: Any, family: Family) -> str | None:

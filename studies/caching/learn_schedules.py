@@ -26,10 +26,10 @@ import torch
 from studies.caching.workload import MODELS, SIZE, Model
 
 import hasten
-from hasten.calibration.learn import POWERS, Request, request_of
+from hasten.calibration.learn import POWERS, SamplingRequest, request_of
 from hasten.calibration.objective import relative_error
 from hasten.calibration.search import GapCosts, best_path, gram_matrix
-from hasten.calibration.store import Store
+from hasten.calibration.store import CalibrationStore
 from hasten.calibration.trajectories import Trajectories, record
 from hasten.prompts import read_prompts
 from hasten.recipe import Recipe, ScheduleCache
@@ -75,7 +75,7 @@ def learn(name: str, steps: int, budget: int, options: argparse.Namespace) -> No
 class Recorded:
     """A model, and its full runs of the first prompts."""
 
-    request: Request
+    request: SamplingRequest
     runs: Trajectories
 
     def error(self, plan: ScheduleCache) -> float:
@@ -139,7 +139,7 @@ def recorded(name: str, options: argparse.Namespace) -> Recorded:
         request.pipe,
         request.batches(range(len(prompts))),
         lambda done, total: None,
-        Store(options.out / f"runs-{name}", request.key()),
+        CalibrationStore(options.out / f"runs-{name}", request.key()),
     )
     return Recorded(request, runs)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from studies.caching.cost import Unit, metered
 from torch import Tensor
 
-from hasten.calibration.objective import decode
+from hasten.calibration.objective import decode_pictures
 from hasten.prompts import read_prompts
 
 __all__ = ["MODELS", "SIZE", "Frame", "Images", "Model", "Prompt", "prompts"]
@@ -138,7 +138,7 @@ class Model:
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Images of final latents, as the pipeline decodes them."""
-        return decode(self.plain, latents.flatten(1), self.frame.side, self.frame.side)
+        return decode_pictures(self.plain, latents.flatten(1), self.frame.side, self.frame.side)
 
     def _called(
         self, call: Any, some: Sequence[Prompt], steps: int | None, output_type: str

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hasten.benchmark.plan import Options, Plan, resolve_workload
+from hasten.benchmark.plan import BenchmarkPlan, Options, resolve_workload
 from hasten.benchmark.rows import plan_rows
 from hasten.errors import Faults
 from hasten.recipe import Recipe
@@ -22,7 +22,7 @@ ENVIRONMENT = Environment(
 
 def make_plan(
     recipes: Sequence[Recipe], *, references: Sequence[str] = ("baseline",), **options: Any
-) -> Plan:
+) -> BenchmarkPlan:
     """A plan on the CPU; by default 2 prompts of 48x32 pixels in 6 steps."""
     given = {
         "model": "owner/name",
@@ -36,7 +36,7 @@ def make_plan(
     workload = resolve_workload(Options(dtype="float32", **given), faults)
     rows = plan_rows(recipes, workload.steps, references, faults)
     faults.raise_any()
-    return Plan(workload, ENVIRONMENT, "cpu", rows, tuple(references))
+    return BenchmarkPlan(workload, ENVIRONMENT, "cpu", rows, tuple(references))
 
 
 def odd(description: str) -> Recipe:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hasten.benchmark.plan import Options, make_plan, resolve_workload, settings_of
-from hasten.benchmark.store import Store
+from hasten.benchmark.plan import Options, plan_benchmark, resolve_workload, settings_of
+from hasten.benchmark.store import BenchmarkStore
 from hasten.errors import Faults, InputError, ModelError, RecipeError
 from hasten.recipe import Recipe, Sampling
 from hasten.results import Workload
@@ -89,7 +89,9 @@ def test_everything_wrong_is_said_at_once_and_nothing_is_written(tmp_path: Path)
     out = tmp_path / "deep" / "out"
     options = Options(steps=0, size="100x64", limit=0, rounds=-1, device="auto", dtype="fp3")
     with pytest.raises(InputError) as caught:
-        make_plan(options, ["baseline", "cahce", "no/such.toml"], ["compile"], Store(out))
+        plan_benchmark(
+            options, ["baseline", "cahce", "no/such.toml"], ["compile"], BenchmarkStore(out)
+        )
     text = str(caught.value)
     for part in ("steps", "width 100", "limit", "rounds", "'fp3'", "'cahce'", "no/such.toml"):
         assert part in text
@@ -100,7 +102,7 @@ def test_everything_wrong_is_said_at_once_and_nothing_is_written(tmp_path: Path)
 
 def test_a_lone_fault_keeps_its_kind(tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
-        make_plan(Options(model="owner/name"), ["cahce"], [], Store(tmp_path))
+        plan_benchmark(Options(model="owner/name"), ["cahce"], [], BenchmarkStore(tmp_path))
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "hasten.json").write_text("{")
     with pytest.raises(ModelError):
@@ -109,7 +111,9 @@ def test_a_lone_fault_keeps_its_kind(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_here_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cuda:99") as caught:
-        make_plan(Options(device="cuda:99"), ["baseline", "cahce"], [], Store(tmp_path))
+        plan_benchmark(
+            Options(device="cuda:99"), ["baseline", "cahce"], [], BenchmarkStore(tmp_path)
+        )
     assert "cahce" in str(caught.value)
 
 
@@ -125,5 +129,5 @@ def test_sampling_overrides_the_workload_for_its_row() -> None:
 def test_a_used_folder_is_one_fault_among_the_others(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(InputError) as caught:
-        make_plan(Options(steps=0), ["baseline"], [], Store(tmp_path))
+        plan_benchmark(Options(steps=0), ["baseline"], [], BenchmarkStore(tmp_path))
     assert len(caught.value.faults) == 2

@@ -20,7 +20,7 @@ import hasten
 from hasten import log
 from hasten.benchmark.environment import Surroundings
 from hasten.benchmark.run import _job, _run_row, run_plan
-from hasten.benchmark.store import Store
+from hasten.benchmark.store import BenchmarkStore
 from hasten.errors import HastenError, InputError, ModelError
 from hasten.recipe import Recipe, ResidualCache, ScheduleCache, resolve
 from hasten.results import Results, Row
@@ -49,7 +49,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     lines: list[str] = []
     with log.forward_log(lines.append, lines.append):
         results = run_plan(
-            make_plan(recipes), Store(out), engine=FAKE, progress=lambda *said: heard.append(said)
+            make_plan(recipes),
+            BenchmarkStore(out),
+            engine=FAKE,
+            progress=lambda *said: heard.append(said),
         )
     return Finished(out, results, heard, lines)
 
@@ -154,8 +157,8 @@ def test_an_interrupt_keeps_what_is_done_and_resume_goes_on(tmp_path: Path) -> N
     assert not list(tmp_path.rglob(".*tmp"))
 
     with pytest.raises(InputError, match="holds a benchmark already"):
-        run_plan(make_plan([odd("wait")]), Store(tmp_path), engine=FAKE)
-    store = Store(tmp_path, resume=True)
+        run_plan(make_plan([odd("wait")]), BenchmarkStore(tmp_path), engine=FAKE)
+    store = BenchmarkStore(tmp_path, resume=True)
     with pytest.raises(InputError, match="cannot resume: steps was 6, now is 7"):
         run_plan(make_plan([odd("wait")], steps=7), store, engine=FAKE)
     heard: list[str] = []
@@ -182,7 +185,7 @@ def test_no_end_of_the_benchmark_leaves_a_row_running(tmp_path: Path, how: int) 
     _end_in_second_row(tmp_path, how)
     assert not [name for name in files_below(tmp_path) if name.endswith("tmp")] or how == 9
     assert [row.recipe for row in read_results(tmp_path / "results.json").rows] == ["baseline"]
-    plan, store = make_plan([odd("wait")]), Store(tmp_path, resume=True)
+    plan, store = make_plan([odd("wait")]), BenchmarkStore(tmp_path, resume=True)
     results = run_plan(plan, store, engine=FAKE)
     assert [row.status for row in results.rows] == ["ok"] * 3
     assert not [name for name in files_below(tmp_path) if name.endswith(("tmp", "lock"))]
@@ -200,7 +203,7 @@ def _end_in_second_row(out: Path, how: int) -> None:
             if line.startswith("wait (2/3): render 1"):
                 break
         with pytest.raises(InputError, match="another hasten process"):
-            Store(out, resume=True).check()
+            BenchmarkStore(out, resume=True).check()
         parent.send_signal(how)
         _, errors = parent.communicate(timeout=30)
     if how == signal.SIGKILL:
@@ -230,7 +233,7 @@ def _running_jobs(out: Path) -> list[str]:
 def test_a_cache_that_decides_as_it_goes_is_joined_by_its_rival(tmp_path: Path) -> None:
     """Its K is known once it has run; the rival is a row of this benchmark like any other."""
     plan = make_plan([Recipe(name="adaptive", cache=ResidualCache())])
-    store = Store(tmp_path)
+    store = BenchmarkStore(tmp_path)
     heard: list[str] = []
     results = run_plan(plan, store, engine=FAKE, progress=lambda what, *_: heard.append(what))
     order = ["baseline", "adaptive", "fewer-steps-4", "baseline-again"]
@@ -247,7 +250,7 @@ def test_a_cache_that_decides_as_it_goes_is_joined_by_its_rival(tmp_path: Path) 
     store.row_file("fewer-steps-4", 0).unlink()
     again = run_plan(
         plan,
-        Store(tmp_path, resume=True),
+        BenchmarkStore(tmp_path, resume=True),
         engine=FAKE,
         progress=lambda what, *_: heard.append(what),
     )
@@ -255,7 +258,7 @@ def test_a_cache_that_decides_as_it_goes_is_joined_by_its_rival(tmp_path: Path) 
     assert again.rows[1].seconds_per_image == adaptive.seconds_per_image
     assert not any(what.startswith("adaptive") for what in heard)
     assert "baseline-again (4/4): render" in heard, "it comes after every row that was measured"
-    Store(tmp_path, overwrite=True).open(plan.rows, plan.workload)
+    BenchmarkStore(tmp_path, overwrite=True).open(plan.rows, plan.workload)
     assert files_below(tmp_path) == {".bench.json"}, "the rival's files are the benchmark's own"
 
 
@@ -268,17 +271,21 @@ def test_a_measured_rival_is_in_every_round() -> None:
 
 def test_a_model_that_cannot_be_had_raises_and_writes_no_results(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model"):
-        run_plan(make_plan([resolve("cache")], model="owner/missing"), Store(tmp_path), engine=FAKE)
+        run_plan(
+            make_plan([resolve("cache")], model="owner/missing"),
+            BenchmarkStore(tmp_path),
+            engine=FAKE,
+        )
     assert not (tmp_path / "results.json").exists()
 
 
 def test_rows_of_other_weights_are_never_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_plan(make_plan([odd("wait")]), Store(tmp_path), engine=FAKE)
+    run_plan(make_plan([odd("wait")]), BenchmarkStore(tmp_path), engine=FAKE)
     before = files_below(tmp_path)
     monkeypatch.setenv(WEIGHTS, "fedcba9876543210")
-    store = Store(tmp_path, resume=True)
+    store = BenchmarkStore(tmp_path, resume=True)
     results = (tmp_path / "results.json").read_bytes()
     with pytest.raises(InputError, match="not those that earlier rows were measured with"):
         run_plan(make_plan([odd("wait"), resolve("cache")]), store, engine=FAKE)
@@ -294,7 +301,7 @@ def test_a_folder_that_vanishes_has_its_own_line(tmp_path: Path) -> None:
             shutil.rmtree(out, ignore_errors=True)
 
     with pytest.raises(HastenError, match="the folder vanished") as caught:
-        run_plan(make_plan([]), Store(out), engine=FAKE, progress=vanish)
+        run_plan(make_plan([]), BenchmarkStore(out), engine=FAKE, progress=vanish)
     assert caught.value.fix
 
 
@@ -333,14 +340,14 @@ def test_a_disk_without_room_has_its_own_line_and_no_half_file(tmp_path: Path, r
     if (out / "results.json").exists():
         read_results(out / "results.json")
     assert not {"table.md", "report.html"} <= files_below(out)
-    results = run_plan(make_plan([]), Store(out, resume=True), engine=FAKE)
+    results = run_plan(make_plan([]), BenchmarkStore(out, resume=True), engine=FAKE)
     assert [row.status for row in results.rows] == ["ok", "ok"]
 
 
 def test_a_forced_schedule_reaches_its_process_and_says_so(tmp_path: Path) -> None:
     schedule = ScheduleCache(steps=6, compute=(0, 3), fingerprint="00ff00ff00ff00ff")
     plan = make_plan([Recipe(name="foreign", cache=schedule)], limit=1, max_sequence_length=8)
-    plan, store = dataclasses.replace(plan, force=True), Store(tmp_path)
+    plan, store = dataclasses.replace(plan, force=True), BenchmarkStore(tmp_path)
     store.open(plan.rows, plan.workload)
     turn = plan.turns()[1]
     row = _run_row(_job(plan, store, turn, {}, SMALL), turn, store, lambda _: None).row

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hasten.benchmark.job import Outcome
-from hasten.benchmark.plan import Plan
-from hasten.benchmark.store import Store, absolute
+from hasten.benchmark.plan import BenchmarkPlan
+from hasten.benchmark.store import BenchmarkStore, absolute
 from hasten.errors import InputError
 from hasten.recipe import IntervalCache, Recipe, resolve
 from hasten.results import Row, summarize_seconds
@@ -24,9 +24,9 @@ ROW = Row(
 OK = Outcome(row=ROW, weights="0123")
 
 
-def opened(out: Path, plan: Plan, **how: bool) -> Store:
+def opened(out: Path, plan: BenchmarkPlan, **how: bool) -> BenchmarkStore:
     out.mkdir(parents=True, exist_ok=True)
-    store = Store(out, **how)
+    store = BenchmarkStore(out, **how)
     store.check()
     store.open(plan.rows, plan.workload)
     return store
@@ -51,7 +51,7 @@ def test_a_folder_with_somebody_elses_results_is_refused(tmp_path: Path) -> None
     (tmp_path / "results.json").write_text("{}")
     (tmp_path / "images").mkdir()
     with pytest.raises(InputError, match=r"results\.json, images"):
-        Store(tmp_path).check()
+        BenchmarkStore(tmp_path).check()
 
 
 def test_a_used_folder_is_refused_unless_the_user_says_what_to_do(tmp_path: Path) -> None:
@@ -60,26 +60,29 @@ def test_a_used_folder_is_refused_unless_the_user_says_what_to_do(tmp_path: Path
     opened(tmp_path, plan)  # nothing was measured: nothing to lose
     store.write_row(OK, 0, plan.identity(plan.rows[0]))
     with pytest.raises(InputError, match="holds a benchmark already") as caught:
-        Store(tmp_path).check()
+        BenchmarkStore(tmp_path).check()
     assert "--resume" in caught.value.fix
     assert "--overwrite" in caught.value.fix
     with pytest.raises(InputError, match="holds a benchmark already"):
-        Store(tmp_path).open(plan.rows, plan.workload)
+        BenchmarkStore(tmp_path).open(plan.rows, plan.workload)
     assert store.row_file("baseline", 0).exists()
-    Store(tmp_path, resume=True).check()
+    BenchmarkStore(tmp_path, resume=True).check()
     with pytest.raises(InputError, match="leave out one"):
-        Store(tmp_path, resume=True, overwrite=True).check()
+        BenchmarkStore(tmp_path, resume=True, overwrite=True).check()
     assert files_below(opened(tmp_path, plan, overwrite=True).out) == {".bench.json"}
 
 
 @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
 def test_a_folder_has_one_owner(tmp_path: Path, how: dict[str, bool]) -> None:
-    with Store(tmp_path).owned():
+    with BenchmarkStore(tmp_path).owned():
         with pytest.raises(InputError, match="another hasten process"):
-            Store(tmp_path, **how).check()
-        with pytest.raises(InputError, match="another hasten process"), Store(tmp_path).owned():
+            BenchmarkStore(tmp_path, **how).check()
+        with (
+            pytest.raises(InputError, match="another hasten process"),
+            BenchmarkStore(tmp_path).owned(),
+        ):
             pass
-    Store(tmp_path).check()
+    BenchmarkStore(tmp_path).check()
     assert files_below(tmp_path) == set()
 
 
@@ -103,7 +106,7 @@ def test_a_manifest_that_is_none_of_ours_deletes_nothing(tmp_path: Path, text: s
     (out / ".bench.json").write_text(text)
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(InputError, match=r"\.bench\.json: ") as caught:
-            Store(out, **how).check()
+            BenchmarkStore(out, **how).check()
         assert len(caught.value.faults) == 1
     assert files_below(victim) == {"000.png"}
 
@@ -133,7 +136,7 @@ def test_an_out_that_no_folder_can_have_is_refused(out: str) -> None:
 def test_an_out_that_is_a_file_is_refused(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="a file, not a folder"):
-        Store(tmp_path / "file" / below).check()
+        BenchmarkStore(tmp_path / "file" / below).check()
 
 
 def test_a_written_row_comes_back(tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_a_mismatch_names_what_differs(tmp_path: Path) -> None:
     store.write_row(OK, 0, plan.identity(plan.rows[0]))
     other = make_plan([], steps=7, size="64x64", seed=3, references=("baseline",))
     newer = other.environment.model_copy(update={"torch": "3", "date": "later"})
-    other = Plan(other.workload, newer, "cpu", other.rows, other.references)
+    other = BenchmarkPlan(other.workload, newer, "cpu", other.rows, other.references)
     with pytest.raises(InputError) as caught:
         store.finished_row(other.rows[0], 0, other.identity(other.rows[0]))
     differences = [fault.split("cannot resume: ")[1] for fault in caught.value.faults]
@@ -196,7 +199,7 @@ def test_a_changed_recipe_is_a_mismatch(tmp_path: Path) -> None:
         store.finished_row(now.rows[1], 0, now.identity(now.rows[1]))
 
 
-def with_pictures(store: Store, plan: Plan) -> Outcome:
+def with_pictures(store: BenchmarkStore, plan: BenchmarkPlan) -> Outcome:
     """A finished baseline with two pictures and their unrounded twins."""
     names = tuple(f"images/baseline/{number:03d}.png" for number in range(2))
     floats = [f".work/baseline/{number:03d}.safetensors" for number in range(2)]

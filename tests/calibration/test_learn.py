@@ -12,7 +12,7 @@ from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline
 from PIL import Image
 
 import hasten
-from hasten.calibration.learn import Request, request_of
+from hasten.calibration.learn import SamplingRequest, request_of
 from hasten.errors import InputError, ModelError
 from hasten.prompts import prompt_hash
 from hasten.recipe import ScheduleCache
@@ -28,7 +28,7 @@ def image() -> Image.Image:
     return Image.fromarray(ramp.view(32, 32, 3).numpy())
 
 
-def as_a_user(request: Request, call: Any) -> torch.Tensor:
+def as_a_user(request: SamplingRequest, call: Any) -> torch.Tensor:
     """The held-back prompt through the public interface."""
     last = len(request.prompts) - 1
     noise = [torch.Generator().manual_seed(request.seed + last)]

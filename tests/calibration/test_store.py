@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.calibration.store import Fitted, Store, opened, remove_store
+from hasten.calibration.store import CalibrationStore, Fitted, opened, remove_store
 from hasten.errors import InputError
 from hasten.folder_lock import FolderLock
 from tests.engines.tensorrt.test_store import files_up_to
@@ -39,7 +39,7 @@ def recording(number: int) -> dict[str, Tensor]:
 def folder(tmp_path: Path) -> Path:
     """A calibration that was interrupted after two recordings and three trials."""
     folder = tmp_path / "schedule.toml.partial"
-    store = Store(folder, KEY)
+    store = CalibrationStore(folder, KEY)
     for number in range(2):
         store.keep_recording(number, recording(number))
     for trial in TRIALS:
@@ -61,7 +61,7 @@ def whole(recorded: dict[str, Tensor] | None, number: int) -> bool:
 
 
 def test_what_was_kept_comes_back(folder: Path) -> None:
-    store = Store(folder, KEY)
+    store = CalibrationStore(folder, KEY)
     assert all(whole(store.recording(number), number) for number in range(2))
     assert store.recording(2) is None
     assert [store.trial(trial.path, trial.order) for trial in TRIALS] == TRIALS
@@ -70,20 +70,20 @@ def test_what_was_kept_comes_back(folder: Path) -> None:
 
 def test_another_key_is_another_calibration(folder: Path) -> None:
     with pytest.raises(InputError, match="another calibration: it differs in seed") as caught:
-        Store(folder, KEY | {"seed": 4})
+        CalibrationStore(folder, KEY | {"seed": 4})
     assert f"delete {folder}" in caught.value.fix
     (folder / "calibration.json").unlink()
     with pytest.raises(InputError, match=r"trials\.jsonl: it is of another calibration"):
-        Store(folder, KEY | {"seed": 4})
+        CalibrationStore(folder, KEY | {"seed": 4})
     (folder / "trials.jsonl").unlink()
     with pytest.raises(InputError, match="the checksum differs"):
-        Store(folder, KEY | {"seed": 4}).recording(0)
+        CalibrationStore(folder, KEY | {"seed": 4}).recording(0)
 
 
 def test_a_recording_is_of_its_own_batch(folder: Path) -> None:
     shutil.copy(folder / "recording-0001.safetensors", folder / "recording-0000.safetensors")
     with pytest.raises(InputError, match="recording-0000"):
-        Store(folder, KEY).recording(0)
+        CalibrationStore(folder, KEY).recording(0)
 
 
 def edit_trial(folder: Path) -> None:
@@ -122,19 +122,19 @@ def test_damage_is_named_and_its_fix_works(
 ) -> None:
     damage(folder)
     with pytest.raises(InputError) as caught:
-        Store(folder, KEY).recording(0)
+        CalibrationStore(folder, KEY).recording(0)
     (fault,) = caught.value.faults
     assert fault.startswith(f"{folder / name}: ")
     assert caught.value.fix.startswith(f"delete {folder / name}: ")
     (folder / name).unlink()
-    assert whole(Store(folder, KEY).recording(1), 1)
+    assert whole(CalibrationStore(folder, KEY).recording(1), 1)
 
 
 def test_a_line_that_was_cut_short_is_dropped(folder: Path) -> None:
     path = folder / "trials.jsonl"
     kept = path.read_bytes()
     path.write_bytes(kept + b'{"error": 0.1, "pa')
-    store = Store(folder, KEY)
+    store = CalibrationStore(folder, KEY)
     assert path.read_bytes() == kept
     assert store.trial(TRIALS[2].path, 2) == TRIALS[2]
 
@@ -167,21 +167,21 @@ def test_files_of_others_are_left(folder: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(folder: Path) -> None:
-    store = Store(folder, KEY)
+    store = CalibrationStore(folder, KEY)
     another = Fitted(0.75, (0, 1, 2), 1, ((1.0,),) * 3)
     with files_up_to((folder / "trials.jsonl").stat().st_size + 10):
         with pytest.raises(InputError, match="cannot be used"):
             store.keep_recording(2, {"velocities": torch.zeros(1000)})
         with pytest.raises(InputError, match=r"trials\.jsonl: cannot be used: File too large"):
             store.keep_trial(another)
-    again = Store(folder, KEY)
+    again = CalibrationStore(folder, KEY)
     assert again.recording(2) is None
     assert again.trial(another.path, 1) is None
     assert again.trial(TRIALS[2].path, 2) == TRIALS[2]
 
 
 def test_a_folder_that_vanishes_is_one_line(folder: Path) -> None:
-    store = Store(folder, KEY)
+    store = CalibrationStore(folder, KEY)
     shutil.rmtree(folder)
     with pytest.raises(InputError, match="cannot be used: No such file"):
         store.keep_recording(2, recording(2))
@@ -280,7 +280,7 @@ def test_nothing_is_taken_over_that_was_not_written(
     for _ in range(tries):
         path.write_bytes(change(original, chance))
         try:
-            store = Store(folder, KEY)
+            store = CalibrationStore(folder, KEY)
             recorded = store.recording(0)
         except InputError as error:
             faults += error.faults

@@ -15,7 +15,7 @@ from hasten.errors import CallError
 from hasten.families import family_of
 from hasten.passes.cache.layer import cache_steps
 from hasten.passes.cache.plan import Planner
-from hasten.passes.cache.policy_planned import Planned
+from hasten.passes.cache.policy_planned import PlannedPolicy
 from hasten.passes.engine import run_on_engine
 from hasten.passes.offload import offload_modulations
 from hasten.recipe import IntervalCache
@@ -83,7 +83,7 @@ def test_the_latents_are_the_plain_pipelines(
 def test_skipped_steps_never_enter_the_engine(pipe: Any, call: Call) -> None:
     body, _ = on_engine(pipe)
     chain = pipe.transformer.forward
-    cache_steps(chain, Planned(Planner(IntervalCache(interval=3), None)))
+    cache_steps(chain, PlannedPolicy(Planner(IntervalCache(interval=3), None)))
     call(pipe, num_inference_steps=9)
     assert 0 < body.calls < 9
 

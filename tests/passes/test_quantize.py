@@ -20,7 +20,7 @@ from hasten.machine import machine
 from hasten.passes.quantize import quantize_linears
 from hasten.quality import lpips, psnr
 from hasten.quantization.linear import EmulatedLinear, Fp8Linear, Int8Linear, WeightOnlyLinear
-from hasten.quantization.plan import make_plan
+from hasten.quantization.plan import plan_linears
 from hasten.recipe import Quantize, Recipe
 from tests.quantization.conftest import draw, tiny  # noqa: F401  (fixtures)
 
@@ -107,7 +107,7 @@ def test_originals_are_freed_as_they_are_replaced(
 ) -> None:
     """At no moment are more than one original weight and its codes alive together."""
     linears = FLUX1.quantizable(pipe.transformer)
-    plan = make_plan(pipe.transformer, linears, Quantize())
+    plan = plan_linears(pipe.transformer, linears, Quantize())
     alive = [weakref.ref(linear.weight) for _, linear in linears]
     del linears
     seen: list[int] = []

@@ -25,7 +25,7 @@ from hasten.machine import machine
 from hasten.models import load_pipeline
 from hasten.passes.text import weights
 from hasten.passes.text.embeddings import CachedEncoder, cache_off
-from hasten.passes.text.store import Store
+from hasten.passes.text.store import EmbeddingStore
 from hasten.passes.text.weights import FeedForwardOutput, store_in_eight_bits
 from hasten.quantization.linear import WeightOnlyLinear
 from hasten.recipe import Recipe
@@ -74,7 +74,7 @@ def t5(pipe: Any) -> Any:
 
 
 def cached(encoder: nn.Module, limit: int = 2**20) -> CachedEncoder:
-    return CachedEncoder(encoder, "encoder", Store(limit))
+    return CachedEncoder(encoder, "encoder", EmbeddingStore(limit))
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def test_encoders_are_not_timed_from_the_cache(
     def get(*_: Any) -> None:
         raise AssertionError("the cache was asked")
 
-    monkeypatch.setattr(Store, "get", get)
+    monkeypatch.setattr(EmbeddingStore, "get", get)
     row = measure(job_for(tmp_path, CACHED), small_engine, quiet).row
     assert "cache of prompt embeddings off while timing" in row.notes
     other = measure(job_for(tmp_path, Recipe()), small_engine, quiet).row
@@ -477,7 +477,7 @@ def test_the_cache_stays_within_its_bytes(t5: Any) -> None:
 )
 def test_the_store_is_a_bounded_lru(limit: int, operations: list[tuple[bool, int, int]]) -> None:
     """Against a plain model: keys in order of use, dropped from the front until all fit."""
-    store, model = Store(limit), OrderedDict[int, int]()
+    store, model = EmbeddingStore(limit), OrderedDict[int, int]()
     for reading, key, size in operations:
         if reading:
             assert store.get(key) == (f"{key}/{model[key]}" if key in model else None)

@@ -10,7 +10,7 @@ from torch import nn
 
 from hasten.errors import UnsupportedError
 from hasten.families.flux1 import FLUX1
-from hasten.quantization.plan import Linears, Plan, make_plan, plan_problems
+from hasten.quantization.plan import LinearPlan, Linears, plan_linears, plan_problems
 from hasten.recipe import Quantize
 
 
@@ -18,8 +18,8 @@ def linears_of(pipe: Any) -> Linears:
     return FLUX1.quantizable(pipe.transformer)
 
 
-def plan(pipe: Any, **recipe: Any) -> Plan:
-    return make_plan(pipe.transformer, linears_of(pipe), Quantize(**recipe))
+def plan(pipe: Any, **recipe: Any) -> LinearPlan:
+    return plan_linears(pipe.transformer, linears_of(pipe), Quantize(**recipe))
 
 
 def refused(pipe: Any, **recipe: Any) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import hasten
 from hasten.errors import RecipeError, UnsupportedError
 from hasten.families.flux1 import FLUX1
 from hasten.quantization.linear import EmulatedLinear, Fp8Linear, QuantizedLinear, quantized
-from hasten.quantization.plan import make_plan, plan_problems
+from hasten.quantization.plan import plan_linears, plan_problems
 from hasten.quantization.projection import same_kind
 from hasten.quantization.report import layer_errors
 from hasten.recipe import Quantize, Recipe
@@ -180,7 +180,7 @@ def test_missing_and_unknown_linears_are_one_error_before_anything_changes(pipe:
         hasten.optimize(pipe, Recipe(quantize=wrong))
     assert dict(pipe.transformer.named_modules()) == before
     skipping = whole.model_copy(update={"amax": amax, "skip": (first, second)})
-    assert len(make_plan(pipe.transformer, linears, skipping).names) == len(linears) - 2
+    assert len(plan_linears(pipe.transformer, linears, skipping).names) == len(linears) - 2
     skipping = whole.model_copy(update={"skip": (first,)})
     assert plan_problems(pipe.transformer, linears, skipping) == [], "left over, and no fault"
 

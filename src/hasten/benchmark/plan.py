@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hasten.benchmark.environment import look_in_process
 from hasten.benchmark.rows import PlannedRow, joined_by_rivals, plan_rows, rotated
-from hasten.benchmark.store import Identity, Store
+from hasten.benchmark.store import BenchmarkStore, Identity
 from hasten.errors import Faults
 from hasten.models.defaults import ModelDefaults
 from hasten.prompts import read_prompts
@@ -23,7 +23,7 @@ from hasten.settings import (
     whole_number,
 )
 
-__all__ = ["Options", "Plan", "Turn", "make_plan", "resolve_workload", "settings_of"]
+__all__ = ["BenchmarkPlan", "Options", "Turn", "plan_benchmark", "resolve_workload", "settings_of"]
 
 DEFAULT_LIMIT = 50
 
@@ -55,7 +55,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """The workload, where it runs (`device` is resolved), and the rows in the table's order.
 
     `force` lets rows use schedules learned on another model.
@@ -76,7 +76,7 @@ class Plan:
             for row in rotated(self.rows, number)
         ]
 
-    def joined_by_rivals(self, measured: Mapping[str, float]) -> Plan:
+    def joined_by_rivals(self, measured: Mapping[str, float]) -> BenchmarkPlan:
         """The plan once more is known: `measured` has the mean number of steps that rows computed
         in their first round."""
         return replace(self, rows=joined_by_rivals(self.rows, self.workload.steps, measured))
@@ -86,12 +86,12 @@ class Plan:
         return Identity.of(self.workload, self.environment, self.references, row)
 
 
-def make_plan(
+def plan_benchmark(
     options: Options,
     recipes: Sequence[str | Path | Recipe],
     references: Sequence[str],
-    store: Store,
-) -> Plan:
+    store: BenchmarkStore,
+) -> BenchmarkPlan:
     """Look at all of the input, and raise everything that is wrong with it at once."""
     faults = Faults()
     workload = resolve_workload(options, faults)
@@ -110,7 +110,9 @@ def make_plan(
         faults.add(here.fault, here.fix)
     faults.raise_any()
     workload = workload.model_copy(update={"dtype": here.dtype})
-    return Plan(workload, here.environment, here.device, rows, all_references, options.force)
+    return BenchmarkPlan(
+        workload, here.environment, here.device, rows, all_references, options.force
+    )
 
 
 def resolve_workload(options: Options, faults: Faults) -> Workload:

@@ -23,16 +23,16 @@ from hasten.models import has_random_weights, load_pipeline
 from hasten.models.fingerprint import fingerprint
 from hasten.recipe import BudgetCache, Recipe, ScheduleCache
 from hasten.results import Prompt
-from hasten.schedules import nearest
+from hasten.schedules import nearest_schedule
 from hasten.settings import Settings
 
-__all__ = ["Engine", "denoise_seconds", "load", "render", "render_all", "weights_of"]
+__all__ = ["Subject", "denoise_seconds", "load", "render", "render_all", "weights_of"]
 
 DENOISE_RUNS = 3
 DENOISE_SECONDS = 5.0  # once these are spent, a slow model is not run again
 
 
-class Engine(NamedTuple):
+class Subject(NamedTuple):
     """What a row measures.
 
     Attributes:
@@ -50,14 +50,14 @@ class Engine(NamedTuple):
     learned_on: tuple[str, ...] | None = None
 
 
-def load(job: Job) -> Engine:
+def load(job: Job) -> Subject:
     """Load the job's model and apply its recipe."""
     pipe = load_pipeline(job.workload.model, device=job.device, dtype=job.workload.dtype)
     recipe = Recipe.from_toml(job.toml, source=job.row)
     weights = weights_of(pipe)
     learned_on = _learned_on(recipe, pipe, settings_of(recipe, job.workload).steps)
     fast = optimize(pipe, recipe, force=job.force)
-    return Engine(pipe, fast, has_random_weights(pipe), weights, learned_on)
+    return Subject(pipe, fast, has_random_weights(pipe), weights, learned_on)
 
 
 def weights_of(pipe: Any) -> str | None:
@@ -88,7 +88,7 @@ class _Parameters(NamedTuple):
 def _learned_on(recipe: Recipe, pipe: Any, steps: int) -> tuple[str, ...] | None:
     cache = recipe.cache
     if isinstance(cache, BudgetCache):
-        cache = nearest(fingerprint(pipe.transformer), min(cache.budget, steps), steps)
+        cache = nearest_schedule(fingerprint(pipe.transformer), min(cache.budget, steps), steps)
     if not isinstance(cache, ScheduleCache) or cache.fingerprint is None:
         return None
     return cache.prompts or ()

@@ -13,9 +13,9 @@ from typing import Any
 from hasten import errors
 from hasten.atomic import write_text
 from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome
-from hasten.benchmark.plan import Options, Plan, Turn, make_plan
+from hasten.benchmark.plan import BenchmarkPlan, Options, Turn, plan_benchmark
 from hasten.benchmark.rows import DEFAULT_RECIPES
-from hasten.benchmark.store import Store, absolute
+from hasten.benchmark.store import BenchmarkStore, absolute
 from hasten.errors import Faults, HastenError
 from hasten.log import logger
 from hasten.process import how_it_ended, run_module
@@ -84,12 +84,16 @@ def bench(
     """
     given = locals()
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
-    store = Store(absolute(out), resume=resume, overwrite=overwrite)
-    return run_plan(make_plan(options, recipes, references, store), store, progress=progress)
+    store = BenchmarkStore(absolute(out), resume=resume, overwrite=overwrite)
+    return run_plan(plan_benchmark(options, recipes, references, store), store, progress=progress)
 
 
 def run_plan(
-    plan: Plan, store: Store, *, progress: Progress | None = None, engine: str = HASTEN_ENGINE
+    plan: BenchmarkPlan,
+    store: BenchmarkStore,
+    *,
+    progress: Progress | None = None,
+    engine: str = HASTEN_ENGINE,
 ) -> Results:
     """Run the rows that are not there yet; write results after each row and a report at the end.
 
@@ -123,7 +127,7 @@ def run_plan(
         return _write(plan, store, done)
 
 
-def _finished(plan: Plan, store: Store) -> Done:
+def _finished(plan: BenchmarkPlan, store: BenchmarkStore) -> Done:
     """Rows measured before. If anything is left to do, references whose pictures are gone are
     measured again to score it, and the last baseline, because it has to come after it."""
     done = {}
@@ -157,7 +161,7 @@ def _steps_computed(done: Done) -> dict[str, float]:
     }
 
 
-def _job(plan: Plan, store: Store, turn: Turn, done: Done, engine: str) -> Job:
+def _job(plan: BenchmarkPlan, store: BenchmarkStore, turn: Turn, done: Done, engine: str) -> Job:
     """What the row's process gets. Only the first round has pictures and is scored."""
     name = turn.row.name
     references = {}
@@ -183,7 +187,9 @@ def _job(plan: Plan, store: Store, turn: Turn, done: Done, engine: str) -> Job:
     )
 
 
-def _run_row(job: Job, turn: Turn, store: Store, show: Callable[[dict[str, Any]], None]) -> Outcome:
+def _run_row(
+    job: Job, turn: Turn, store: BenchmarkStore, show: Callable[[dict[str, Any]], None]
+) -> Outcome:
     """Run the job in a new process; a process that dies makes a failed row too.
 
     Raises what its process refused to work with, if no other row could do better: the model, the
@@ -212,7 +218,7 @@ def _run_row(job: Job, turn: Turn, store: Store, show: Callable[[dict[str, Any]]
     return outcome.model_copy(update={"row": row})
 
 
-def _results(plan: Plan, done: Done) -> Results:
+def _results(plan: BenchmarkPlan, done: Done) -> Results:
     """The results so far: every row of which at least one round is done."""
     rounds = range(plan.workload.rounds)
     rows = []
@@ -262,7 +268,7 @@ def _in_round(turn: int, reason: str | None) -> str | None:
     return f"round {turn + 1}: {reason}" if turn else reason
 
 
-def _write(plan: Plan, store: Store, done: Done) -> Results:
+def _write(plan: BenchmarkPlan, store: BenchmarkStore, done: Done) -> Results:
     from hasten.report import write_report  # matplotlib takes its time
 
     results = _results(plan, done)

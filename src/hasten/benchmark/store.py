@@ -33,7 +33,7 @@ from hasten.results import Environment, Workload
 from hasten.sealed import DamagedError, seal, unseal
 from hasten.user_files import expand_user
 
-__all__ = ["Identity", "Store", "absolute"]
+__all__ = ["BenchmarkStore", "Identity", "absolute"]
 
 MANIFEST = ".bench.json"
 REPORT = ("results.json", "table.md", "speedup.png", "report.html")
@@ -118,7 +118,7 @@ class _Manifest(BaseModel):
 
 
 @dataclass(frozen=True)
-class Store:
+class BenchmarkStore:
     """The output folder; nothing is touched before `open`.
 
     Without `resume` (keep its finished rows) and `overwrite` (replace them), a folder that holds a

@@ -15,7 +15,7 @@ from hasten.errors import InputError, ModelError
 from hasten.families import family_of
 from hasten.kernels.quantize import TINY
 from hasten.models.fingerprint import fingerprint
-from hasten.quantization.plan import Linears, make_plan
+from hasten.quantization.plan import Linears, plan_linears
 from hasten.quantization.report import watched
 from hasten.recipe import Recipe, resolve
 
@@ -66,7 +66,7 @@ def calibrate_activations(
     request = request_of(pipe, prompts, steps, seed, batch, arguments)
     transformer = request.pipe.transformer
     linears = family_of(request.pipe).quantizable(transformer)
-    names = set(make_plan(transformer, linears, quantize).names)
+    names = set(plan_linears(transformer, linears, quantize).names)
 
     def run() -> None:
         for ids in request.batches(range(len(prompts))):

@@ -26,7 +26,7 @@ from hasten.calibration.search import (
     neighbours,
     path_cost,
 )
-from hasten.calibration.store import Fitted, Store, opened
+from hasten.calibration.store import CalibrationStore, Fitted, opened
 from hasten.calibration.trajectories import Trajectories, record
 from hasten.check import refuse_optimized
 from hasten.errors import InputError
@@ -37,7 +37,7 @@ from hasten.prompts import prompt_hash
 from hasten.recipe import Cache, IntervalCache, Recipe, ScheduleCache
 from hasten.settings import Settings
 
-__all__ = ["Calibration", "Request", "calibrate", "request_of", "search_plan"]
+__all__ = ["Calibration", "SamplingRequest", "calibrate", "request_of", "search_plan"]
 
 ORDERS = (1, 2, 3, 4)  # how many computed velocities a gap combines
 POWERS = (1.0, 2.0)  # of a gap's error in the searched cost: each gives a path to start from
@@ -72,7 +72,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Request:
+class SamplingRequest:
     """A pipeline and how to sample it: prompt i gets the noise of seed + i.
 
     arguments: of the pipeline's call, with `num_inference_steps`, `height` and `width`.
@@ -222,7 +222,7 @@ def calibrate(
 
 
 def _full_runs(
-    request: Request, learned: range, held: range, store: Store, show: Progress
+    request: SamplingRequest, learned: range, held: range, store: CalibrationStore, show: Progress
 ) -> tuple[Trajectories, Trajectories]:
     """Recordings of the prompts to learn from, and of those to check on."""
     every = record(
@@ -235,7 +235,7 @@ def _full_runs(
     return every.of(slice(0, held.start)), every.of(slice(held.start, None))
 
 
-def _schedule(request: Request, full: Trajectories, best: Fitted) -> ScheduleCache:
+def _schedule(request: SamplingRequest, full: Trajectories, best: Fitted) -> ScheduleCache:
     return ScheduleCache(
         steps=full.steps,
         compute=best.path,
@@ -247,7 +247,7 @@ def _schedule(request: Request, full: Trajectories, best: Fitted) -> ScheduleCac
 
 
 def _checked(
-    request: Request,
+    request: SamplingRequest,
     schedule: ScheduleCache,
     objective: ObjectiveName,
     full: Trajectories,
@@ -272,12 +272,12 @@ def _checked(
 
 
 def search_plan(
-    request: Request,
+    request: SamplingRequest,
     full: Trajectories,
     budget: int,
     objective: Objective,
     climb: int,
-    store: Store,
+    store: CalibrationStore,
     show: Progress,
 ) -> Fitted:
     """Search on inner products, then climb from there by what a plan really gives when it runs."""
@@ -323,7 +323,11 @@ def _untried(
 
 
 def _closed_loop(
-    request: Request, full: Trajectories, objective: Objective, path: tuple[int, ...], order: int
+    request: SamplingRequest,
+    full: Trajectories,
+    objective: Objective,
+    path: tuple[int, ...],
+    order: int,
 ) -> Fitted:
     bare = ScheduleCache(steps=full.steps, compute=path, predictor="reuse")
     fast = optimize(request.pipe, Recipe(cache=bare))
@@ -343,7 +347,7 @@ def _closed_loop(
 
 
 def _held_back(
-    request: Request, cache: Cache, judges: tuple[Objective, Objective], ids: range
+    request: SamplingRequest, cache: Cache, judges: tuple[Objective, Objective], ids: range
 ) -> tuple[float, float]:
     """What both say of the final latents of these prompts, sampled as a user would."""
     fast: OptimizedPipeline = optimize(request.pipe, Recipe(cache=cache))
@@ -356,7 +360,7 @@ def _held_back(
 
 def request_of(
     pipe: Any, prompts: Sequence[str], steps: int, seed: int, batch: int, arguments: dict[str, Any]
-) -> Request:
+) -> SamplingRequest:
     """The plain pipeline with the arguments that a call of it would have.
 
     Raises:
@@ -370,7 +374,7 @@ def request_of(
     side = plain.default_sample_size * plain.vae_scale_factor
     size = {"height": side, "width": side}
     call = {**size, **defaults, **arguments, "num_inference_steps": steps}
-    return Request(plain, prompts, seed, batch, call)
+    return SamplingRequest(plain, prompts, seed, batch, call)
 
 
 def _interval_of(budget: int, steps: int) -> IntervalCache:

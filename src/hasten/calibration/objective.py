@@ -12,7 +12,7 @@ from hasten.errors import UnsupportedError
 from hasten.families import family_of
 from hasten.quality import lpips
 
-__all__ = ["Objective", "ObjectiveName", "decode", "picture_distance", "relative_error"]
+__all__ = ["Objective", "ObjectiveName", "decode_pictures", "picture_distance", "relative_error"]
 
 ObjectiveName = Literal["latent", "lpips"]
 Objective = Callable[[Tensor], float]  # of P final latents, P×D
@@ -30,16 +30,16 @@ def relative_error(reference: Tensor) -> Objective:
 
 def picture_distance(pipe: Any, reference: Tensor, height: int, width: int) -> Objective:
     """Mean LPIPS between the pictures of final latents and of `reference`, both P×D."""
-    wanted = decode(pipe, reference, height, width)
+    wanted = decode_pictures(pipe, reference, height, width)
 
     def distance(latents: Tensor) -> float:
-        return float(lpips(decode(pipe, latents, height, width), wanted).mean())
+        return float(lpips(decode_pictures(pipe, latents, height, width), wanted).mean())
 
     return distance
 
 
 @torch.no_grad()
-def decode(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+def decode_pictures(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """Pictures, P×3×H×W in [0, 1], float32, on the pipeline's device; latents are P×D.
 
     Raises:

@@ -26,7 +26,7 @@ from hasten.folder_lock import FolderLock
 from hasten.passes.cache.predict import Weights
 from hasten.sealed import DamagedError, seal, unseal
 
-__all__ = ["Fitted", "Store", "opened", "remove_store"]
+__all__ = ["CalibrationStore", "Fitted", "opened", "remove_store"]
 
 KEY = "calibration.json"
 TRIALS = "trials.jsonl"
@@ -43,7 +43,7 @@ class Fitted(NamedTuple):
     weights: tuple[Weights, ...]
 
 
-class Store:
+class CalibrationStore:
     """Recordings and trials by what they are of. Without a folder, it only remembers trials."""
 
     def __init__(self, folder: Path | None = None, key: dict[str, Any] | None = None) -> None:
@@ -160,19 +160,19 @@ class Store:
 
 
 @contextmanager
-def opened(folder: Path | None, key: dict[str, Any]) -> Iterator[Store]:
+def opened(folder: Path | None, key: dict[str, Any]) -> Iterator[CalibrationStore]:
     """The store in a folder, which no other process can open meanwhile.
 
     Raises:
-        InputError: Another process uses the folder, or as `Store` raises.
+        InputError: Another process uses the folder, or as `CalibrationStore` raises.
     """
     if folder is None:
-        yield Store()
+        yield CalibrationStore()
         return
     with _usable(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder):
-        yield Store(folder, key)
+        yield CalibrationStore(folder, key)
 
 
 def remove_store(folder: Path) -> None:

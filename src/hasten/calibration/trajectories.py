@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.calibration.store import Store
+from hasten.calibration.store import CalibrationStore
 from hasten.errors import ModelError
 
 __all__ = ["Trajectories", "at_scheduler_step", "record"]
@@ -73,7 +73,7 @@ def record(
     pipe: Any,
     batches: Sequence[Sequence[int]],
     progress: Callable[[int, int], None],
-    store: Store | None = None,
+    store: CalibrationStore | None = None,
 ) -> Trajectories:
     """Record full runs in batches, each step's velocity as the scheduler saw it.
 
@@ -88,7 +88,7 @@ def record(
         ModelError: A velocity or a latent is not finite.
         InputError: The store is damaged or cannot be written.
     """
-    store = store or Store()
+    store = store or CalibrationStore()
     parts: list[dict[str, Tensor]] = []
     done, count = 0, sum(map(len, batches))
     for number, ids in enumerate(batches):

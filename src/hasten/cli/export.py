@@ -99,7 +99,7 @@ def tensorrt(
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """All options, checked."""
 
     called: CallOptions
@@ -116,7 +116,7 @@ def _request(
     prompts: str | None,
     limit: int,
     faults: Faults,
-) -> Request:
+) -> ExportRequest:
     """Check all of the input; raises everything that is wrong with it at once, with `faults`."""
     from hasten.engines.tensorrt.preflight import check_request
     from hasten.machine import machine
@@ -134,18 +134,18 @@ def _request(
             machine().usable_device(called.device)
     check_request(wanted, out, faults)
     faults.raise_any()
-    return Request(called, settings, wanted, tuple(texts), out)
+    return ExportRequest(called, settings, wanted, tuple(texts), out)
 
 
-def _before(request: Request, key: str | None) -> Manifest | None:
+def _before(request: ExportRequest, key: str | None) -> Manifest | None:
     """What this very request wrote earlier, if it is still there and whole. Loads no torch."""
     from hasten.engines.tensorrt.folder import finished
-    from hasten.engines.tensorrt.store import Store
+    from hasten.engines.tensorrt.store import StageStore
 
-    return None if key is None else finished(Store(tell=_tell), key, request.out)
+    return None if key is None else finished(StageStore(tell=_tell), key, request.out)
 
 
-def _exported(request: Request, key: str | None) -> Manifest:
+def _exported(request: ExportRequest, key: str | None) -> Manifest:
     """key: before anything was loaded. What it led to is remembered where the model's files have
     not changed since; None becomes a key where loading has fetched them."""
     from hasten.cli.terminal import ProgressBar, silence_library_bars
@@ -155,7 +155,7 @@ def _exported(request: Request, key: str | None) -> Manifest:
         silence_library_bars()
         from hasten.engines.tensorrt.folder import remember
         from hasten.engines.tensorrt.stages import export_tensorrt
-        from hasten.engines.tensorrt.store import Store
+        from hasten.engines.tensorrt.store import StageStore
         from hasten.models import load_pipeline
 
         called, wanted = request.called, request.wanted
@@ -177,11 +177,11 @@ def _exported(request: Request, key: str | None) -> Manifest:
             show=progress.stage,
         )
     if key is not None and key == _key(request):
-        remember(Store(), key, request.out, manifest)
+        remember(StageStore(), key, request.out, manifest)
     return manifest
 
 
-def _key(request: Request) -> str | None:
+def _key(request: ExportRequest) -> str | None:
     """Of the request and the model's files by size and time; None where there are none to see."""
     from hasten.engines.tensorrt.keys import request_key
     from hasten.models.defaults import cached_snapshot, model_directory

@@ -102,12 +102,12 @@ def _measure(
 
         from hasten import load_pipeline
         from hasten.families import family_of
-        from hasten.quantization.plan import make_plan
+        from hasten.quantization.plan import plan_linears
         from hasten.quantization.report import layer_errors, worth_skipping
 
         pipe = load_pipeline(model, device=device, dtype=dtype)
         linears = family_of(pipe).quantizable(pipe.transformer)
-        names = set(make_plan(pipe.transformer, linears, quantize).names)
+        names = set(plan_linears(pipe.transformer, linears, quantize).names)
         progress.stage("steps", total=STEPS)
 
         def at_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:

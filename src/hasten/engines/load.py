@@ -18,7 +18,7 @@ from hasten.engines.tensorrt.keys import STAGES, content_key, weights_digest
 from hasten.engines.tensorrt.manifest import Manifest, Shapes
 from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.engines.tensorrt.step import INPUTS, graph_sizes
-from hasten.engines.tensorrt.store import Store
+from hasten.engines.tensorrt.store import StageStore
 from hasten.errors import EngineError, InputError
 from hasten.families import family_of
 from hasten.recipe import Engine, Sampling, parse_size
@@ -142,7 +142,7 @@ def _driver(
         return {}
 
     key = content_key({"graph": files, "stages": STAGES})
-    return OnnxRuntime(Store(tell=tell).stage("twin", key, make).folder / GRAPH)
+    return OnnxRuntime(StageStore(tell=tell).stage("twin", key, make).folder / GRAPH)
 
 
 def read_export(recipe: Engine, target: str | None) -> Manifest:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hasten.recipe import Decoder
 from hasten.step.applied import Applied, replace_attribute
-from hasten.step.protocols import Part
+from hasten.step.protocols import Component
 
 __all__ = [
     "AUTO_PIXELS",
@@ -31,7 +31,7 @@ AUTO_PIXELS = 2048 * 2048
 MOST_COMPILATIONS = 4
 
 
-def improve_decoder(vae: Part | None, recipe: Decoder) -> Iterator[Applied]:
+def improve_decoder(vae: Component | None, recipe: Decoder) -> Iterator[Applied]:
     """Apply a recipe's `[decoder]`, yielding each part as it is done."""
     if vae is None:  # `check` has refused a [decoder] without one
         return
@@ -43,7 +43,7 @@ def improve_decoder(vae: Part | None, recipe: Decoder) -> Iterator[Applied]:
         yield tile(vae, recipe.tiling)
 
 
-def lay_out_channels_last(vae: Part) -> Applied:
+def lay_out_channels_last(vae: Component) -> Applied:
     """Store the kernels of all convolutions with the channels last; activations follow them.
 
     The modules get new parameters, so a pipeline that shares the old ones keeps its layout.
@@ -128,7 +128,7 @@ class BoundedCompilation:
         return f"{spent}; sizes that fit none of them run uncompiled" if full else spent
 
 
-def compile_decoder(vae: Part) -> Applied:
+def compile_decoder(vae: Component) -> Applied:
     """Compile the decoder in place (lazily: at its first call); the encoder is left alone."""
     decoder = vae.decoder
     compiled = BoundedCompilation(decoder)
@@ -142,7 +142,7 @@ def compile_decoder(vae: Part) -> Applied:
     )
 
 
-def tile(vae: Part, mode: Literal["auto", "on"]) -> Applied:
+def tile(vae: Component, mode: Literal["auto", "on"]) -> Applied:
     """Decode large pictures in overlapping tiles: memory for one of them, and faint seams.
 
     "on": any picture larger than one tile, in decoding and encoding. "auto": only decoding, and
@@ -151,7 +151,7 @@ def tile(vae: Part, mode: Literal["auto", "on"]) -> Applied:
     return _tile_large_ones(vae) if mode == "auto" else _tile_always(vae)
 
 
-def _tile_always(vae: Part) -> Applied:
+def _tile_always(vae: Component) -> Applied:
     before = vae.use_tiling
     vae.enable_tiling()
     side = getattr(vae, "tile_sample_min_size", None)
@@ -166,7 +166,7 @@ def _tile_always(vae: Part) -> Applied:
 class TiledDecode:
     """In the place of a VAE's `decode`: pictures of more than `AUTO_PIXELS` in tiles."""
 
-    def __init__(self, vae: Part, pixels_per_latent: int) -> None:
+    def __init__(self, vae: Component, pixels_per_latent: int) -> None:
         self.vae, self.pixels_per_latent = vae, pixels_per_latent
         self.decode: Callable[..., Any] = vae.decode
         self.tiled = 0
@@ -187,7 +187,7 @@ class TiledDecode:
         return f"{self.tiled} so far" if self.tiled else ""
 
 
-def _tile_large_ones(vae: Part) -> Applied:
+def _tile_large_ones(vae: Component) -> Applied:
     tiled = TiledDecode(vae, pixels_per_latent(vae))
     return Applied(
         name="decoder",
@@ -198,7 +198,7 @@ def _tile_large_ones(vae: Part) -> Applied:
     )
 
 
-def pixels_per_latent(vae: Part) -> int:
+def pixels_per_latent(vae: Component) -> int:
     """Pixels of a picture for one latent position, however this VAE says so."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
     if ratio is None and "block_out_channels" in vae.config:

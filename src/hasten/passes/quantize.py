@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hasten.errors import ModelError
 from hasten.quantization.linear import QuantizedLinear, quantized
-from hasten.quantization.plan import Linears, Plan
+from hasten.quantization.plan import LinearPlan, Linears
 from hasten.recipe import Quantize
 from hasten.step.applied import Applied, refuse_as_weights
 from hasten.step.protocols import Transformer
@@ -20,7 +20,7 @@ __all__ = ["quantize_linears"]
 
 
 def quantize_linears(
-    transformer: Transformer, plan: Plan, recipe: Quantize, notes: tuple[str, ...] = ()
+    transformer: Transformer, plan: LinearPlan, recipe: Quantize, notes: tuple[str, ...] = ()
 ) -> Applied:
     """Replace linears in their parents. Takes the memory of one more layer at first, then less.
 

@@ -20,7 +20,14 @@ from hasten.errors import Problem, unsupported
 from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Quantize
 
-__all__ = ["PLAIN_DTYPES", "Linears", "Plan", "make_plan", "plan_problems", "special_weight"]
+__all__ = [
+    "PLAIN_DTYPES",
+    "LinearPlan",
+    "Linears",
+    "plan_linears",
+    "plan_problems",
+    "special_weight",
+]
 
 Linears = Sequence[tuple[str, nn.Linear]]
 """Linears of a transformer by their names in it."""
@@ -31,14 +38,14 @@ OUTSIDE = "outside the repeated blocks: few weights, and all of the picture pass
 
 
 @dataclass(frozen=True)
-class Plan:
+class LinearPlan:
     """Names of the linears to quantise, in the order given; what is left alone and why."""
 
     names: tuple[str, ...]
     left_alone: tuple[tuple[str, str], ...]
 
 
-def make_plan(transformer: nn.Module, linears: Linears, recipe: Quantize) -> Plan:
+def plan_linears(transformer: nn.Module, linears: Linears, recipe: Quantize) -> LinearPlan:
     """Choose among `linears`; the transformer's other linears are left alone.
 
     Raises UnsupportedError with everything that `plan_problems` finds.
@@ -46,7 +53,7 @@ def make_plan(transformer: nn.Module, linears: Linears, recipe: Quantize) -> Pla
     if found := plan_problems(transformer, linears, recipe):
         raise unsupported(found)
     skipped, misfits, chosen = _sorted_out(linears, recipe)
-    return Plan(
+    return LinearPlan(
         names=tuple(chosen),
         left_alone=(
             *((pattern, _asked(skipped, pattern)) for pattern in recipe.skip),

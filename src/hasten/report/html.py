@@ -21,7 +21,7 @@ from hasten.report.chart_rows import (
     present_kinds,
     scored_rows,
 )
-from hasten.report.pictures import Album, Picture
+from hasten.report.pictures import Album, AlbumPicture
 from hasten.results import BASELINE, BASELINE_AGAIN, Prompt, PromptQuality, Results, Row
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -43,7 +43,7 @@ class Shot:
 
     recipe: str
     kind: Kind
-    picture: Picture
+    picture: AlbumPicture
     lpips: float | None
     scores: list[tuple[str, str]]
 
@@ -168,7 +168,7 @@ def without_pictures(results: Results) -> list[str]:
     ]
 
 
-def _shot(row: Row, prompt: Prompt, picture: Picture) -> Shot:
+def _shot(row: Row, prompt: Prompt, picture: AlbumPicture) -> Shot:
     quality = row.quality_against(BASELINE)
     entries = quality.per_prompt if quality and row.recipe != BASELINE else ()
     entry = next((entry for entry in entries if entry.id == prompt.id), None)

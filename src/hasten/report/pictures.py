@@ -35,7 +35,7 @@ Key = tuple[str, int]  # recipe, place among the prompts
 
 
 @dataclass(frozen=True)
-class Picture:
+class AlbumPicture:
     """`uri` is the embedded copy, empty where the same pixels are embedded already for the same
     prompt, under the recipe `same_as`. `link` leads from the report to the file on disk."""
 
@@ -50,7 +50,7 @@ class Album:
     """The pictures by recipe and place among the prompts, and how they are embedded."""
 
     encoding: str
-    pictures: dict[Key, Picture] = field(default_factory=dict)
+    pictures: dict[Key, AlbumPicture] = field(default_factory=dict)
 
 
 def collect(results: Results, images_dir: Path, out_dir: Path) -> Album:
@@ -71,11 +71,11 @@ def collect(results: Results, images_dir: Path, out_dir: Path) -> Album:
     for key, path in paths.items():
         link = quote(Path(os.path.relpath(path, out_dir)).as_posix())
         if key in encoded:
-            pictures[key] = Picture(link, uri=_data_uri(encoded[key]))
+            pictures[key] = AlbumPicture(link, uri=_data_uri(encoded[key]))
         elif key in first:
-            pictures[key] = Picture(link, same_as=first[key])
+            pictures[key] = AlbumPicture(link, same_as=first[key])
         else:
-            pictures[key] = Picture(link, problem=f"{path.name} is missing or cannot be read")
+            pictures[key] = AlbumPicture(link, problem=f"{path.name} is missing or cannot be read")
     return Album(encoding, pictures)
 
 

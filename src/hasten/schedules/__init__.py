@@ -8,7 +8,7 @@ from importlib import resources
 
 from hasten.recipe import Recipe, ScheduleCache
 
-__all__ = ["nearest", "shipped"]
+__all__ = ["nearest_schedule", "shipped"]
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def shipped() -> tuple[ScheduleCache, ...]:
     return tuple(found)
 
 
-def nearest(fingerprint: str | None, budget: int, steps: int) -> ScheduleCache:
+def nearest_schedule(fingerprint: str | None, budget: int, steps: int) -> ScheduleCache:
     """The schedule for computing `budget` of `steps` steps: the model's own if it has any, else a
     generic one (`calibrated` is false); of several, the nearest in share and then in steps."""
     own = [s for s in shipped() if s.fingerprint is not None and s.fingerprint == fingerprint]

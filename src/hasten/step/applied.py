@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hasten.errors import UnsupportedError
-from hasten.step.protocols import Part
+from hasten.step.protocols import Component
 
 __all__ = ["Applied", "Replaced", "refuse_as_weights", "replace_attribute", "undo_all"]
 
@@ -95,7 +95,7 @@ def undo_all(applied: Sequence[Applied]) -> list[str]:
     return stuck
 
 
-def refuse_as_weights(module: Part) -> None:
+def refuse_as_weights(module: Component) -> None:
     """Have a quantised module refuse what takes its codes for weights: saving, and adapters."""
     module.save_pretrained = _refuse_to_save
     if hasattr(module, "load_lora_adapter"):

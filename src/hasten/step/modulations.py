@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hasten.step.protocols import Part
+from hasten.step.protocols import Component
 
 __all__ = ["Modulations", "RowReader", "RowReaders"]
 
@@ -57,7 +57,7 @@ class RowReader:
     tree, under its own name.
     """
 
-    def __init__(self, linear: Part, start: int) -> None:
+    def __init__(self, linear: Component, start: int) -> None:
         self.linear = linear
         self.stop = start + linear.out_features
         self.start = start
@@ -123,7 +123,7 @@ def _linear(norm: nn.Module) -> Any:
     return norm.linear
 
 
-def _on(active: Tensor, linear: Part) -> Tensor:
+def _on(active: Tensor, linear: Component) -> Tensor:
     """The linear on these rows, wherever its weights are."""
     if isinstance(linear, nn.Linear) and linear.weight.device != active.device:
         weight = linear.weight.to(active.device, non_blocking=True)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PRIVATE_NAMES", "Config", "Part", "Pipeline", "Scheduler", "Transformer"]
+__all__ = ["PRIVATE_NAMES", "Component", "Config", "Pipeline", "Scheduler", "Transformer"]
 
 PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
     "diffusers.DiffusionPipeline": ("_execution_device",),
@@ -32,7 +32,7 @@ class Config(Protocol):
     def __getattr__(self, name: str) -> Any: ...
 
 
-class Part(Protocol):
+class Component(Protocol):
     """A module, such as a block or an autoencoder, by attributes that its own class has."""
 
     def __call__(self, *args: object, **kwargs: object) -> Any: ...

@@ -21,7 +21,7 @@ from hasten.engines.tensorrt.files import (
     read_sealed,
     write_sealed,
 )
-from hasten.engines.tensorrt.store import Store
+from hasten.engines.tensorrt.store import StageStore
 from hasten.errors import InputError
 from tests.engines.tensorrt.test_store import flip_a_bit
 
@@ -171,7 +171,7 @@ def test_what_was_remembered_may_be_damaged_or_not_be_kept(root: Path, tmp_path:
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
     assert default_root() == tmp_path / "tensorrt"
-    assert Store().root == default_root()
+    assert StageStore().root == default_root()
     monkeypatch.delenv("HASTEN_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_root() == tmp_path / ".cache" / "hasten" / "tensorrt"

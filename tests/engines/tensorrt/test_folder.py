@@ -22,7 +22,7 @@ from hasten.engines.tensorrt.folder import (
     write_export,
 )
 from hasten.engines.tensorrt.manifest import MANIFEST, FileEntry, Manifest
-from hasten.engines.tensorrt.store import Store
+from hasten.engines.tensorrt.store import StageStore
 from hasten.errors import EngineError, InputError
 from tests.engines.tensorrt.mounts import with_mount
 from tests.engines.tensorrt.test_manifest import made
@@ -151,7 +151,7 @@ class Source:
         self.manifest = made(model=model, precision=precision, targets=targets, files=entries)
 
     def write(self, out: Path | None, said: list[str] | None = None) -> Path:
-        store = Store(tell=(said if said is not None else []).append)
+        store = StageStore(tell=(said if said is not None else []).append)
         written = write_export(self.manifest, self.files, out, store)
         assert written.folder is not None
         return written.folder
@@ -350,7 +350,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def test_what_a_request_led_to(out: Path, tmp_path: Path) -> None:
-    store = Store(tmp_path / "memo")
+    store = StageStore(tmp_path / "memo")
     assert finished(store, "key", out) is None
     remember(store, "key", out, Manifest.read(out))
     assert finished(store, "key", out) == Manifest.read(out)
@@ -371,7 +371,7 @@ def test_what_a_request_led_to(out: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["a file", "full"])
 def test_what_cannot_be_remembered_fails_nothing(out: Path, tmp_path: Path, fault: str) -> None:
-    store = Store(tmp_path / "memo")
+    store = StageStore(tmp_path / "memo")
     if fault == "a file":
         store.root.write_text("")
         remember(store, "key", out, Manifest.read(out))

@@ -20,7 +20,7 @@ from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH
 from hasten.engines.tensorrt.folder import finished, remember
 from hasten.engines.tensorrt.keys import content_key
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
-from hasten.engines.tensorrt.store import RECORD, Store
+from hasten.engines.tensorrt.store import RECORD, StageStore
 from hasten.errors import HastenError
 from hasten.recipe import Engine
 from hasten.sealed import DamagedError, seal, unseal
@@ -165,7 +165,7 @@ def test_folders(export: Path, tmp_path: Path) -> None:
 
 
 def test_requests(export: Path, tmp_path: Path) -> None:
-    rng, store = random.Random(SEED), Store(tmp_path / "memo")
+    rng, store = random.Random(SEED), StageStore(tmp_path / "memo")
     whole = Manifest.read(export)
     for _ in range(300):
         remember(store, "key", export, whole)
@@ -182,7 +182,7 @@ def make(folder: Path) -> dict[str, Any]:
 
 
 def test_stages(tmp_path: Path) -> None:
-    rng, store, key = random.Random(SEED), Store(tmp_path / "store"), content_key({})
+    rng, store, key = random.Random(SEED), StageStore(tmp_path / "store"), content_key({})
     first = store.stage("export", key, make)
     record = (first.folder / RECORD).read_text()
     for _ in range(300):

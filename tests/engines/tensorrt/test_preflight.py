@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hasten.engines.tensorrt import preflight
-from hasten.engines.tensorrt.preflight import ExportOptions, check_model, check_request, graph_bytes
+from hasten.engines.tensorrt.preflight import (
+    ExportOptions,
+    check_exportable,
+    check_request,
+    graph_bytes,
+)
 from hasten.errors import EngineError, Faults, HastenError, InputError, UnsupportedError
 from hasten.families.flux1 import FLUX1
 from hasten.machine import Machine
@@ -35,7 +40,7 @@ def model_faults(
 ) -> list[HastenError]:
     faults = Faults()
     given = {Path(name): times for name, times in places.items()}
-    check_model(asked, transformer, FAMILY, given, machine, faults)
+    check_exportable(asked, transformer, FAMILY, given, machine, faults)
     return faults.errors
 
 

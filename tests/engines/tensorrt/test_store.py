@@ -21,7 +21,7 @@ import pytest
 
 from hasten.engines.tensorrt.files import FileFacts, facts_of_file, write_sealed
 from hasten.engines.tensorrt.keys import content_key
-from hasten.engines.tensorrt.store import RECORD, Store, out_of_space
+from hasten.engines.tensorrt.store import RECORD, StageStore, out_of_space
 from hasten.errors import EngineError, InputError
 
 KEY = content_key({"weights": "abc"})
@@ -34,8 +34,8 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def store(tmp_path: Path, said: list[str]) -> Store:
-    return Store(tmp_path / "cache", said.append)
+def store(tmp_path: Path, said: list[str]) -> StageStore:
+    return StageStore(tmp_path / "cache", said.append)
 
 
 class Maker:
@@ -59,7 +59,7 @@ def names_below(root: Path) -> set[str]:
     return {name for name in files if not name.endswith(".lock")}
 
 
-def test_made_once(store: Store, said: list[str]) -> None:
+def test_made_once(store: StageStore, said: list[str]) -> None:
     make = Maker()
     first = store.stage("export", KEY, make)
     again = store.stage("export", KEY, make)
@@ -89,7 +89,7 @@ def test_made_once(store: Store, said: list[str]) -> None:
     ids=["cut short", "empty", "one bit", "missing", "no record", "no JSON", "nothing in it"],
 )
 def test_what_is_damaged_is_made_again(
-    store: Store, said: list[str], damage: Callable[[Path], Any], fault: str
+    store: StageStore, said: list[str], damage: Callable[[Path], Any], fault: str
 ) -> None:
     make = Maker()
     before = store.stage("export", KEY, make)
@@ -108,7 +108,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()], ids=repr)
-def test_a_failure_leaves_nothing(store: Store, error: BaseException) -> None:
+def test_a_failure_leaves_nothing(store: StageStore, error: BaseException) -> None:
     def make(folder: Path) -> dict[str, Any]:
         (folder / "half").write_text("half")
         raise error
@@ -130,7 +130,7 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_no_space(store: Store) -> None:
+def test_no_space(store: StageStore) -> None:
     with files_up_to(1000), pytest.raises(EngineError) as caught:
         store.stage("export", KEY, Maker())
     assert caught.value.faults == (f"export: no space left for its files in {store.root}",)
@@ -139,7 +139,7 @@ def test_no_space(store: Store) -> None:
     assert not store.stage("export", KEY, Maker()).cached
 
 
-def test_no_space_as_other_libraries_say_it(store: Store) -> None:
+def test_no_space_as_other_libraries_say_it(store: StageStore) -> None:
     from safetensors import SafetensorError
 
     def make(folder: Path) -> dict[str, Any]:
@@ -155,13 +155,13 @@ def test_no_space_as_other_libraries_say_it(store: Store) -> None:
 def test_a_root_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError) as caught:
-        Store(tmp_path / "file").stage("export", KEY, Maker())
+        StageStore(tmp_path / "file").stage("export", KEY, Maker())
     assert "cannot be used" in caught.value.faults[0]
     assert "HASTEN_CACHE" in caught.value.fix
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at work", "before its record"])
-def test_a_store_that_is_removed_meanwhile(store: Store, late: bool) -> None:
+def test_a_store_that_is_removed_meanwhile(store: StageStore, late: bool) -> None:
     def make(folder: Path) -> dict[str, Any]:
         facts = Maker()(folder)
         shutil.rmtree(store.root)
@@ -186,7 +186,7 @@ def plant_link(path: Path) -> None:
 @pytest.mark.parametrize("plant", [plant_file, plant_link])
 @pytest.mark.parametrize("name", [KEY, f".{KEY}.tmp"])
 def test_what_lies_in_the_place_of_a_folder_is_replaced(
-    store: Store, name: str, plant: Callable[[Path], None]
+    store: StageStore, name: str, plant: Callable[[Path], None]
 ) -> None:
     (store.root / "export").mkdir(parents=True)
     plant(store.root / "export" / name)
@@ -195,7 +195,7 @@ def test_what_lies_in_the_place_of_a_folder_is_replaced(
 
 
 @pytest.mark.parametrize("name", [KEY, f".{KEY}.tmp", f".{KEY}.lock"])
-def test_links_are_not_followed(store: Store, tmp_path: Path, name: str) -> None:
+def test_links_are_not_followed(store: StageStore, tmp_path: Path, name: str) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "a").write_text("someone's")
@@ -206,7 +206,7 @@ def test_links_are_not_followed(store: Store, tmp_path: Path, name: str) -> None
     assert {path.name: path.read_text() for path in victim.iterdir()} == {"a": "someone's"}
 
 
-def test_a_record_of_another_key_is_not_taken(store: Store) -> None:
+def test_a_record_of_another_key_is_not_taken(store: StageStore) -> None:
     """Nor one of another stage: what a stage made is known by what it was made from."""
     other = content_key({"weights": "other"})
     done = store.stage("export", KEY, Maker())
@@ -217,14 +217,14 @@ def test_a_record_of_another_key_is_not_taken(store: Store) -> None:
 
 
 @pytest.mark.parametrize("files", [[], {"a": 1}, {"a": {"bytes": 1}}, None], ids=repr)
-def test_a_record_of_another_shape_is_not_taken(store: Store, files: Any) -> None:
+def test_a_record_of_another_shape_is_not_taken(store: StageStore, files: Any) -> None:
     done = store.stage("export", KEY, Maker())
     record = {"facts": {}, "seconds": 0, "files": files}
     write_sealed(done.folder / RECORD, record, stage="export", key=KEY)
     assert not store.stage("export", KEY, Maker()).cached
 
 
-def test_a_record_does_not_lead_out_of_its_folder(store: Store) -> None:
+def test_a_record_does_not_lead_out_of_its_folder(store: StageStore) -> None:
     done = store.stage("export", KEY, Maker())
     for name in ("../../outside", "/dev/zero", "zero"):
         (store.root / "outside").write_text("")
@@ -254,12 +254,12 @@ print("cached" if done.cached else "made", flush=True)
 """
 
 
-def worker(store: Store, name: str, key: str = KEY) -> subprocess.Popen[str]:
+def worker(store: StageStore, name: str, key: str = KEY) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-c", WORKER, str(store.root), key, name]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_killed_process_leaves_what_the_next_one_removes(store: Store) -> None:
+def test_a_killed_process_leaves_what_the_next_one_removes(store: StageStore) -> None:
     other = content_key({"another": 1})
     for key in (KEY, other):
         with worker(store, "slow", key) as killed:
@@ -273,7 +273,7 @@ def test_a_killed_process_leaves_what_the_next_one_removes(store: Store) -> None
     assert names_below(store.root) == own
 
 
-def test_two_processes_do_not_do_the_same_work(store: Store, said: list[str]) -> None:
+def test_two_processes_do_not_do_the_same_work(store: StageStore, said: list[str]) -> None:
     with worker(store, "first") as first, worker(store, "quick", content_key({})) as other:
         assert first.stdout is not None
         assert other.stdout is not None
@@ -295,14 +295,14 @@ def test_importing_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_record_is_json(store: Store) -> None:
+def test_a_record_is_json(store: StageStore) -> None:
     done = store.stage("export", KEY, Maker())
     record = json.loads((done.folder / RECORD).read_text())
     assert record["facts"] == {"peak_bytes": 7}
     assert 0 <= record["seconds"] < time.perf_counter()
 
 
-def test_a_disk_without_locks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_locks(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -312,7 +312,7 @@ def test_a_disk_without_locks(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
     assert "local disk" in caught.value.fix
 
 
-def test_damage_that_cannot_be_removed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_that_cannot_be_removed(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     done = store.stage("export", KEY, Maker())
     (done.folder / "a").unlink()
 

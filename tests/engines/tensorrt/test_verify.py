@@ -23,7 +23,7 @@ from hasten.engines.tensorrt.verify import (
     AFTER,
     BLOCK_BARS,
     WHOLE_BARS,
-    relative_error,
+    relative_distance,
     sizes,
     verify,
 )
@@ -240,11 +240,11 @@ def test_sizes_lie_within_the_profile(least: int, most: int, expected: Any) -> N
 
 def test_relative_error_is_of_the_expected_norm() -> None:
     expected = torch.tensor([3.0, 4.0])
-    assert relative_error(expected * 1.5, expected) == pytest.approx(0.5)
-    assert relative_error(expected, expected) == 0
+    assert relative_distance(expected * 1.5, expected) == pytest.approx(0.5)
+    assert relative_distance(expected, expected) == 0
     for value in (math.nan, math.inf):
-        assert relative_error(torch.tensor([value, 0]), expected) == math.inf
-    assert relative_error(torch.zeros(2), torch.zeros(2)) == math.inf  # nothing to measure it by
+        assert relative_distance(torch.tensor([value, 0]), expected) == math.inf
+    assert relative_distance(torch.zeros(2), torch.zeros(2)) == math.inf  # nothing to measure it by
 
 
 @torch.no_grad()

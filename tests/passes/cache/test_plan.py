@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hasten.passes.cache.plan import Planner, computed_steps, interval_plan, schedule_plan
 from hasten.passes.cache.resample import resampled
 from hasten.recipe import BudgetCache, IntervalCache, ScheduleCache
-from hasten.schedules import nearest, shipped
+from hasten.schedules import nearest_schedule, shipped
 
 
 def grid(steps: int, shift: float = 1.0) -> list[float]:
@@ -119,6 +119,6 @@ def test_shipped_schedules_are_found_by_their_model() -> None:
     for schedule in shipped():
         if schedule.fingerprint is not None:
             budget = len(schedule.compute)
-            assert nearest(schedule.fingerprint, budget, schedule.steps) is schedule
+            assert nearest_schedule(schedule.fingerprint, budget, schedule.steps) is schedule
         else:
             assert not schedule.calibrated

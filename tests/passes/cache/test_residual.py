@@ -26,7 +26,7 @@ from hasten.errors import UnsupportedError
 from hasten.families.flux1 import FLUX1
 from hasten.machine import machine
 from hasten.models.random_weights import build_shape
-from hasten.passes.cache.residual import Residual, relative_change
+from hasten.passes.cache.residual import ResidualPolicy, relative_change
 from hasten.recipe import ResidualCache
 from hasten.step.block_hooks import BlockHooks
 from hasten.step.call import Output, StepCall
@@ -92,7 +92,7 @@ class TwoBlocks:
     def __init__(self, sigmas: Sequence[float], **cache: Any) -> None:
         self.blocks = Adds(), Adds()
         hooks = BlockHooks([(block, ("hidden_states",)) for block in self.blocks])
-        policy = Residual(ResidualCache(**cache), hooks, ("hidden_states",))
+        policy = ResidualPolicy(ResidualCache(**cache), hooks, ("hidden_states",))
         self.branch = policy.begin(sigmas)()
         scheduler = SimpleNamespace(timesteps=torch.arange(len(sigmas)))
         self.run = Run(scheduler, begin=0)  # type: ignore[arg-type]

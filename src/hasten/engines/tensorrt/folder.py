@@ -30,7 +30,7 @@ from hasten.engines.tensorrt.files import (
 )
 from hasten.engines.tensorrt.keys import content_key
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
-from hasten.engines.tensorrt.store import FIX_SPACE, Store, out_of_space
+from hasten.engines.tensorrt.store import FIX_SPACE, StageStore, out_of_space
 from hasten.errors import EngineError, InputError
 
 __all__ = [
@@ -90,7 +90,7 @@ def check_folder(given: Path) -> None:
 
 
 def write_export(
-    manifest: Manifest, files: Mapping[str, Path], out: Path | None, store: Store
+    manifest: Manifest, files: Mapping[str, Path], out: Path | None, store: StageStore
 ) -> Manifest:
     """Put all files into `out`; those that are there already stay as they are.
 
@@ -125,7 +125,7 @@ def write_export(
     return manifest.model_copy(update={"folder": folder})
 
 
-def finished(store: Store, key: str, out: Path) -> Manifest | None:
+def finished(store: StageStore, key: str, out: Path) -> Manifest | None:
     """The export in `out` if a request with this key wrote it and its files are as they were."""
     identity = {"request": key, "out": str(out.absolute())}
     if (memo := read_sealed(_memo(store, key), **identity)) is None:
@@ -136,7 +136,7 @@ def finished(store: Store, key: str, out: Path) -> Manifest | None:
     return manifest
 
 
-def remember(store: Store, key: str, out: Path, manifest: Manifest) -> None:
+def remember(store: StageStore, key: str, out: Path, manifest: Manifest) -> None:
     """Keep what a request led to, for `finished`. Without it a repeat takes longer."""
     identity = {"request": key, "out": str(out.absolute())}
     memo = _memo(store, key)
@@ -145,7 +145,7 @@ def remember(store: Store, key: str, out: Path, manifest: Manifest) -> None:
         write_sealed(memo, {"manifest": _digest(manifest)}, **identity)
 
 
-def _memo(store: Store, key: str) -> Path:
+def _memo(store: StageStore, key: str) -> Path:
     return store.root / "finished" / f"{key}.json"
 
 
@@ -184,7 +184,7 @@ def _export_in(folder: Path) -> Manifest | None:
         return None
 
 
-def _unnamed(manifest: Manifest, store: Store) -> Path:
+def _unnamed(manifest: Manifest, store: StageStore) -> Path:
     content = {name: entry.sha256 for name, entry in manifest.files.items()}
     shapes = manifest.shapes.model_dump()
     return (store.root / "exports" / content_key({**content, "shapes": shapes})).absolute()
@@ -244,7 +244,7 @@ def _place(source: Path, target: Path, *, shared: bool) -> None:
 
 
 def _tell_of(
-    before: Manifest, manifest: Manifest, missing: Mapping[str, str], store: Store
+    before: Manifest, manifest: Manifest, missing: Mapping[str, str], store: StageStore
 ) -> None:
     """Report what happens to an export that is there already, unless it stays."""
     if before.files != manifest.files:

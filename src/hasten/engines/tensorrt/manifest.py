@@ -23,8 +23,8 @@ from hasten.errors import InputError
 from hasten.sealed import DamagedError, parse_json, seal, unseal
 
 __all__ = [
-    "MANIFEST", "SCHEMA", "Calibration", "FileEntry", "Manifest", "Shapes", "SizeErrors", "Stage",
-    "Verification",
+    "MANIFEST", "SCHEMA", "CalibrationFacts", "FileEntry", "Manifest", "Shapes", "SizeErrors",
+    "Stage", "Verification",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
@@ -103,7 +103,7 @@ class Shapes(_Record):
         return {"latents": {1: image}, "text": None, "row": None, "cos": tokens, "sin": tokens}
 
 
-class Calibration(_Record):
+class CalibrationFacts(_Record):
     """How the scales of FP8 were found."""
 
     method: str
@@ -181,7 +181,7 @@ class Manifest(_Record):
     text_dim: Positive
     row_width: Positive
     head_dim: Positive
-    calibration: Calibration | None
+    calibration: CalibrationFacts | None
     files: dict[str, FileEntry]
     stages: tuple[Stage, ...]
     verification: Verification | None

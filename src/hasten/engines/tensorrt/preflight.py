@@ -19,7 +19,14 @@ from hasten.memory import status_bytes
 from hasten.recipe import Engine, parse_size
 from hasten.units import format_bytes
 
-__all__ = ["METHODS", "ExportOptions", "check_draws", "check_model", "check_request", "graph_bytes"]
+__all__ = [
+    "METHODS",
+    "ExportOptions",
+    "check_draws",
+    "check_exportable",
+    "check_request",
+    "graph_bytes",
+]
 
 METHODS: tuple[str, ...] = get_args(Engine.model_fields["calibration"].annotation)
 LARGEST = (2048, 2048)  # pixels of the largest image, by default
@@ -70,7 +77,7 @@ def check_request(options: ExportOptions, out: Path | None, faults: Faults) -> N
             check_folder(out)
 
 
-def check_model(
+def check_exportable(
     options: ExportOptions,
     transformer: Any,
     family: Any,

@@ -27,7 +27,7 @@ from hasten.engines.tensorrt.keys import (
     weights_digest,
 )
 from hasten.engines.tensorrt.manifest import (
-    Calibration,
+    CalibrationFacts,
     FileEntry,
     Manifest,
     Shapes,
@@ -38,10 +38,10 @@ from hasten.engines.tensorrt.preflight import (
     METHODS,
     ExportOptions,
     check_draws,
-    check_model,
+    check_exportable,
     check_request,
 )
-from hasten.engines.tensorrt.store import Done, Store, Tell
+from hasten.engines.tensorrt.store import Done, StageStore, Tell
 from hasten.errors import EngineError, Faults
 from hasten.machine import machine, version_of
 from hasten.memory import PeakMemory, ran_out
@@ -112,7 +112,7 @@ def export_tensorrt(
     given = {} if max_size is None else {"max_size": max_size}
     options = ExportOptions(precision, tuple(targets), method=method, verify=verify, **given)
     started = time.perf_counter()
-    store = Store(tell=tell)
+    store = StageStore(tell=tell)
     family, out = _preflight(pipe, options, out, store)
     settings = _settings(pipe, Sampling(steps=steps, max_sequence_length=max_sequence_length))
     _note_own_size(options, settings, tell)
@@ -126,7 +126,7 @@ def export_tensorrt(
 
 
 def _preflight(
-    pipe: Any, options: ExportOptions, out: Path | None, store: Store
+    pipe: Any, options: ExportOptions, out: Path | None, store: StageStore
 ) -> tuple[Family, Path | None]:
     """The pipeline's family and where `out` leads to; raises all that would stop the export."""
     faults = Faults()
@@ -142,7 +142,7 @@ def _preflight(
     places = {store.root: IN_STORE}
     places |= {out: IN_OUT} if out else {store.root / "exports": IN_EXPORTS}
     if family is not None:
-        check_model(options, pipe.transformer, family, places, machine(), faults)
+        check_exportable(options, pipe.transformer, family, places, machine(), faults)
     faults.raise_any()
     assert family is not None  # else a fault was raised
     return family, out
@@ -157,7 +157,7 @@ class _Export:
     options: ExportOptions
     settings: Settings
     prompts: list[str]
-    store: Store
+    store: StageStore
     weights: str
     tell: Tell
     show: Tell
@@ -304,7 +304,7 @@ class _Export:
     ) -> Manifest:
         from hasten.engines.tensorrt.step import graph_sizes
 
-        calibration = calibrated and Calibration(
+        calibration = calibrated and CalibrationFacts(
             method=self.options.method,
             prompts=len(self.prompts),
             steps=self.settings.steps,

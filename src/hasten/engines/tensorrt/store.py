@@ -28,7 +28,7 @@ from hasten.engines.tensorrt.files import (
 )
 from hasten.errors import EngineError, HastenError, InputError
 
-__all__ = ["FIX_SPACE", "Done", "Store", "Tell", "out_of_space"]
+__all__ = ["FIX_SPACE", "Done", "StageStore", "Tell", "out_of_space"]
 
 Tell = Callable[[str], None]
 """Reports one line to whoever waits."""
@@ -59,7 +59,7 @@ class Done(NamedTuple):
     files: dict[str, FileFacts]
 
 
-class Store:
+class StageStore:
     """Stages below `root`; `tell` reports damaged files and waiting for another process."""
 
     def __init__(self, root: Path | None = None, tell: Tell = lambda _: None) -> None:

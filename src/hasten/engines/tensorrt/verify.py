@@ -37,7 +37,7 @@ from hasten.families.family import Family
 __all__ = [
     "BLOCK_BARS",
     "WHOLE_BARS",
-    "relative_error",
+    "relative_distance",
     "sizes",
     "verify",
 ]
@@ -109,7 +109,7 @@ def sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
     return _square(shapes.least), _square(larger) if larger > shapes.least else (1, larger)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_distance(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected| over all elements, in float64; infinite where an element is
     not finite."""
     expected = expected.double()
@@ -174,14 +174,14 @@ def _compare(run: _Run, step: Step, exact: Tensor | None) -> SizeErrors:
     control = None
     if exact is not None:
         nudged = {**run.inputs, "latents": run.inputs["latents"] * (1 + NUDGE)}
-        control = relative_error(step(**nudged), velocity)
+        control = relative_distance(step(**nudged), velocity)
     return SizeErrors(
         height=run.height,
         width=run.width,
-        whole=relative_error(run.velocity, velocity),
+        whole=relative_distance(run.velocity, velocity),
         blocks=_block_errors(run, step),
         control=control,
-        unquantised=None if exact is None else relative_error(run.velocity, exact),
+        unquantised=None if exact is None else relative_distance(run.velocity, exact),
     )
 
 
@@ -193,7 +193,7 @@ def _block_errors(run: _Run, step: Step) -> dict[str, float]:
     def seen(name: str, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         labels = [state_name(name, at) for at in range(len(output))]
         errors[name] = max(
-            relative_error(run.states[label], tensor)
+            relative_distance(run.states[label], tensor)
             for label, tensor in zip(labels, output, strict=True)
             if label in run.states
         )
@@ -203,7 +203,7 @@ def _block_errors(run: _Run, step: Step) -> dict[str, float]:
 
     with hooked(step.family.repeated_blocks(step.transformer), seen):
         velocity = step(**run.inputs)
-    errors[AFTER] = relative_error(run.velocity, velocity)
+    errors[AFTER] = relative_distance(run.velocity, velocity)
     return errors
 
 

@@ -28,7 +28,7 @@ from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import available
 from hasten.quantization.projection import Projection, project, same_kind
 from hasten.step.modulations import Modulations
-from hasten.step.protocols import Part, Transformer
+from hasten.step.protocols import Component, Transformer
 
 __all__ = ["FluxKernels", "FusedFlux", "reasons_against"]
 
@@ -99,7 +99,7 @@ class FusedFlux:
             raise CallError(fault, "give latents, prompt embeddings and positions of one batch")
         image = self.transformer.x_embedder(latents)
         streams = Streams(len(image), text.shape[1], image.shape[1])
-        stream = Residual(torch.cat([text.flatten(0, 1), image.flatten(0, 1)]), row, streams)
+        stream = ResidualStream(torch.cat([text.flatten(0, 1), image.flatten(0, 1)]), row, streams)
         for block in self.blocks:
             block(stream, cos, sin)
         width = image.shape[-1]
@@ -121,7 +121,7 @@ class FusedFlux:
         return None
 
 
-class Residual:
+class ResidualStream:
     """The residual stream, and the gated output that its next norm is to add."""
 
     def __init__(self, x: Tensor, row: Tensor, streams: Streams) -> None:
@@ -150,7 +150,7 @@ class Residual:
 class DoubleBlock:
     """Text and image rows through weights of their own; attention over both."""
 
-    def __init__(self, block: Part, text: int, image: int, attend: Attend) -> None:
+    def __init__(self, block: Component, text: int, image: int, attend: Attend) -> None:
         attn, width = block.attn, block.attn.query_dim
         self.width, self.attend = width, attend
         self.weights = _head_norms(attn.norm_added_q, attn.norm_added_k, attn.norm_q, attn.norm_k)
@@ -169,7 +169,7 @@ class DoubleBlock:
     def projections(self) -> tuple[Projection, ...]:
         return (*self.qkv, *self.out, *self.up, *self.down)
 
-    def __call__(self, stream: Residual, cos: Tensor, sin: Tensor) -> None:
+    def __call__(self, stream: ResidualStream, cos: Tensor, sin: Tensor) -> None:
         streams, text, image = stream.streams, self.text, self.image
         y = stream.norm((*text[:3], *image[:3]), codes=self.qkv[0].codes)
         qkv = project(self.qkv, y, streams)
@@ -185,7 +185,7 @@ class DoubleBlock:
 class SingleBlock:
     """Attention and MLP side by side over all rows alike."""
 
-    def __init__(self, block: Part, start: int, attend: Attend) -> None:
+    def __init__(self, block: Component, start: int, attend: Attend) -> None:
         attn, width = block.attn, block.attn.query_dim
         self.width, self.attend = width, attend
         self.weights = _head_norms(attn.norm_q, attn.norm_k, attn.norm_q, attn.norm_k)
@@ -197,7 +197,7 @@ class SingleBlock:
     def projections(self) -> tuple[Projection, ...]:
         return self.into, self.out
 
-    def __call__(self, stream: Residual, cos: Tensor, sin: Tensor) -> None:
+    def __call__(self, stream: ResidualStream, cos: Tensor, sin: Tensor) -> None:
         streams = stream.streams
         y = stream.norm(self.columns * 2, codes=self.into.codes)
         wide = self.into(*y)
@@ -228,7 +228,7 @@ def reasons_against(
     return reasons
 
 
-def _against(block: Part, dtype: torch.dtype, to_be: Mapping[nn.Module, type]) -> list[str]:
+def _against(block: Component, dtype: torch.dtype, to_be: Mapping[nn.Module, type]) -> list[str]:
     reasons = []
     attn = block.attn
     processor = type(attn.processor).__name__
@@ -276,14 +276,14 @@ def _misfit(latents: Tensor, text: Tensor, row: Tensor, cos: Tensor) -> str | No
     return None
 
 
-def _hooked(block: Part) -> bool:
+def _hooked(block: Component) -> bool:
     return any(
         part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
         for part in block.modules()
     )
 
 
-def _head_norms(*norms: Part) -> Tensor:
+def _head_norms(*norms: Component) -> Tensor:
     return torch.stack([norm.weight.detach() for norm in norms])
 
 

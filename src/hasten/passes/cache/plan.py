@@ -20,11 +20,11 @@ from hasten.recipe import (
     ResidualCache,
     ScheduleCache,
 )
-from hasten.schedules import nearest
+from hasten.schedules import nearest_schedule
 
 __all__ = [
-    "Plan",
     "Planner",
+    "StepPlan",
     "computed_steps",
     "interval_plan",
     "interval_steps",
@@ -35,7 +35,7 @@ SAME_SIGMA = 2e-3  # noise levels this near are the same grid
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """For each step of a run: does the transformer run, and how are known outputs combined.
 
     `weights[i]` multiply the newest computed outputs, newest first (on a computed step its own is
@@ -67,7 +67,7 @@ def interval_steps(
     ]
 
 
-def predicted(sigmas: Sequence[float], computed: Sequence[int], predictor: str) -> Plan:
+def predicted(sigmas: Sequence[float], computed: Sequence[int], predictor: str) -> StepPlan:
     """A plan over N steps (`sigmas` has N + 1 entries) whose skipped steps a predictor fills."""
     weigh = WEIGHTS[predictor]
     steps = len(sigmas) - 1
@@ -78,10 +78,10 @@ def predicted(sigmas: Sequence[float], computed: Sequence[int], predictor: str) 
         if step in chosen:
             known.insert(0, sigmas[step])
         weights.append(weigh(known, sigmas[step]))
-    return Plan(tuple(step in chosen for step in range(steps)), tuple(weights))
+    return StepPlan(tuple(step in chosen for step in range(steps)), tuple(weights))
 
 
-def interval_plan(cache: IntervalCache, sigmas: Sequence[float]) -> Plan:
+def interval_plan(cache: IntervalCache, sigmas: Sequence[float]) -> StepPlan:
     """The plan of kind `interval` for a run over `sigmas` (N + 1 entries, the last is the end)."""
     computed = interval_steps(
         len(sigmas) - 1,
@@ -94,7 +94,7 @@ def interval_plan(cache: IntervalCache, sigmas: Sequence[float]) -> Plan:
 
 def schedule_plan(
     schedule: ScheduleCache, sigmas: Sequence[float], *, budget: int | None = None
-) -> Plan:
+) -> StepPlan:
     """A learned schedule on the run's noise levels: as it is on the grid it was learned on.
 
     On another grid (number of steps, shift, resolution, a late start) its density of computed
@@ -111,7 +111,7 @@ def schedule_plan(
         rows: list[Weights] = []
         for step in range(steps):
             rows.append(next(gaps) if step in chosen else rows[-1])
-        return Plan(tuple(step in chosen for step in range(steps)), tuple(rows))
+        return StepPlan(tuple(step in chosen for step in range(steps)), tuple(rows))
     learned = schedule.sigmas or tuple(1 - i / schedule.steps for i in range(schedule.steps))
     computed = resampled(schedule.compute, learned, sigmas, count=budget)
     return predicted(sigmas, computed, "damped" if schedule.weights else schedule.predictor)
@@ -124,7 +124,7 @@ class Planner:
     cache: PlannedCache
     fingerprint: str | None
 
-    def __call__(self, sigmas: Sequence[float]) -> Plan:
+    def __call__(self, sigmas: Sequence[float]) -> StepPlan:
         """The plan of a run over N falling noise levels and its end (N + 1 entries)."""
         if isinstance(self.cache, IntervalCache):
             return interval_plan(self.cache, sigmas)
@@ -132,7 +132,9 @@ class Planner:
             return schedule_plan(self.cache, sigmas)
         steps = len(sigmas) - 1
         budget = min(self.cache.budget, steps)
-        return schedule_plan(nearest(self.fingerprint, budget, steps), sigmas, budget=budget)
+        return schedule_plan(
+            nearest_schedule(self.fingerprint, budget, steps), sigmas, budget=budget
+        )
 
     @property
     def calibrated(self) -> bool | None:
@@ -141,7 +143,7 @@ class Planner:
             own = self.fingerprint is not None and self.cache.fingerprint == self.fingerprint
             return self.cache.calibrated and own
         if isinstance(self.cache, BudgetCache):
-            return nearest(self.fingerprint, self.cache.budget, 50).fingerprint is not None
+            return nearest_schedule(self.fingerprint, self.cache.budget, 50).fingerprint is not None
         return None
 
     def describe(self) -> str:

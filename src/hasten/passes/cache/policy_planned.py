@@ -12,14 +12,14 @@ from functools import partial
 
 from torch import Tensor
 
-from hasten.passes.cache.plan import Plan, Planner
+from hasten.passes.cache.plan import Planner, StepPlan
 from hasten.passes.cache.predict import combine
 from hasten.step.call import Inner, Output, StepCall
 
-__all__ = ["Planned"]
+__all__ = ["PlannedPolicy"]
 
 
-class Planned:
+class PlannedPolicy:
     """Plans each run as it begins."""
 
     keeps = "outputs"
@@ -40,7 +40,7 @@ class Planned:
 class PlannedBranch:
     """The newest computed outputs, newest first, as many as the plan ever combines."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
         self.outputs: deque[Output] = deque(maxlen=plan.history)
 

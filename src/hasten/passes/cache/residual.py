@@ -33,12 +33,12 @@ from hasten.recipe import ResidualCache
 from hasten.step.block_hooks import BlockHooks
 from hasten.step.call import Inner, Output, StepCall
 
-__all__ = ["Residual", "relative_change"]
+__all__ = ["ResidualPolicy", "relative_change"]
 
 NO_LIMIT = 1000  # no run has more steps
 
 
-class Residual:
+class ResidualPolicy:
     """Decides from what the first blocks add. Nothing is planned, so there is no planner.
 
     Args:
@@ -86,7 +86,7 @@ class ResidualBranch:
         skipped: Steps in a row that were skipped up to now.
     """
 
-    def __init__(self, policy: Residual, sigmas: Sequence[float]) -> None:
+    def __init__(self, policy: ResidualPolicy, sigmas: Sequence[float]) -> None:
         self.policy = policy
         self.cache = policy.cache
         self.sigmas = sigmas

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hasten.passes.text.key import key_of
-from hasten.passes.text.store import Store
+from hasten.passes.text.store import EmbeddingStore
 from hasten.step.applied import Applied
 from hasten.step.protocols import Pipeline
 
@@ -44,7 +44,7 @@ class CachedEncoder:
     Kept answers lie in host memory. Whoever asks gets a copy, on the device of the first answer.
     """
 
-    def __init__(self, encoder: nn.Module, name: str, store: Store) -> None:
+    def __init__(self, encoder: nn.Module, name: str, store: EmbeddingStore) -> None:
         self.encoder = encoder
         self.name = name
         self.store = store
@@ -78,7 +78,7 @@ class EmbeddingCaches:
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], limit: int) -> None:
-        self.store = Store(limit)
+        self.store = EmbeddingStore(limit)
         self.caches = [
             CachedEncoder(encoder, name, self.store) for name, encoder in encoders.items()
         ]

@@ -7,10 +7,10 @@ from collections.abc import Hashable
 from threading import Lock
 from typing import Any
 
-__all__ = ["Store"]
+__all__ = ["EmbeddingStore"]
 
 
-class Store:
+class EmbeddingStore:
     """A bounded dictionary. Safe to use from several threads.
 
     limit: bytes that all values may have together; size: bytes that they have.
@@ -55,6 +55,6 @@ class Store:
         _, size = self._values.pop(key, (None, 0))
         self.size -= size
 
-    def __deepcopy__(self, _: object) -> Store:
+    def __deepcopy__(self, _: object) -> EmbeddingStore:
         """A copy of what holds a store begins with an empty one."""
-        return Store(self.limit)
+        return EmbeddingStore(self.limit)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hasten.quantization.linear import WeightOnlyLinear, dtype_of
 from hasten.quantization.schemes import SCHEMES
 from hasten.step.applied import Applied, refuse_as_weights
-from hasten.step.protocols import Part
+from hasten.step.protocols import Component
 
 __all__ = ["FeedForwardOutput", "store_in_eight_bits"]
 
@@ -37,7 +37,7 @@ class FeedForwardOutput(nn.Module):
         return output
 
 
-def store_in_eight_bits(encoder: Part, scheme: WeightScheme) -> Applied:
+def store_in_eight_bits(encoder: Component, scheme: WeightScheme) -> Applied:
     """Replace each linear of the encoder in its parent, one scale per output channel.
 
     Embeddings, the relative position bias and norms stay. Each original is freed as it is replaced,
@@ -69,7 +69,7 @@ def store_in_eight_bits(encoder: Part, scheme: WeightScheme) -> Applied:
     )
 
 
-def _replace(encoder: Part, name: str, linear: WeightOnlyLinear, dtype: torch.dtype) -> None:
+def _replace(encoder: Component, name: str, linear: WeightOnlyLinear, dtype: torch.dtype) -> None:
     parent, _, own = name.rpartition(".")
     new: nn.Module = linear
     if own == "wo":
