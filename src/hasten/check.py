@@ -108,7 +108,7 @@ def check(
         linears=_plan(recipe, transformer, family),
         kernels=kernels,
         graphs=graphs_declined(recipe, pipe.device.type),
-        notes=_notes(recipe, family, name),
+        notes=_notes(recipe, family, name, unknown),
     )
 
 
@@ -258,8 +258,10 @@ def _learned_problems(recipe: Recipe, name: str | None, unknown: str) -> list[Pr
     return found
 
 
-def _notes(recipe: Recipe, family: Family, name: str | None) -> tuple[str, ...]:
+def _notes(recipe: Recipe, family: Family, name: str | None, unknown: str) -> tuple[str, ...]:
     notes = []
+    if unknown and isinstance(recipe.cache, BudgetCache):
+        notes.append(f"a generic schedule, since the model is not recognised: {unknown}")
     if not family.declared:
         notes.append(f"hasten was not tried with {family.name}")
     if getattr(recipe.cache, "fingerprint", None) not in (None, name):

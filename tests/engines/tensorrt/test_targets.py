@@ -14,6 +14,7 @@ from hasten.engines.tensorrt.targets import (
     parse_targets,
 )
 from hasten.errors import HastenError, InputError, UnsupportedError
+from hasten.quantization import schemes
 
 
 @pytest.mark.parametrize(
@@ -105,4 +106,4 @@ def test_all_faults_at_once() -> None:
 def test_the_machine_knows_the_same_gpus_and_types() -> None:
     assert {capability_of(target) for target in TARGETS} == set(machine.RTX_CAPABILITIES)
     assert FIRST["bf16"] == machine.OLDEST_BF16_CAPABILITY
-    assert FIRST["fp8"] == machine.OLDEST_FP8_CAPABILITY
+    assert FIRST["fp8"] == schemes.OLDEST_FP8
