@@ -1,4 +1,7 @@
-"""How much memory there is: what the system has free, and what a container may have of it."""
+"""How much memory there is: what the system has free, and what a container may have of it.
+
+Bytes in words are never "0.0 GiB".
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 
 from hasten import memory
 from hasten.errors import EngineError
-from hasten.memory import free_memory, memory_limits, ran_out
+from hasten.memory import format_bytes, free_memory, memory_limits, ran_out
 
 GIB = 2**30
 MEMINFO = "MemTotal: 24684092 kB\nMemAvailable: 8388608 kB\nSwapFree: 1048576 kB\n"
@@ -80,3 +83,18 @@ def test_memory_that_ran_out_behind_other_errors(error: Exception) -> None:
 def test_other_errors() -> None:
     assert not ran_out(EngineError("the graph is damaged", "export again"))
     assert not ran_out(OSError(28, "No space left on device"))
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 KiB"),
+        (700, "1 KiB"),
+        (12 * 2**10, "12 KiB"),
+        (26.4 * 2**20, "26 MiB"),
+        (2**30, "1.0 GiB"),
+        (31.42 * 2**30, "31.4 GiB"),
+    ],
+)
+def test_the_largest_unit_of_which_there_is_one(size: float, text: str) -> None:
+    assert format_bytes(size) == text

@@ -25,7 +25,8 @@ from hasten.passes.engine import run_on_engine
 from hasten.passes.fuse import fuse_step
 from hasten.passes.offload import offload_models, offload_modulations
 from hasten.passes.quantize import quantize_linears
-from hasten.passes.text.prepare import prepare_text
+from hasten.passes.text.embeddings import cache_embeddings
+from hasten.passes.text.weights import store_in_eight_bits
 from hasten.pipeline import OptimizedPipeline
 from hasten.recipe import Cache, Decoder, Recipe, ResidualCache, Text, resolve
 from hasten.step.applied import Applied
@@ -103,7 +104,11 @@ def _apply(pipe: Any, optimization: Optimization, applied: list[Applied]) -> Non
     if recipe.cache:  # around all that, so that the decision stays outside compiled code and graphs
         applied.append(cache_steps(chain, _policy(recipe.cache, optimization)))
     applied.extend(improve_decoder(getattr(pipe, "vae", None), recipe.decoder or Decoder()))
-    applied.extend(prepare_text(pipe, recipe.text or Text()))
+    text = recipe.text or Text()
+    if text.scheme is not None:  # before the cache, so that no answer of the old weights is kept
+        applied.append(store_in_eight_bits(pipe.text_encoder_2, text.scheme))
+    if text.cache_mb:
+        applied.append(cache_embeddings(pipe, text.cache_mb))
     if recipe.offload and recipe.offload.kind == "modulation":
         applied.append(offload_modulations(family.modulated_norms(transformer), pipe.device))
     if recipe.offload and recipe.offload.kind == "model":  # last: its hooks wrap the forward

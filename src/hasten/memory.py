@@ -1,5 +1,7 @@
-"""How much memory there is, and how much a stage takes. Linux; elsewhere nothing is known and
-nothing is said."""
+"""How much memory there is, how much a stage takes, and bytes as people read them.
+
+The first two are known on Linux only; elsewhere nothing is said.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Self
 
 from hasten.errors import causes
 
-__all__ = ["PeakMemory", "free_memory", "memory_limits", "ran_out", "status_bytes"]
+__all__ = ["PeakMemory", "format_bytes", "free_memory", "memory_limits", "ran_out", "status_bytes"]
 
 WORDS = (
     "can't allocate memory",
@@ -122,3 +124,10 @@ class PeakMemory:
         now = status_bytes("RssAnon")
         if now is not None:
             self.bytes = max(now, self.bytes or 0)
+
+
+def format_bytes(size: float) -> str:
+    """`1.5 GiB`, `340 MiB`, `12 KiB`: the largest unit of which there is one, or the smallest."""
+    if size >= 2**30:
+        return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"

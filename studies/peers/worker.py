@@ -27,7 +27,7 @@ from studies.peers.rows import KINDS, Applied, Spec, Unsupported, one_line
 from studies.peers.workload import Workload
 
 from hasten.errors import HastenError, UnsupportedError
-from hasten.library_logging import quiet_libraries
+from hasten.log import quiet_libraries
 
 __all__ = ["Row", "fault_of", "serve"]
 

@@ -139,12 +139,12 @@ WAITING = """
 import sys
 from pathlib import Path
 from hasten.benchmark.run import run_plan
-from hasten.benchmark.store import Store
+from hasten.benchmark.store import BenchmarkStore
 from hasten.process import terminable
 from tests.benchmark.fake_engine import WEIGHTS
 from tests.benchmark.plans import FAKE, make_plan, odd
 with terminable("go on"):
-    run_plan(make_plan([odd("wait")]), Store(Path(sys.argv[1])), engine=FAKE,
+    run_plan(make_plan([odd("wait")]), BenchmarkStore(Path(sys.argv[1])), engine=FAKE,
              progress=lambda *message: print(*message, flush=True))
 """
 
@@ -309,13 +309,13 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from hasten.benchmark.run import run_plan
-from hasten.benchmark.store import Store
+from hasten.benchmark.store import BenchmarkStore
 from hasten.errors import HastenError
 from tests.benchmark.fake_engine import WEIGHTS
 from tests.benchmark.plans import FAKE, make_plan
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
-    run_plan(make_plan([]), Store(Path(sys.argv[1])), engine=FAKE)
+    run_plan(make_plan([]), BenchmarkStore(Path(sys.argv[1])), engine=FAKE)
 except HastenError as error:
     print(error.fix)
     sys.exit(error.faults[0])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from hasten.cli import main
-from hasten.library_logging import VERBOSITY
+from hasten.log import VERBOSITY
 
 
 class Ended(NamedTuple):

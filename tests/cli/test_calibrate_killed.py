@@ -61,8 +61,8 @@ def test_a_killed_calibration_is_resumed_to_the_same_recipe(
     )
     stop_after(running, state, trials, number)
     _, err = running.communicate(timeout=60)
-    assert running.returncode == (130 if number == signal.SIGINT else -number)
-    if number == signal.SIGINT:
+    assert running.returncode == (-number if number == signal.SIGKILL else 130)
+    if number != signal.SIGKILL:
         assert err.splitlines() == [
             f"{state} keeps what is done; --resume continues there",
             "error: interrupted",

@@ -270,7 +270,7 @@ def builders(process: int) -> list[int]:
     [
         ("export", signal.SIGKILL, -signal.SIGKILL),
         ("build", signal.SIGKILL, -signal.SIGKILL),
-        ("build", signal.SIGTERM, -signal.SIGTERM),
+        ("build", signal.SIGTERM, 130),
         ("build", signal.SIGINT, 130),
     ],
 )

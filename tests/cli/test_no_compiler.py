@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.library_logging import VERBOSITY
+from hasten.log import VERBOSITY
 from hasten.results_file import read_results
 
 BENCH = "import sys; from hasten.cli import main; sys.exit(main(['bench', *sys.argv[1:]]))"

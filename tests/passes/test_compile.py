@@ -128,6 +128,27 @@ def test_the_recompile_limit_says_what_to_declare(pipe: Any, call: Call) -> None
     assert "compile.dynamic = true" in caught.value.fix
 
 
+def test_pipelines_beyond_torchs_limit_compile_and_restore_frees_code(
+    make_pipe: Callable[[], Any], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo counts compilations per class over all pipelines, and its limit is eight; here two."""
+    recipe = Recipe.from_dict({"compile": {"dynamic": False}})
+
+    def draw(width: int) -> hasten.OptimizedPipeline:
+        fast = hasten.optimize(make_pipe(), recipe)
+        call(fast, num_inference_steps=1, width=width)
+        return fast
+
+    monkeypatch.setattr("hasten.passes.compile.TORCHS_LIMIT", 2)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        first = [draw(width) for width in (32, 48)]
+        monkeypatch.setattr("hasten.passes.compile.OWN_LIMIT", 2)
+        with pytest.raises(UnsupportedError, match="recompile limit"):
+            draw(64)
+        first[0].restore()
+        draw(32)
+
+
 def test_importing_the_pipeline_loads_no_compiler() -> None:
     code = "import sys, hasten.pipeline; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

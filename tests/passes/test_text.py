@@ -24,8 +24,7 @@ from hasten.errors import HastenError, UnsupportedError
 from hasten.machine import machine
 from hasten.models import load_pipeline
 from hasten.passes.text import weights
-from hasten.passes.text.embeddings import CachedEncoder, cache_off
-from hasten.passes.text.store import EmbeddingStore
+from hasten.passes.text.embeddings import CachedEncoder, EmbeddingStore, cache_off
 from hasten.passes.text.weights import FeedForwardOutput, store_in_eight_bits
 from hasten.quantization.linear import WeightOnlyLinear
 from hasten.recipe import Recipe

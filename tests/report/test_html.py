@@ -8,7 +8,7 @@ import pytest
 
 from hasten.errors import InputError
 from hasten.report import html, write_report
-from hasten.report.chart_rows import KINDS
+from hasten.report.charts import KINDS
 from hasten.report.pictures import Album
 from hasten.results import Results, Row, summarize_seconds, with_speedups
 from tests.report.builders import CACHE, make_results, measured_row, quality

@@ -30,8 +30,7 @@ from hasten.benchmark.render import denoise_seconds, render, render_all
 from hasten.benchmark.score import Told, score
 from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes, timed
 from hasten.errors import HastenError, InputError, ModelError, UnsupportedError
-from hasten.library_logging import quiet_libraries
-from hasten.log import forward_log
+from hasten.log import forward_log, quiet_libraries
 from hasten.passes.text.embeddings import cache_off
 from hasten.prompts import prompt_hash
 from hasten.recipe import Recipe

@@ -24,7 +24,7 @@ from hasten.cli.layers import layers
 from hasten.cli.recipes import recipes
 from hasten.cli.terminal import discard_stdout, prepare_streams
 from hasten.errors import HastenError, InputError, Part
-from hasten.library_logging import quiet_libraries
+from hasten.log import quiet_libraries
 from hasten.memory import ran_out
 from hasten.process import terminable
 
@@ -124,7 +124,7 @@ def _run(arguments: list[str]) -> int:
 
 
 class Failure(NamedTuple):
-    """`exit_code` is 1 for a failure, 2 for bad usage or input, 130 for Ctrl-C."""
+    """`exit_code` is 1 for a failure, 2 for bad usage or input, 130 for Ctrl-C or SIGTERM."""
 
     parts: tuple[Part, ...]
     exit_code: int

@@ -21,7 +21,7 @@ import typer
 
 from hasten.cli.options import Debug, Json
 from hasten.errors import HastenError, InputError, join_fixes, unsupported
-from hasten.units import format_bytes
+from hasten.memory import format_bytes
 
 if TYPE_CHECKING:
     from hasten.machine import Machine, Problem

@@ -12,7 +12,7 @@ import typer
 from hasten.cli import options
 from hasten.engines.tensorrt import PROMPTS
 from hasten.errors import Faults, InputError
-from hasten.units import format_bytes
+from hasten.memory import format_bytes
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.manifest import Manifest

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from hasten.errors import ModelError, UnsupportedError
-from hasten.memory import free_memory
+from hasten.memory import format_bytes, free_memory
 from hasten.sealed import parse_json
-from hasten.units import format_bytes
 
 __all__ = ["CONVERT", "check_fits", "converted_bytes", "load_components"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hasten.errors import HastenError, ModelError, causes
-from hasten.library_logging import disable_telemetry
+from hasten.log import disable_telemetry
 from hasten.machine import check_dtype, machine
 from hasten.memory import ran_out
 from hasten.models.architecture import shape_named

@@ -11,10 +11,9 @@ from torch import nn
 from hasten.errors import CallError
 from hasten.families.family import Family
 from hasten.step.applied import Applied, Replaced, replace_attribute
-from hasten.step.body import Body
 from hasten.step.call import Inner, Output, StepCall
 from hasten.step.chain import StepChain
-from hasten.step.constants import ConstantsLayer
+from hasten.step.constants import Body, ConstantsLayer
 from hasten.step.modulations import Modulations
 from hasten.step.protocols import Transformer
 

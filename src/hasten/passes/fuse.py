@@ -15,9 +15,8 @@ from hasten.quantization.linear import dtype_of
 from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Fuse
 from hasten.step.applied import Applied
-from hasten.step.body import BodyLayer
 from hasten.step.chain import StepChain
-from hasten.step.constants import ConstantsLayer, no_change
+from hasten.step.constants import BodyLayer, ConstantsLayer, no_change
 from hasten.step.modulations import Modulations, RowReaders
 
 __all__ = ["fuse_step"]

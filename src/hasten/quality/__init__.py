@@ -16,9 +16,7 @@ other shapes, two sizes, two devices.
 from __future__ import annotations
 
 from hasten.quality.lpips import LPIPS_MIN_SIDE, lpips
-from hasten.quality.ms_ssim import MS_SSIM_MIN_SIDE, ms_ssim
-from hasten.quality.psnr import PSNR_CAP_DB, psnr
-from hasten.quality.ssim import ssim
+from hasten.quality.pixels import MS_SSIM_MIN_SIDE, PSNR_CAP_DB, ms_ssim, psnr, ssim
 
 __all__ = [
     "LPIPS_MIN_SIDE",

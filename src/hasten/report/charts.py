@@ -1,13 +1,16 @@
-"""Geometry of the two inline SVG charts, in CSS pixels. The template only writes it down."""
+"""The two inline SVG charts: which rows they draw, how each role looks, geometry in CSS pixels.
+
+Each role has a hue that survives colour blindness (Okabe and Ito, 2008) and a shape or a hatch as
+well. The template only writes the geometry down.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from hasten.report.chart_rows import Kind, drawn_rows, facts, kind_of, scored_rows
-from hasten.report.table import metric, speedup
-from hasten.results import Results, Row
+from hasten.report.table import QUALITY_ONLY, format_seconds, metric, speedup
+from hasten.results import BASELINE_AGAIN, Results, Role, Row
 
 WIDE, NARROW = 560, 330
 CHARACTER = 6.6  # mean advance of the 12 px label font, rounded up
@@ -202,3 +205,65 @@ def _cost(box: Box, taken: list[Box], frame: Box) -> float:
         for other in taken
     )
     return shared + 1000 * outside
+
+
+@dataclass(frozen=True)
+class Kind:
+    key: str
+    label: str
+    colour: str
+    hatch: str = ""
+
+
+KINDS: dict[Role, Kind] = {
+    "baseline": Kind("baseline", "baseline", "#767676"),
+    "recipe": Kind("recipe", "recipe", "#0072B2"),
+    "rival": Kind("fewer", "fewer steps, nothing cached", "#E69F00", "//"),
+    "graph": Kind("quality", "graph on a CPU, for its quality only", "#CC79A7"),
+    "peer": Kind("peer", "other library", "#009E73", ".."),
+}
+
+
+def kind_of(row: Row) -> Kind:
+    return KINDS[row.role]
+
+
+def present_kinds(rows: list[Row]) -> list[Kind]:
+    """The kinds among `rows`, in the order of a legend."""
+    roles = {row.role for row in rows}
+    return [kind for role, kind in KINDS.items() if role in roles]
+
+
+def drawn_rows(results: Results) -> list[Row]:
+    """The rows with a speed-up, in their order; `not_drawn` lists the others."""
+    return [row for row in results.rows if row.status == "ok" and row.speedup is not None]
+
+
+def scored_rows(results: Results) -> list[Row]:
+    """Drawn rows with an LPIPS, and the baseline, whose LPIPS to itself is 0."""
+    return [
+        row
+        for row in drawn_rows(results)
+        if row.recipe != BASELINE_AGAIN
+        and (row is results.rows[0] or metric(row, "lpips").value is not None)
+    ]
+
+
+def facts(row: Row) -> list[str]:
+    """What must not be missing where a speed-up is shown: seconds, LPIPS, a plan not calibrated."""
+    measured = row.seconds_per_image
+    parts = [f"{format_seconds(measured.median if measured else None)} s"]
+    lpips = metric(row, "lpips")
+    if lpips.value is not None:
+        parts.append(f"LPIPS {lpips.text}")
+    if row.calibrated is False:
+        parts.append("calibrated: false")
+    return parts
+
+
+def not_drawn(results: Results) -> list[str]:
+    return [
+        f"{row.recipe}, {QUALITY_ONLY if row.role == 'graph' else f'{row.status}: {row.reason}'}"
+        for row in results.rows
+        if row.status != "ok" or row.role == "graph"
+    ]

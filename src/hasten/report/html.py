@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from hasten.report import charts, table
-from hasten.report.chart_rows import (
+from hasten.report.charts import (
     Kind,
     drawn_rows,
     facts,

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from hasten.atomic import write_bytes
-from hasten.report.chart_rows import drawn_rows, facts, kind_of, not_drawn, present_kinds
+from hasten.report.charts import drawn_rows, facts, kind_of, not_drawn, present_kinds
 from hasten.report.table import speedup
 from hasten.results import Results, Row
 

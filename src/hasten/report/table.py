@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from hasten.memory import format_bytes
 from hasten.results import BASELINE, Environment, Results, Row, StepsComputed, Workload
-from hasten.units import format_bytes
 
 QUALITY_ONLY = (
     "for its quality only: onnxruntime draws with the engine's graph on a CPU, and what it takes "

@@ -239,7 +239,7 @@ def test_a_record_does_not_lead_out_of_its_folder(store: StageStore) -> None:
 WORKER = """
 import sys, time
 from pathlib import Path
-from hasten.engines.tensorrt.store import Store
+from hasten.engines.tensorrt.store import StageStore
 
 root, key, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def make(folder):
@@ -249,7 +249,7 @@ def make(folder):
         time.sleep(60 if name == "slow" else 1)
     (folder / "whole").write_text(name)
     return {}
-done = Store(root, lambda line: print(line, flush=True)).stage("export", key, make)
+done = StageStore(root, lambda line: print(line, flush=True)).stage("export", key, make)
 print("cached" if done.cached else "made", flush=True)
 """
 

@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.passes.cache.plan import Planner, computed_steps, interval_plan, schedule_plan
-from hasten.passes.cache.resample import resampled
+from hasten.passes.cache.plan import (
+    Planner,
+    computed_steps,
+    interval_plan,
+    resampled,
+    schedule_plan,
+)
 from hasten.recipe import BudgetCache, IntervalCache, ScheduleCache
 from hasten.schedules import nearest_schedule, shipped
 

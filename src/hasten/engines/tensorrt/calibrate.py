@@ -25,7 +25,7 @@ from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.preflight import METHODS
 from hasten.errors import EngineError, InputError, ModelError
 from hasten.families.family import Family
-from hasten.library_logging import quiet
+from hasten.log import quiet
 from hasten.structural_copy import structural_copy
 
 __all__ = ["calibrate", "load", "save"]

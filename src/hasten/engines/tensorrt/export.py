@@ -23,7 +23,7 @@ from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Watched, sample
 from hasten.errors import EngineError
 from hasten.families.family import Family
-from hasten.library_logging import quiet
+from hasten.log import quiet
 from hasten.structural_copy import share_weights
 
 __all__ = [

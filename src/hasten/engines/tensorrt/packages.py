@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any
 
 from hasten.errors import UnsupportedError
-from hasten.library_logging import disable_telemetry
+from hasten.log import disable_telemetry
 
 __all__ = ["error_log", "is_installed", "needed"]
 

@@ -15,9 +15,8 @@ from hasten.engines.tensorrt.packages import is_installed
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import Faults, InputError, UnsupportedError
 from hasten.machine import Machine
-from hasten.memory import status_bytes
+from hasten.memory import format_bytes, status_bytes
 from hasten.recipe import Engine, parse_size
-from hasten.units import format_bytes
 
 __all__ = [
     "METHODS",

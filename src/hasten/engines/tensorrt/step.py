@@ -8,7 +8,7 @@
 | cos, sin | (T+S)×head_dim    | float32   | rotary embedding, text first |
 | velocity | 1×S×C             | precision | the output |
 
-This is the signature of `hasten.step.body.Body`: timestep, guidance and pooled text come
+This is the signature of `hasten.step.constants.Body`: timestep, guidance and pooled text come
 in as the row, so the modulation weights (two fifths of an FP8 FLUX.1) are in no engine. T is fixed;
 S, the number of image tokens, is free within the engine's profile.
 """

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.engines.onnxruntime import OnnxRuntime
+from hasten.engines.load import OnnxRuntime
 from hasten.engines.tensorrt.export import in_float32, in_precision
 from hasten.engines.tensorrt.graph import float32_twin, opened
 from hasten.engines.tensorrt.manifest import Shapes, SizeErrors, Verification

@@ -1,9 +1,8 @@
 """FLUX.1 dev, schnell, Krea, Kontext, Fill, Control: all run one `FluxTransformer2DModel`."""
 
 from hasten.families.family import Conditioning, Family, Split, Stack
-from hasten.families.flux1.blocks import FluxBlocks
-from hasten.families.flux1.conditioning import decode, embedded, encode, modulated_norms, rows
 from hasten.families.flux1.fused import FluxKernels
+from hasten.families.flux1.parts import FluxBlocks, decode, embedded, encode, modulated_norms, rows
 
 __all__ = ["FLUX1"]
 

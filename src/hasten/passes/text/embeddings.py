@@ -11,19 +11,20 @@ that offloading wraps around it: an encoder whose answer is known stays where it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 from torch import Tensor, nn
 
 from hasten.passes.text.key import key_of
-from hasten.passes.text.store import EmbeddingStore
 from hasten.step.applied import Applied
 from hasten.step.protocols import Pipeline
 
-__all__ = ["CachedEncoder", "cache_embeddings", "cache_off", "text_encoders"]
+__all__ = ["CachedEncoder", "EmbeddingStore", "cache_embeddings", "cache_off", "text_encoders"]
 
 _off: ContextVar[bool] = ContextVar("no prompt embedding is taken from a cache", default=False)
 
@@ -164,3 +165,53 @@ def _size(value: Any) -> int:
     if isinstance(value, tuple | list):
         return sum(map(_size, value))
     return len(value) if isinstance(value, bytes) else 0
+
+
+class EmbeddingStore:
+    """A bounded dictionary. Safe to use from several threads.
+
+    limit: bytes that all values may have together; size: bytes that they have.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self.hits = 0
+        self.misses = 0
+        self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable) -> Any:
+        """The value, which is then the most recently used one; None where there is none."""
+        with self._lock:
+            if key not in self._values:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._values.move_to_end(key)
+            return self._values[key][0]
+
+    def put(self, key: Hashable, value: object, size: int) -> None:
+        """Keep a value of `size` bytes; one larger than the limit is not kept."""
+        with self._lock:
+            self._drop(key)
+            if size > self.limit:
+                return
+            while self.size + size > self.limit:
+                self._drop(next(iter(self._values)))
+            self._values[key] = (value, size)
+            self.size += size
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
+    def _drop(self, key: Hashable) -> None:
+        _, size = self._values.pop(key, (None, 0))
+        self.size -= size
+
+    def __deepcopy__(self, _: object) -> EmbeddingStore:
+        """A copy of what holds a store begins with an empty one."""
+        return EmbeddingStore(self.limit)
