@@ -21,9 +21,9 @@ OPTIONS = """
 | option | what it means | default | commands |
 | --- | --- | --- | --- |"""
 TAIL = """
-Exit codes: 0 ok, 1 failure, 2 bad usage or bad input, 130 after Ctrl-C. What is wrong with the
-input is said all at once on stderr, one `error:` line each and one `fix:` line, before anything is
-loaded or written."""
+Exit codes: 0 ok, 1 failure, 2 bad usage or bad input, 130 after Ctrl-C or SIGTERM. What is
+wrong with the input is said all at once on stderr, one `error:` line each and one `fix:` line,
+before anything is loaded or written."""
 
 
 def page() -> str:
