@@ -258,6 +258,8 @@ def test_a_schedule_is_not_calibrated_for_changed_weights(pipe: Any, call: Call)
     assert fast.calibrated is False
     assert "calibrated: false" in fast.summary()
     assert any("weights changed after optimising" in note for note in fast.notes)
+    hasten.optimize(fast, "baseline", copy=True)  # which undoes the recipe and applies it again
+    assert fast.calibrated is False
 
 
 # --- the object itself ----------------------------------------------------------------------------

@@ -78,8 +78,8 @@ class Optimization:
         self.active = True
         setattr(plain_module(self.chain.transformer), MARK, self)
         planner = self.planner
-        if planner is not None and planner.calibrated:
-            self.weights = self._weights()
+        if planner is not None and planner.calibrated and self.weights is None:
+            self.weights = self._weights()  # of the first time: it may be applied again later
 
     def restore(self) -> list[str]:
         """Undo every pass, newest first.

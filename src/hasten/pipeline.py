@@ -116,11 +116,6 @@ class OptimizedPipeline:
         return (*self._notes(), *self._optimization.declined())
 
     @property
-    def call_defaults(self) -> dict[str, Any]:
-        """Call arguments used where the caller passes none: the model's, then the recipe's."""
-        return dict(self._defaults)
-
-    @property
     def calibrated(self) -> bool | None:
         """Whether the step cache runs a schedule learned on these weights; None where it runs none
         that is learned."""

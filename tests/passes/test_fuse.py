@@ -175,7 +175,7 @@ def test_controlnet_residuals_run_under_the_table(recipe: Recipe, pipe: Any) -> 
         expected = pipe.transformer(**inputs).sample
         fast = hasten.optimize(pipe, recipe)
         assert close(pipe.transformer(**inputs).sample, expected)
-    said = "1 calls with controlnet_block_samples ran on the original blocks" in fast.summary()
+    said = "1 call with controlnet_block_samples ran on the original blocks" in fast.summary()
     assert said == (recipe.fuse.kernels != "off")
 
 

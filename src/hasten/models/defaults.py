@@ -136,8 +136,8 @@ def cached_snapshot(model: str) -> Path | None:
     """The directory in the cache that `DiffusionPipeline.from_pretrained` would load a hub id from.
 
     None where it would have to fetch the model: there is no snapshot of its main branch, or the hub
-    says that the branch has moved on. A hub that cannot be reached, gives no answer within three
-    seconds or refuses one has no say.
+    says that the branch has moved on. The snapshot is used where the hub cannot be reached, refuses
+    to answer or takes longer than three seconds.
     """
     folder = kept_snapshot(model)
     return folder if folder is not None and _commit(model) in (folder.name, None) else None

@@ -127,11 +127,6 @@ class StepChain:
         """The layer of that name."""
         return next((layer for layer in self.layers if layer.name == name), None)
 
-    @property
-    def constants(self) -> Any:
-        """The layer that makes the constants of runs; None without one."""
-        return self.layer("constants")
-
     def end_run(self, scheduler: Scheduler | None = None) -> None:
         """Drop what is kept of the current run of a scheduler, by default of the running call."""
         self.runs.end(scheduler or self.driving())

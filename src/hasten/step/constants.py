@@ -125,7 +125,7 @@ class ConstantsLayer:
     def live(self) -> str:
         line = f"held at most {self.peak_bytes / 2**20:.1f} MiB of constants"
         beyond = "; ".join(
-            f"{count} calls with {what} ran on the original blocks"
+            f"{count} call{'s' * (count != 1)} with {what} ran on the original blocks"
             for what, count in self.beyond.items()
         )
         return f"{line}; {beyond}" if beyond else line
