@@ -5,6 +5,7 @@ CI has no GPU; `pytest -m gpu` on a machine with one runs these.
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from diffusers import FluxControlNetModel, FluxControlNetPipeline
 from torch._dynamo.utils import counters
 
 import hasten
@@ -38,6 +40,11 @@ GRAPHED = {
     "table": {"fuse": {"kernels": "off"}, "compile": {"mode": "none", "cuda_graphs": "on"}},
     "forward": {"compile": {"mode": "none", "cuda_graphs": "on"}},
 }
+CONTROLLED = (
+    GRAPHED["table"],
+    GRAPHED["forward"],
+    {"fuse": {}, "compile": {"mode": "none", "cuda_graphs": "auto"}},
+)
 ROCKET = "a 3D render of a rocket on a blue background"
 CHANGES: list[dict[str, Any]] = [
     {"prompt": "a 3D render of a red kite on a green background"},
@@ -176,6 +183,33 @@ def test_graphs_follow_every_change_of_a_call(name: str) -> None:
         assert torch.equal(image(used, **change), image(fresh, **change)), change
         plain = image(tiny("float32"), **change)
         assert psnr(image(used, **change), plain).min().item() >= 40, change
+
+
+def with_controlnet(dtype: str = "float32") -> Any:
+    """The bundled model with a random ControlNet, which changes the picture (checked below)."""
+    pipe = tiny(dtype)
+    takes = inspect.signature(FluxControlNetModel.__init__).parameters
+    config = {name: value for name, value in pipe.transformer.config.items() if name in takes}
+    torch.manual_seed(0)
+    controlnet = FluxControlNetModel(**{**config, "num_layers": 1, "num_single_layers": 1})
+    for linear in (*controlnet.controlnet_blocks, *controlnet.controlnet_single_blocks):
+        torch.nn.init.normal_(linear.weight, std=0.02)
+    return FluxControlNetPipeline(
+        **pipe.components, controlnet=controlnet.to(pipe.device, pipe.dtype)
+    )
+
+
+@pytest.mark.parametrize("recipe", CONTROLLED, ids=str)
+def test_controlnet_residuals_are_inputs_of_a_graph(recipe: dict[str, Any]) -> None:
+    control = torch.linspace(0, 1, 3 * 128 * 128).reshape(1, 3, 128, 128)
+    plain, fast = with_controlnet(), hasten.optimize(with_controlnet(), Recipe.from_dict(recipe))
+    expected = image(plain, control_image=control)
+    without = image(plain, control_image=control, controlnet_conditioning_scale=0.0)
+    assert psnr(without, expected).item() < 30
+    for _ in range(2):
+        assert psnr(image(fast, control_image=control), expected).item() >= 40
+    assert "1 recorded" in fast.summary()
+    assert "ran without" not in fast.summary()
 
 
 def test_the_memory_of_graphs_is_reported() -> None:
