@@ -9,7 +9,7 @@ from diffusers import FluxImg2ImgPipeline
 
 import hasten
 from hasten.check import check, problems
-from hasten.errors import UnsupportedError
+from hasten.errors import Problem, UnsupportedError
 from hasten.families.flux1 import FLUX1
 from hasten.machine import Machine, machine
 from hasten.models.fingerprint import fingerprint
@@ -19,8 +19,8 @@ from hasten.recipe import Recipe, resolve
 class NoCompiler:
     """A machine with nothing to compile with."""
 
-    def compile_problem(self, device_type: str) -> tuple[str, str]:
-        return ("no C++ compiler", "apt-get install g++ python3-dev")
+    def compile_problem(self, device_type: str) -> Problem:
+        return Problem("no C++ compiler", "apt-get install g++ python3-dev")
 
 
 class Capable:

@@ -5,7 +5,7 @@ What is decided here is the verdict that the passes obey.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,22 +47,10 @@ class Verdict:
 
 def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
     """What of this recipe cannot run on a device of this type here. Needs no model."""
-    found = _quantize_problems(recipe, machine, device_type)
-    compiles = recipe.compile is not None and recipe.compile.mode != "none"
-    if compiles and (trouble := machine.compile_problem(device_type)):
-        fault, fix = trouble
-        rest = "the preset 'cache'" if recipe.cache else "the preset 'baseline'"
-        found.append(Problem(fault, f"{fix}; or use {rest}, which needs no compiler"))
-    if recipe.engine is not None:
-        found += machine.engine_problems(
-            device_type,
-            recipe.engine.kind,
-            recipe.engine.precision,
-            exported=recipe.engine.path is not None,
-        )
-    found += _text_and_decoder_problems(recipe, machine, device_type)
-    found += conflicts(recipe, device_type)
-    return found
+    return [
+        *_machine_problems(recipe, machine, device_type),
+        *conflicts(recipe, device_type),
+    ]
 
 
 def check(
@@ -95,14 +83,12 @@ def check(
         *_vae_problems(recipe, getattr(pipe, "vae", None)),
         *([] if force else _learned_problems(recipe, name, unknown)),
     ]
-    kernels = None
-    if not found:
-        kernels = _against_kernels(recipe, transformer, family)
-        if kernels and recipe.fuse is not None and recipe.fuse.kernels == "on":
-            fix = 'set fuse.kernels = "auto", or "off"'
-            found.append(Problem(f'fuse.kernels = "on": {kernels}', fix))
     if found:
         raise unsupported(found)
+    kernels = _against_kernels(recipe, transformer, family)
+    if kernels and recipe.fuse is not None and recipe.fuse.kernels == "on":
+        fix = 'set fuse.kernels = "auto", or "off"'
+        raise unsupported([Problem(f'fuse.kernels = "on": {kernels}', fix)])
     return Verdict(
         fingerprint=name,
         linears=_plan(recipe, transformer, family),
@@ -134,59 +120,66 @@ def empty_weights(transformer: Any) -> Problem | None:
     )
 
 
-def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> list[Problem]:
-    found = []
+def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> Iterator[Problem]:
     if trouble := empty_weights(pipe.transformer):
-        found.append(trouble)
+        yield trouble
     if recipe.compile is not None:
         blocks = family.repeated_blocks(pipe.transformer)
         compiled = [name for name, block in blocks if block._compiled_call_impl is not None]
         if compiled or pipe.transformer._compiled_call_impl is not None:
-            found.append(
-                Problem(
-                    f"the transformer is compiled already ({len(compiled)} of its blocks)",
-                    "leave the compiling to the recipe, or take [compile] out of it",
-                )
+            yield Problem(
+                f"the transformer is compiled already ({len(compiled)} of its blocks)",
+                "leave the compiling to the recipe, or take [compile] out of it",
             )
     if recipe.cache is not None and not (
         hasattr(pipe.scheduler, "step_index") and hasattr(pipe.scheduler, "sigmas")
     ):
-        found.append(
-            Problem(
-                f"{type(pipe.scheduler).__name__} has no step_index or no sigmas",
-                "step caching needs a flow-matching scheduler, which has both: "
-                "FlowMatchEulerDiscreteScheduler, for example",
-            )
+        yield Problem(
+            f"{type(pipe.scheduler).__name__} has no step_index or no sigmas",
+            "step caching needs a flow-matching scheduler, which has both: "
+            "FlowMatchEulerDiscreteScheduler, for example",
         )
     if recipe.cache is not None and getattr(pipe.transformer, "is_cache_enabled", False):
-        found.append(
-            Problem(
-                "one of Diffusers' own caches is enabled on the transformer",
-                "call pipe.transformer.disable_cache() first",
-            )
+        yield Problem(
+            "one of Diffusers' own caches is enabled on the transformer",
+            "call pipe.transformer.disable_cache() first",
         )
-    return found
 
 
-def _quantize_problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
-    if recipe.quantize is None:
-        return []
-    trouble = machine.quantize_problem(
-        device_type,
-        recipe.quantize.scheme,
-        emulate=recipe.quantize.emulate,
-        compiled=recipe.compile is not None and recipe.compile.mode != "none",
-    )
-    return [] if trouble is None else [trouble]
+def _machine_problems(recipe: Recipe, machine: Machine, device_type: str) -> Iterator[Problem]:
+    """What this machine lacks."""
+    quantize, engine, decoder = recipe.quantize, recipe.engine, recipe.decoder
+    compiles = recipe.compile is not None and recipe.compile.mode != "none"
+    if quantize is not None:
+        problem = machine.quantize_problem(
+            device_type, quantize.scheme, emulate=quantize.emulate, compiled=compiles
+        )
+        if problem:
+            yield problem
+    if engine is not None:
+        yield from machine.engine_problems(
+            device_type, engine.kind, engine.precision, exported=engine.path is not None
+        )
+    if recipe.text is not None and recipe.text.scheme == "fp8-weight" and device_type == "mps":
+        yield Problem(
+            'text.scheme = "fp8-weight": there is no FP8 on mps', 'set scheme = "int8-weight"'
+        )
+    if compiles or (decoder is not None and decoder.compile):
+        instead = "leave decoder.compile out"
+        if compiles:
+            plain = "cache" if recipe.cache else "baseline"
+            instead = f"use the preset {plain!r}, which needs no compiler"
+        if problem := machine.compile_problem(device_type):
+            yield Problem(problem.fault, f"{problem.fix}; or {instead}")
 
 
-def _linear_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+def _linear_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterator[Problem]:
     """Why the transformer's linears cannot be quantised as `[quantize]` asks."""
-    if recipe.quantize is None:
-        return []
-    from hasten.quantization.plan import plan_problems
+    if recipe.quantize is not None:
+        from hasten.quantization.plan import plan_problems
 
-    return plan_problems(transformer, family.quantizable(transformer), recipe.quantize)
+        linears = family.quantizable(transformer)
+        yield from plan_problems(transformer, linears, recipe.quantize)
 
 
 def _plan(recipe: Recipe, transformer: Any, family: Family) -> LinearPlan | None:
@@ -233,29 +226,22 @@ def _fingerprint(recipe: Recipe, transformer: Any) -> tuple[str | None, str]:
     return (None, why) if why else (fingerprint(transformer), "")
 
 
-def _learned_problems(recipe: Recipe, name: str | None, unknown: str) -> list[Problem]:
+def _learned_problems(recipe: Recipe, name: str | None, unknown: str) -> Iterator[Problem]:
     """A schedule or static scales that were learned on another model, or on who knows which."""
-    found = []
     here = f"this one is {name}" if name else f"of this one it is not known: {unknown}"
     schedule: str | None = getattr(recipe.cache, "fingerprint", None)
     if schedule not in (None, name):
-        found.append(
-            Problem(
-                f"the schedule was learned on another model ({schedule}; {here})",
-                "learn one for this model with `hasten calibrate`, or insist with --force "
-                "(force=True)",
-            )
+        yield Problem(
+            f"the schedule was learned on another model ({schedule}; {here})",
+            "learn one for this model with `hasten calibrate`, or insist with --force (force=True)",
         )
     scales = recipe.quantize.fingerprint if recipe.quantize else None
     if scales not in (None, name):
-        found.append(
-            Problem(
-                f"the static scales were calibrated on another model ({scales}; {here})",
-                "calibrate this one with `hasten calibrate-scales`, or insist with --force "
-                "(force=True)",
-            )
+        yield Problem(
+            f"the static scales were calibrated on another model ({scales}; {here})",
+            "calibrate this one with `hasten calibrate-scales`, or insist with --force "
+            "(force=True)",
         )
-    return found
 
 
 def _notes(recipe: Recipe, family: Family, name: str | None, unknown: str) -> tuple[str, ...]:
@@ -271,7 +257,7 @@ def _notes(recipe: Recipe, family: Family, name: str | None, unknown: str) -> tu
     return tuple(notes)
 
 
-def _family_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+def _family_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterator[Problem]:
     """Sections that need something of the family which nobody has declared."""
     blocks = bool(family.stacks)
     compiles = recipe.compile is not None and recipe.compile.mode == "blocks"
@@ -281,139 +267,93 @@ def _family_problems(recipe: Recipe, transformer: Any, family: Family) -> list[P
 
         layers = bool(attention_layers(transformer))
     sizes = ("num_attention_heads", "attention_head_dim")
+    sized = all(transformer.config.get(name) for name in sizes)
     auto = recipe.attention is not None and recipe.attention.backend == "auto"
-    needs = (
+    for there, section, what, known in (
         (recipe.quantize, "[quantize]", "which blocks it repeats", blocks),
         (compiles, 'compile.mode = "blocks"', "which blocks it repeats", blocks),
         (recipe.fuse, "[fuse]", "how it is conditioned", family.conditioning is not None),
         (recipe.engine, "[engine]", "how it is exported", family.export is not None),
         (recipe.attention, "[attention]", "attention layers whose backend can be set", layers),
-        (
-            auto,
-            'attention.backend = "auto"',
-            "the sizes of its attention heads",
-            all(transformer.config.get(name) for name in sizes),
-        ),
-    )
-    return [
-        Problem(
-            f"{section} needs to know of {family.name} {what}, and it is not declared",
-            f"leave {section.partition(' ')[0]} out, or declare it: hasten.register_family",
-        )
-        for there, section, what, known in needs
-        if there and not known
-    ]
+        (auto, 'attention.backend = "auto"', "the sizes of its attention heads", sized),
+    ):
+        if there and not known:
+            yield Problem(
+                f"{section} needs to know of {family.name} {what}, and it is not declared",
+                f"leave {section.partition(' ')[0]} out, or declare it: hasten.register_family",
+            )
 
 
-def _weight_problems(recipe: Recipe, transformer: Any) -> list[Problem]:
+def _weight_problems(recipe: Recipe, transformer: Any) -> Iterator[Problem]:
     """Sections that need the weights where they are used."""
     sections = [name for name in ("quantize", "fuse", "engine") if getattr(recipe, name)]
-    if not sections:
-        return []
     from hasten.models.fingerprint import offloaded
 
-    if not (how := offloaded(transformer)):
-        return []
-    return [
-        Problem(
+    if sections and (how := offloaded(transformer)):
+        yield Problem(
             f"the transformer's weights are {how}, and [{sections[0]}] needs them in place",
             "optimise the pipeline before it is offloaded, or let the recipe offload it",
         )
-    ]
 
 
-def _text_and_decoder_problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
-    found = []
-    if recipe.text is not None and recipe.text.scheme == "fp8-weight" and device_type == "mps":
-        found.append(
-            Problem(
-                'text.scheme = "fp8-weight": there is no FP8 on mps', 'set scheme = "int8-weight"'
-            )
-        )
-    alone = recipe.compile is None or recipe.compile.mode == "none"  # nobody else asks this
-    if recipe.decoder is not None and recipe.decoder.compile and alone:
-        trouble = machine.compile_problem(device_type)
-        if trouble is not None:
-            fault, fix = trouble
-            found.append(Problem(fault, f"{fix}; or leave decoder.compile out"))
-    return found
-
-
-def _text_encoder_problems(recipe: Recipe, pipe: Any) -> list[Problem]:
+def _text_encoder_problems(recipe: Recipe, pipe: Any) -> Iterator[Problem]:
     if recipe.text is None:
-        return []
+        return
     clip: Any = getattr(pipe, "text_encoder", None)
     t5: Any = getattr(pipe, "text_encoder_2", None)
     if t5 is None and (recipe.text.scheme or clip is None):
-        return [
-            Problem(
-                "the pipeline has no " + ("text encoders" if clip is None else "text_encoder_2"),
-                "load the pipeline with its text encoders, or take [text] out of the recipe",
-            )
-        ]
+        yield Problem(
+            "the pipeline has no " + ("text encoders" if clip is None else "text_encoder_2"),
+            "load the pipeline with its text encoders, or take [text] out of the recipe",
+        )
+        return
     if recipe.text.scheme is None:
-        return []
+        return
     from hasten.quantization.plan import plan_problems
 
     linears = [(name, part) for name, part in t5.named_modules() if type(part).__name__ == "Linear"]
-    return [
-        Problem(f"text_encoder_2: {fault}", fix)
-        for fault, fix in plan_problems(t5, linears, Quantize(scheme=recipe.text.scheme))
-    ]
+    for fault, fix in plan_problems(t5, linears, Quantize(scheme=recipe.text.scheme)):
+        yield Problem(f"text_encoder_2: {fault}", fix)
 
 
-def _vae_problems(recipe: Recipe, vae: Any) -> list[Problem]:
-    if recipe.decoder is None:
-        return []
-    if vae is None:
-        return [
-            Problem(
-                "the pipeline has no vae",
-                "load the pipeline with it, or take [decoder] out of the recipe",
-            )
-        ]
-    if recipe.decoder.compile and vae.decoder._compiled_call_impl is not None:
-        return [
-            Problem(
-                "the VAE's decoder is compiled already",
-                "leave the compiling to the recipe, or set decoder.compile = false",
-            )
-        ]
-    return []
+def _vae_problems(recipe: Recipe, vae: Any) -> Iterator[Problem]:
+    if recipe.decoder is not None and vae is None:
+        yield Problem(
+            "the pipeline has no vae",
+            "load the pipeline with it, or take [decoder] out of the recipe",
+        )
+    elif recipe.decoder and recipe.decoder.compile and vae.decoder._compiled_call_impl is not None:
+        yield Problem(
+            "the VAE's decoder is compiled already",
+            "leave the compiling to the recipe, or set decoder.compile = false",
+        )
 
 
-def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterator[Problem]:
     """Why it cannot be decided between the transformer's blocks."""
     if not isinstance(recipe.cache, ResidualCache):
-        return []
+        return
     if not family.declared or not family.stacks:
-        return [
-            Problem(
-                f'cache.kind = "residual" needs to know the blocks of {family.name}',
-                'use a planned cache, such as kind = "interval", or declare the family: '
-                "hasten.register_family",
-            )
-        ]
-    found = []
+        yield Problem(
+            f'cache.kind = "residual" needs to know the blocks of {family.name}',
+            'use a planned cache, such as kind = "interval", or declare the family: '
+            "hasten.register_family",
+        )
+        return
     blocks = len(family.repeated_blocks(transformer))
     if recipe.cache.first_blocks >= blocks:
-        found.append(
-            Problem(
-                f"cache.first_blocks = {recipe.cache.first_blocks} leaves none of the "
-                f"transformer's {blocks} blocks to skip",
-                "one first block is the usual number",
-            )
+        yield Problem(
+            f"cache.first_blocks = {recipe.cache.first_blocks} leaves none of the "
+            f"transformer's {blocks} blocks to skip",
+            "one first block is the usual number",
         )
     if _is_compiled(transformer):
-        found.append(
-            Problem(
-                'the transformer was compiled as a whole, and cache.kind = "residual" decides '
-                "between its blocks",
-                'leave the compiling to the recipe ([compile] mode = "blocks"), or use a planned '
-                'cache, such as kind = "interval"',
-            )
+        yield Problem(
+            'the transformer was compiled as a whole, and cache.kind = "residual" decides '
+            "between its blocks",
+            'leave the compiling to the recipe ([compile] mode = "blocks"), or use a planned '
+            'cache, such as kind = "interval"',
         )
-    return found
 
 
 def _is_compiled(transformer: Any) -> bool:
@@ -429,32 +369,26 @@ def _is_replaced(transformer: Any) -> bool:
     return not own or _is_compiled(transformer)
 
 
-def _forward_problems(recipe: Recipe, transformer: Any) -> list[Problem]:
+def _forward_problems(recipe: Recipe, transformer: Any) -> Iterator[Problem]:
     """Why nothing can be put in the place of the forward that this transformer has now."""
     section = "[fuse]" if recipe.fuse is not None else "[engine]" if recipe.engine else None
-    if section is None or not _is_replaced(transformer):
-        return []
-    return [
-        Problem(
+    if section and _is_replaced(transformer):
+        yield Problem(
             "the transformer's forward was replaced or compiled (by offloading, hooks or "
             f"torch.compile), and {section} puts its own in its place",
             "optimise the plain pipeline and put such things into the recipe, or around it "
             f"afterwards; or take {section} out of the recipe",
         )
-    ]
 
 
-def _offload_problems(recipe: Recipe, transformer: Any, family: Family) -> list[Problem]:
+def _offload_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterator[Problem]:
     """Why the modulation weights cannot wait in host memory."""
     if recipe.offload is None or recipe.offload.kind != "modulation":
-        return []
+        return
     norms: Any = family.modulated_norms(transformer)
     kinds = {type(norm.linear).__name__ for _, norm in norms}
-    if kinds == {"Linear"}:
-        return []
-    return [
-        Problem(
+    if kinds != {"Linear"}:
+        yield Problem(
             f'offload.kind = "modulation" moves plain linears, and there are {", ".join(kinds)}',
             "fuse LoRA adapters first: pipe.fuse_lora(), then pipe.unload_lora_weights()",
         )
-    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hasten.errors import Problem
 from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Recipe, ResidualCache
@@ -52,146 +54,109 @@ def graphs_declined(recipe: Recipe, device_type: str) -> str | None:
     return None
 
 
-def _engine(recipe: Recipe) -> list[Problem]:
+def _engine(recipe: Recipe) -> Iterator[Problem]:
     """An engine takes the blocks as one: nothing else may change or enter them."""
     if recipe.engine is None:
-        return []
-    found = [
-        Problem(
-            f"[engine] runs the blocks in torch's place, and [{name}] changes them",
-            f"leave [{name}] out" + (": engine.precision quantises" if name == "quantize" else ""),
-        )
-        for name in ("quantize", "fuse", "attention", "compile")
-        if getattr(recipe, name) is not None
-    ]
-    if isinstance(recipe.cache, ResidualCache):
-        found.append(
-            Problem(
-                'cache.kind = "residual" decides between the blocks, and [engine] runs them as one',
-                'use a planned cache, such as kind = "interval"',
+        return
+    for name in ("quantize", "fuse", "attention", "compile"):
+        if getattr(recipe, name) is not None:
+            instead = ": engine.precision quantises" if name == "quantize" else ""
+            yield Problem(
+                f"[engine] runs the blocks in torch's place, and [{name}] changes them",
+                f"leave [{name}] out{instead}",
             )
+    if isinstance(recipe.cache, ResidualCache):
+        yield Problem(
+            'cache.kind = "residual" decides between the blocks, and [engine] runs them as one',
+            'use a planned cache, such as kind = "interval"',
         )
     if recipe.offload and recipe.offload.kind == "model":
-        found.append(
-            Problem(
-                'offload.kind = "model" moves the transformer, and [engine] runs in its place',
-                'set offload.kind = "modulation", and engine.release = true to free the blocks',
-            )
+        yield Problem(
+            'offload.kind = "model" moves the transformer, and [engine] runs in its place',
+            'set offload.kind = "modulation", and engine.release = true to free the blocks',
         )
-    return found
 
 
-def _residual(recipe: Recipe) -> list[Problem]:
+def _residual(recipe: Recipe) -> Iterator[Problem]:
     """The residual cache decides between the blocks: nothing may hold all of them."""
     if not isinstance(recipe.cache, ResidualCache):
-        return []
-    whole = [
-        (recipe.compile and recipe.compile.mode == "full", 'compile.mode = "full"', "blocks"),
-        (
-            recipe.compile and recipe.compile.cuda_graphs == "on",
-            'compile.cuda_graphs = "on"',
-            "auto",
-        ),
-        (recipe.fuse, "[fuse]", None),
-        (
-            recipe.attention and recipe.attention.backend == "auto",
-            'attention.backend = "auto"',
-            "native",
-        ),
-    ]
-    return [
-        Problem(
-            f'cache.kind = "residual" decides between the blocks, and {what} takes them as one',
-            (f'set {what.partition(" = ")[0]} = "{instead}"' if instead else "leave it out")
-            + ', or use a planned cache, such as kind = "interval"',
-        )
-        for there, what, instead in whole
-        if there
-    ]
+        return
+    mode = recipe.compile.mode if recipe.compile else None
+    graphs = recipe.compile.cuda_graphs if recipe.compile else None
+    backend = recipe.attention.backend if recipe.attention else None
+    for there, what, instead in (
+        (mode == "full", 'compile.mode = "full"', 'set compile.mode = "blocks"'),
+        (graphs == "on", 'compile.cuda_graphs = "on"', 'set compile.cuda_graphs = "auto"'),
+        (recipe.fuse is not None, "[fuse]", "leave it out"),
+        (backend == "auto", 'attention.backend = "auto"', 'set attention.backend = "native"'),
+    ):
+        if there:
+            yield Problem(
+                f'cache.kind = "residual" decides between the blocks, and {what} takes them as one',
+                f'{instead}, or use a planned cache, such as kind = "interval"',
+            )
 
 
-def _attention(recipe: Recipe, device_type: str) -> list[Problem]:
+def _attention(recipe: Recipe, device_type: str) -> Iterator[Problem]:
     if recipe.attention is None:
-        return []
-    found = []
+        return
     backend = recipe.attention.backend
     if device_type != "cuda" and backend in ("cudnn", "flash", "efficient"):
-        found.append(
-            Problem(
-                f'attention.backend = "{backend}" is a kernel for NVIDIA GPUs, '
-                f"and this is {device_type}",
-                'set attention.backend = "native", or "auto"',
-            )
+        yield Problem(
+            f'attention.backend = "{backend}" is a kernel for NVIDIA GPUs, '
+            f"and this is {device_type}",
+            'set attention.backend = "native", or "auto"',
         )
     if backend == "auto" and recipe.compile and recipe.compile.mode == "full":
-        found.append(
-            Problem(
-                'attention.backend = "auto" tries backends out, and compile.mode = "full" '
-                "makes one graph of the forward",
-                'set attention.backend = "native" or "cudnn", or compile.mode = "blocks"',
-            )
+        yield Problem(
+            'attention.backend = "auto" tries backends out, and compile.mode = "full" '
+            "makes one graph of the forward",
+            'set attention.backend = "native" or "cudnn", or compile.mode = "blocks"',
         )
-    return found
 
 
-def _fuse(recipe: Recipe) -> list[Problem]:
+def _fuse(recipe: Recipe) -> Iterator[Problem]:
     if recipe.fuse is None:
-        return []
-    found = []
+        return
     if recipe.compile and recipe.compile.mode == "full":
-        found.append(
-            Problem(
-                '[fuse] splits the transformer\'s forward, and compile.mode = "full" makes one '
-                "graph of it",
-                'set compile.mode = "blocks", or "none" for the fused kernels',
-            )
+        yield Problem(
+            '[fuse] splits the transformer\'s forward, and compile.mode = "full" makes one '
+            "graph of it",
+            'set compile.mode = "blocks", or "none" for the fused kernels',
         )
     declined = kernels_declined(recipe)
     if recipe.fuse.kernels == "on" and declined:
-        found.append(Problem(f'fuse.kernels = "on": {declined}', 'set fuse.kernels = "auto"'))
-    return found
+        yield Problem(f'fuse.kernels = "on": {declined}', 'set fuse.kernels = "auto"')
 
 
-def _graphs(recipe: Recipe, device_type: str) -> list[Problem]:
+def _graphs(recipe: Recipe, device_type: str) -> Iterator[Problem]:
     if recipe.compile is None or recipe.compile.cuda_graphs != "on":
-        return []
-    found = []
+        return
     if device_type != "cuda":
-        found.append(
-            Problem(
-                f'compile.cuda_graphs = "on" needs an NVIDIA GPU, and this is {device_type}',
-                'set cuda_graphs = "auto"',
-            )
+        yield Problem(
+            f'compile.cuda_graphs = "on" needs an NVIDIA GPU, and this is {device_type}',
+            'set cuda_graphs = "auto"',
         )
     if recipe.offload and recipe.offload.kind == "model":
-        found.append(
-            Problem(
-                'a CUDA graph holds the addresses of weights that offload.kind = "model" moves',
-                'set cuda_graphs = "auto", or offload.kind = "modulation"',
-            )
+        yield Problem(
+            'a CUDA graph holds the addresses of weights that offload.kind = "model" moves',
+            'set cuda_graphs = "auto", or offload.kind = "modulation"',
         )
-    return found
 
 
-def _offload(recipe: Recipe, device_type: str) -> list[Problem]:
+def _offload(recipe: Recipe, device_type: str) -> Iterator[Problem]:
     if recipe.offload is None or recipe.offload.kind == "none":
-        return []
-    found = []
+        return
     if device_type == "cpu":
-        found.append(
-            Problem(
-                f'offload.kind = "{recipe.offload.kind}" needs an accelerator to offload from, '
-                "and this is the CPU",
-                "leave [offload] out: on a CPU the weights are in host memory already",
-            )
+        yield Problem(
+            f'offload.kind = "{recipe.offload.kind}" needs an accelerator to offload from, '
+            "and this is the CPU",
+            "leave [offload] out: on a CPU the weights are in host memory already",
         )
     tabled = recipe.engine or (recipe.fuse is not None and recipe.fuse.conditioning)
     if recipe.offload.kind == "modulation" and not tabled:
-        found.append(
-            Problem(
-                'offload.kind = "modulation" without the conditioning table would bring the '
-                "weights over at every step",
-                "add [fuse] with conditioning = true",
-            )
+        yield Problem(
+            'offload.kind = "modulation" without the conditioning table would bring the '
+            "weights over at every step",
+            "add [fuse] with conditioning = true",
         )
-    return found

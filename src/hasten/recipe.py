@@ -565,21 +565,12 @@ def _shown(value: Any) -> str:
 
 
 CACHES: dict[str, type[Section]] = {
-    "interval": IntervalCache,
-    "schedule": ScheduleCache,
-    "budget": BudgetCache,
-    "residual": ResidualCache,
+    cache.model_fields["kind"].default: cache
+    for cache in (IntervalCache, ScheduleCache, BudgetCache, ResidualCache)
 }
 SECTIONS: dict[str, type[Section]] = {
-    "sampling": Sampling,
-    "fuse": Fuse,
-    "quantize": Quantize,
-    "attention": Attention,
-    "compile": Compile,
-    "engine": Engine,
-    "text": Text,
-    "decoder": Decoder,
-    "offload": Offload,
+    section.__name__.lower(): section
+    for section in (Sampling, Fuse, Quantize, Attention, Compile, Engine, Text, Decoder, Offload)
 }
 
 
