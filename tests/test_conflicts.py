@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hasten.check import check
-from hasten.conflicts import conflicts, graphs_declined, kernels_declined
+from hasten.conflicts import conflicts, why_no_graphs, why_no_kernels
 from hasten.errors import UnsupportedError
 from hasten.families.flux1 import FLUX1
 from hasten.families.flux1.fused import reasons_against
@@ -93,8 +93,8 @@ def test_no_preset_is_in_conflict_with_itself(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["lossless", "fp8", "balanced", "max"])
 def test_the_fast_presets_get_all_they_ask_for_on_a_gpu(name: str) -> None:
-    assert kernels_declined(resolve(name)) is None
-    assert graphs_declined(resolve(name), "cuda") is None
+    assert why_no_kernels(resolve(name)) is None
+    assert why_no_graphs(resolve(name), "cuda") is None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_fast_presets_get_all_they_ask_for_on_a_gpu(name: str) -> None:
     ids=str,
 )
 def test_when_auto_records_no_graphs(sections: Any, device: str, why: str | None) -> None:
-    declined = graphs_declined(Recipe.from_dict(sections), device)
+    declined = why_no_graphs(Recipe.from_dict(sections), device)
     assert (declined is None) if why is None else (why in str(declined))
 
 

@@ -123,12 +123,12 @@ def _run_on_engine(pipe: Any, optimization: Optimization) -> Applied:
     assert recipe is not None
     sampling = optimization.recipe.sampling
     body = load_body(pipe, recipe, sampling, tell=logger.info, show=logger.debug)
-    what = f"the blocks in {recipe.precision} by {body.driver.what}"
+    description = f"the blocks in {recipe.precision} by {body.driver.what}"
     return run_on_engine(
         optimization.chain,
         optimization.family,
         body,
-        what,
+        description,
         close=body.driver.close,
         release=recipe.release,
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.conflicts import conflicts, graphs_declined, kernels_declined
+from hasten.conflicts import conflicts, why_no_graphs, why_no_kernels
 from hasten.errors import AlreadyOptimizedError, unsupported
 from hasten.machine import Machine, Problem
 from hasten.recipe import BudgetCache, Quantize, Recipe, ResidualCache, ScheduleCache
@@ -70,7 +70,7 @@ def check(
     """
     transformer = pipe.transformer
     name, unknown = _fingerprint(recipe, transformer)
-    found = [
+    faults = [
         *problems(recipe, machine, pipe.device.type),
         *_model_problems(recipe, pipe, family),
         *_family_problems(recipe, transformer, family),
@@ -83,8 +83,8 @@ def check(
         *_vae_problems(recipe, getattr(pipe, "vae", None)),
         *([] if force else _learned_problems(recipe, name, unknown)),
     ]
-    if found:
-        raise unsupported(found)
+    if faults:
+        raise unsupported(faults)
     kernels = _against_kernels(recipe, transformer, family)
     if kernels and recipe.fuse is not None and recipe.fuse.kernels == "on":
         fix = 'set fuse.kernels = "auto", or "off"'
@@ -93,7 +93,7 @@ def check(
         fingerprint=name,
         linears=_plan(recipe, transformer, family),
         kernels=kernels,
-        graphs=graphs_declined(recipe, pipe.device.type),
+        graphs=why_no_graphs(recipe, pipe.device.type),
         notes=_notes(recipe, family, name, unknown),
     )
 
@@ -194,7 +194,7 @@ def _against_kernels(recipe: Recipe, transformer: Any, family: Family) -> str | 
     """Why the blocks will not run on fused kernels, once they are quantised; None where they do."""
     if recipe.fuse is None or recipe.fuse.kernels == "off":
         return 'kernels = "off"'
-    if why := kernels_declined(recipe):
+    if why := why_no_kernels(recipe):
         return why
     if family.kernels is None:
         return f"there are no fused kernels for {family.name}"
@@ -269,7 +269,7 @@ def _family_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterat
     sizes = ("num_attention_heads", "attention_head_dim")
     sized = all(transformer.config.get(name) for name in sizes)
     auto = recipe.attention is not None and recipe.attention.backend == "auto"
-    for there, section, what, known in (
+    for there, section, knowledge, known in (
         (recipe.quantize, "[quantize]", "which blocks it repeats", blocks),
         (compiles, 'compile.mode = "blocks"', "which blocks it repeats", blocks),
         (recipe.fuse, "[fuse]", "how it is conditioned", family.conditioning is not None),
@@ -279,7 +279,7 @@ def _family_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterat
     ):
         if there and not known:
             yield Problem(
-                f"{section} needs to know of {family.name} {what}, and it is not declared",
+                f"{section} needs to know of {family.name} {knowledge}, and it is not declared",
                 f"leave {section.partition(' ')[0]} out, or declare it: hasten.register_family",
             )
 

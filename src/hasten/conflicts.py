@@ -8,7 +8,7 @@ from hasten.errors import Problem
 from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Recipe, ResidualCache
 
-__all__ = ["conflicts", "graphs_declined", "kernels_declined"]
+__all__ = ["conflicts", "why_no_graphs", "why_no_kernels"]
 
 
 def conflicts(recipe: Recipe, device_type: str) -> list[Problem]:
@@ -23,7 +23,7 @@ def conflicts(recipe: Recipe, device_type: str) -> list[Problem]:
     ]
 
 
-def kernels_declined(recipe: Recipe) -> str | None:
+def why_no_kernels(recipe: Recipe) -> str | None:
     """Why the recipe's other sections leave nothing to the fused kernels; None where they do."""
     if recipe.compile and recipe.compile.mode != "none":
         return "the blocks are compiled instead"
@@ -43,7 +43,7 @@ def kernels_declined(recipe: Recipe) -> str | None:
     return None
 
 
-def graphs_declined(recipe: Recipe, device_type: str) -> str | None:
+def why_no_graphs(recipe: Recipe, device_type: str) -> str | None:
     """Why `cuda_graphs = "auto"` records none; None where it does."""
     if device_type != "cuda":
         return f"the pipeline is on {device_type}"
@@ -84,7 +84,7 @@ def _residual(recipe: Recipe) -> Iterator[Problem]:
     mode = recipe.compile.mode if recipe.compile else None
     graphs = recipe.compile.cuda_graphs if recipe.compile else None
     backend = recipe.attention.backend if recipe.attention else None
-    for there, what, instead in (
+    for there, setting, instead in (
         (mode == "full", 'compile.mode = "full"', 'set compile.mode = "blocks"'),
         (graphs == "on", 'compile.cuda_graphs = "on"', 'set compile.cuda_graphs = "auto"'),
         (recipe.fuse is not None, "[fuse]", "leave it out"),
@@ -92,7 +92,8 @@ def _residual(recipe: Recipe) -> Iterator[Problem]:
     ):
         if there:
             yield Problem(
-                f'cache.kind = "residual" decides between the blocks, and {what} takes them as one',
+                'cache.kind = "residual" decides between the blocks, and '
+                f"{setting} takes them as one",
                 f'{instead}, or use a planned cache, such as kind = "interval"',
             )
 
@@ -124,7 +125,7 @@ def _fuse(recipe: Recipe) -> Iterator[Problem]:
             "graph of it",
             'set compile.mode = "blocks", or "none" for the fused kernels',
         )
-    declined = kernels_declined(recipe)
+    declined = why_no_kernels(recipe)
     if recipe.fuse.kernels == "on" and declined:
         yield Problem(f'fuse.kernels = "on": {declined}', 'set fuse.kernels = "auto"')
 

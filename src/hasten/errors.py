@@ -189,13 +189,13 @@ def _gathered(kind: type[HastenError], parts: Iterable[Part]) -> HastenError:
 def _by_fix(parts: Iterable[Part]) -> list[Part]:
     """Each fault once, and what has the same fix together."""
     seen: set[str] = set()
-    found: dict[str, list[str]] = {}
+    by_fix: dict[str, list[str]] = {}
     for part in parts:
         new = [fault for fault in part.faults if fault not in seen]
         seen.update(new)
         if new:
-            found.setdefault(part.fix, []).extend(new)
-    return [Part(tuple(faults), fix) for fix, faults in found.items()]
+            by_fix.setdefault(part.fix, []).extend(new)
+    return [Part(tuple(faults), fix) for fix, faults in by_fix.items()]
 
 
 def join_fixes(fixes: Iterable[str]) -> str:

@@ -150,15 +150,15 @@ class Machine:
 
     def _torch_built_for(self, capability: tuple[int, int]) -> bool:
         """Binary code runs on later minors of its major; PTX (`compute_`) on anything later."""
-        found = [
+        built_for = [
             (kind, divmod(int(number), 10))
             for kind, number in re.findall(
                 r"\b(sm|compute)_(\d+)", " ".join(self.torch_architectures)
             )
         ]
-        return not found or any(
+        return not built_for or any(
             built <= capability and (kind == "compute" or built[0] == capability[0])
-            for kind, built in found
+            for kind, built in built_for
         )
 
     def compile_problem(self, device: str) -> Problem | None:

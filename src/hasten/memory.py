@@ -39,7 +39,7 @@ def memory_limits() -> list[int]:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
         return []
-    found = []
+    limits = []
     for line in lines:
         _, kinds, path = line.split(":", 2)
         if kinds == "":
@@ -51,8 +51,8 @@ def memory_limits() -> list[int]:
         own = root / path.lstrip("/")
         for group in (own, *own.parents):
             if group.is_relative_to(root):
-                found += _number_in(group / name)
-    return found
+                limits += _number_in(group / name)
+    return limits
 
 
 def ran_out(error: BaseException) -> bool:
@@ -76,10 +76,10 @@ def status_bytes(field: str) -> int | None:
 def _kilobytes(file: str, field: str) -> int | None:
     """A line `field: N kB` of a file below /proc, in bytes."""
     try:
-        found = re.search(rf"^{field}:\s+(\d+) kB$", (PROC / file).read_text(), re.M)
+        match = re.search(rf"^{field}:\s+(\d+) kB$", (PROC / file).read_text(), re.M)
     except OSError:
         return None
-    return int(found[1]) * 1024 if found else None
+    return int(match[1]) * 1024 if match else None
 
 
 def _number_in(path: Path) -> list[int]:

@@ -111,13 +111,13 @@ class Optimization:
             notes.append(CHANGED)
         return (*notes, *(note for done in self.applied for note in done.notes))
 
-    def declined(self) -> tuple[str, ...]:
+    def fallbacks(self) -> tuple[str, ...]:
         """What "auto" did not do, and why."""
         return tuple(
-            f"{done.name}: {what} left alone: {why}"
+            f"{done.name}: {part} unchanged: {reason}"
             for done in self.applied
-            if done.declined
-            for what, why in done.left_alone
+            if done.fell_back
+            for part, reason in done.unchanged
         )
 
     def _weights(self) -> str | None:
@@ -128,5 +128,5 @@ class Optimization:
 def optimization_of(pipe: Any) -> Optimization | None:
     """What was done to a pipeline's transformer; None where it is plain."""
     transformer = plain_module(getattr(pipe, "transformer", None))
-    found: Optimization | None = getattr(transformer, MARK, None)
-    return found
+    optimization: Optimization | None = getattr(transformer, MARK, None)
+    return optimization

@@ -100,8 +100,8 @@ class OptimizedPipeline:
         for done in self._optimization.applied:
             if done.cannot_undo:
                 raise UnsupportedError(
-                    f"the pipeline cannot be saved: {done.name}: {done.what}; a file of that would "
-                    "be loaded as plain weights",
+                    f"the pipeline cannot be saved: {done.name}: {done.description}; a "
+                    "file of that would be loaded as plain weights",
                     "save the pipeline before it is optimised; keep the recipe and optimise again "
                     "after loading",
                 )
@@ -113,7 +113,7 @@ class OptimizedPipeline:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of this pipeline's figures must know, e.g. that its weights are random."""
-        return (*self._notes(), *self._optimization.declined())
+        return (*self._notes(), *self._optimization.fallbacks())
 
     @property
     def calibrated(self) -> bool | None:
@@ -127,16 +127,16 @@ class OptimizedPipeline:
         return self._optimization.chain.held_bytes()
 
     def summary(self) -> str:
-        """Every pass, what it touched, what was left alone and why; the last run's steps."""
+        """Every pass, what it changed, what it left unchanged and why; the last run's steps."""
         recipe, applied = self.recipe, self._optimization.applied
         lines = [f"recipe {recipe.name}: {recipe.description}".rstrip(": ")]
         for done in applied:
             live = f" ({done.live()})" if done.live() else ""
-            lines.append(f"  {done.name}: {done.what}{live}")
+            lines.append(f"  {done.name}: {done.description}{live}")
             if done.name == "cache" and self.calibrated is not None:
                 learned = "learned on this model" if self.calibrated else "calibrated: false"
                 lines.append(f"    schedule: {learned}")
-            lines += [f"    left alone: {what}: {why}" for what, why in done.left_alone]
+            lines += [f"    unchanged: {part}: {reason}" for part, reason in done.unchanged]
         if not applied:
             lines.append("  nothing changed")
         if self.last_run.steps:

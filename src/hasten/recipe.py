@@ -523,14 +523,14 @@ def _odd_values(value: Any, where: str = "", depth: int = 0) -> Iterator[str]:
     here = one_line(where, 80) or "recipe"
     if depth > DEEPEST:
         yield f"{here}: nested too deeply"
-    elif isinstance(value, str) and (found := control_character(value)):
-        yield f"{here}: has the control character {found}"
+    elif isinstance(value, str) and (control := control_character(value)):
+        yield f"{here}: has the control character {control}"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         yield f"{here}: a number beyond 64 bits"
     elif isinstance(value, dict):
         for key, below in value.items():
-            if isinstance(key, str) and (found := control_character(key)):
-                yield f"{here}: a key has the control character {found}"
+            if isinstance(key, str) and (control := control_character(key)):
+                yield f"{here}: a key has the control character {control}"
             yield from _odd_values(below, f"{where}.{key}" if where else str(key), depth + 1)
     elif isinstance(value, list | tuple):
         for below in value:
@@ -539,9 +539,9 @@ def _odd_values(value: Any, where: str = "", depth: int = 0) -> Iterator[str]:
 
 def _first(faults: Iterator[str]) -> list[str]:
     """As many faults as someone reads, and how many more there are."""
-    found = list(faults)
-    more = len(found) - MOST_FAULTS
-    return [*found[:MOST_FAULTS], *([f"and {more} more like these"] if more > 0 else [])]
+    first = list(faults)
+    more = len(first) - MOST_FAULTS
+    return [*first[:MOST_FAULTS], *([f"and {more} more like these"] if more > 0 else [])]
 
 
 def _fault(detail: Any) -> str:

@@ -72,7 +72,7 @@ def test_the_latents_are_the_plain_pipelines(
     body, done = on_engine(pipe)
     torch.testing.assert_close(call(pipe, **arguments), expected, rtol=1e-4, atol=1e-4)
     assert body.calls == (12 if "true_cfg_scale" in arguments else 6)
-    assert "a copy in torch" in done.what
+    assert "a copy in torch" in done.description
     assert done.undo is not None
     done.undo()
     assert body.closed == 1
@@ -96,7 +96,7 @@ def test_released_blocks_hold_nothing_and_the_pictures_stay(
     _, done = on_engine(pipe, release=True)
     after = sum(parameter.nbytes for parameter in pipe.transformer.parameters())
     assert after < before / 2
-    assert "torch weights freed" in done.what
+    assert "torch weights freed" in done.description
     assert "engine.release" in done.cannot_undo
     with pytest.raises(CallError, match="cannot be saved"):
         pipe.save_pretrained(tmp_path)

@@ -229,8 +229,8 @@ def test_what_the_kernels_cannot_run(make_pipe: Callable[[], Any]) -> None:
     with pytest.raises(UnsupportedError, match=r"fuse\.kernels = \"on\": transformer_blocks\.1"):
         hasten.optimize(pipe, KERNELS)
     fast = hasten.optimize(pipe, Recipe.from_dict({"fuse": {}}))
-    assert "left alone: the blocks: transformer_blocks.1: linears" in fast.summary()
-    assert any("fuse: the blocks left alone: transformer_blocks.1" in note for note in fast.notes)
+    assert "unchanged: the blocks: transformer_blocks.1: linears" in fast.summary()
+    assert any("fuse: the blocks unchanged: transformer_blocks.1" in note for note in fast.notes)
 
 
 def test_half_precision_is_left_to_the_original_blocks(pipe: Any) -> None:

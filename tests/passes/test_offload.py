@@ -29,7 +29,7 @@ def test_parameters_are_replaced_and_equal(pipe: Any) -> None:
         assert torch.equal(norm.linear.weight, value)
         assert isinstance(norm.linear.weight, torch.nn.Parameter)
     moved = sum(p.nbytes for _, norm in norms(pipe) for p in norm.linear.parameters())
-    assert f"{len(before)} modulation linears, {moved / 2**20:.1f} MiB" in done.what
+    assert f"{len(before)} modulation linears, {moved / 2**20:.1f} MiB" in done.description
     assert done.undo is not None
     done.undo()
     assert all(norm.linear.weight.device == CPU for _, norm in norms(pipe))

@@ -87,7 +87,7 @@ def test_the_summary_says_what_was_done_and_what_not(pipe: Any) -> None:
     fast = hasten.optimize(pipe, recipe(skip=["*.to_out.0"]))
     summary = fast.summary()
     assert "quantize: 32 linears in fp8, one scale per row: 0.3 → 0.1 MiB" in summary
-    assert "left alone: *.to_out.0: named by skip, 2 in all" in summary
+    assert "unchanged: *.to_out.0: named by skip, 2 in all" in summary
     assert "single_transformer_blocks.*.norm.linear: modulation" in summary
     assert "norm_out, proj_out: outside the repeated blocks" in summary
     emulated = hasten.optimize(pipe_like(fast), recipe(emulate=True), copy=True).summary()

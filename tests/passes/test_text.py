@@ -197,7 +197,7 @@ def test_an_encoder_that_is_not_loaded_is_named(pipe: Any, call: Call) -> None:
     expected = call(pipe)
     pipe.text_encoder_2 = None
     fast = hasten.optimize(pipe, CACHED)
-    assert "left alone: text_encoder_2: not loaded" in fast.summary()
+    assert "unchanged: text_encoder_2: not loaded" in fast.summary()
     given = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     assert torch.equal(call(fast, **given), expected)
 

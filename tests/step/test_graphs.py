@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hasten
 from hasten import CallError, HastenError, Recipe
-from hasten.conflicts import conflicts, graphs_declined
+from hasten.conflicts import conflicts, why_no_graphs
 from hasten.step.graphs import MOST_GRAPHS, Graphs, Recording
 from tests.passes.test_fuse import close
 
@@ -78,7 +78,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(Graphs, "_capture", capture)
     for name in ("device", "current_stream", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *given: nullcontext())
-    monkeypatch.setattr("hasten.check.graphs_declined", lambda r, _: graphs_declined(r, "cuda"))
+    monkeypatch.setattr("hasten.check.why_no_graphs", lambda r, _: why_no_graphs(r, "cuda"))
     monkeypatch.setattr("hasten.check.conflicts", lambda recipe, _: conflicts(recipe, "cuda"))
     return made
 
@@ -286,7 +286,7 @@ def test_restoring_leaves_the_plain_forward(
 def test_auto_declines_on_a_cpu_and_says_so(pipe: Any) -> None:
     summary = hasten.optimize(pipe, Recipe.from_dict(FORWARD)).summary()
     assert "cuda graphs: none" in summary
-    assert "left alone: the transformer's step: the pipeline is on cpu" in summary
+    assert "unchanged: the transformer's step: the pipeline is on cpu" in summary
 
 
 def inputs() -> dict[str, torch.Tensor]:

@@ -133,15 +133,18 @@ def choose_attention(
     replaced = [
         replace_attribute(layer, "processor", copy.copy(layer.processor)) for layer in layers
     ]
-    what: str = recipe.backend
+    description: str = recipe.backend
     if recipe.backend == "auto":
         chain.push(AttentionLayer(attend, tokens))
-        what = "the fastest backend per shape, by trial"
+        description = "the fastest backend per shape, by trial"
     else:
         attend.set_layers(recipe.backend)
     return (
         Applied(
-            name="attention", what=what, undo=partial(_undo, chain, replaced), live=attend.live
+            name="attention",
+            description=description,
+            undo=partial(_undo, chain, replaced),
+            live=attend.live,
         ),
         attend,
     )

@@ -47,10 +47,10 @@ def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Appl
     listed = ", ".join(f"{count} × {name}" for name, count in classes.items())
     return Applied(
         name="compile",
-        what=f"{listed}, each class compiled once for all its blocks",
+        description=f"{listed}, each class compiled once for all its blocks",
         undo=partial(_undo, modules),
         renew=partial(_compile, modules, recipe.dynamic),
-        left_alone=(("the other modules", "run once per step, outside the repeated blocks"),),
+        unchanged=(("the other modules", "run once per step, outside the repeated blocks"),),
     )
 
 
@@ -77,7 +77,7 @@ def compile_forward(chain: StepChain, recipe: Compile) -> Applied:
     """Compile the transformer's forward as one graph."""
     chain.push(CompiledForward(chain.original, recipe.dynamic))
     undo = partial(chain.remove, CompiledForward.name)
-    return Applied(name="compile", what="the transformer's forward, as one graph", undo=undo)
+    return Applied(name="compile", description="the transformer's forward, as one graph", undo=undo)
 
 
 def _compile(blocks: Sequence[nn.Module], dynamic: bool | None) -> None:

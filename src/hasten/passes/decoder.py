@@ -59,7 +59,7 @@ def lay_out_channels_last(vae: Component) -> Applied:
     _lay_out(changed, torch.channels_last)
     return Applied(
         name="decoder",
-        what=f"{len(changed)} convolution kernels laid out channels last",
+        description=f"{len(changed)} convolution kernels laid out channels last",
         undo=partial(_lay_out, changed, torch.contiguous_format),
     )
 
@@ -129,15 +129,15 @@ class BoundedCompilation:
 
 
 def compile_decoder(vae: Component) -> Applied:
-    """Compile the decoder in place (lazily: at its first call); the encoder is left alone."""
+    """Compile the decoder in place (lazily: at its first call); the encoder is not."""
     decoder = vae.decoder
     compiled = BoundedCompilation(decoder)
     return Applied(
         name="decoder",
-        what=f"{type(decoder).__name__} compiled",
+        description=f"{type(decoder).__name__} compiled",
         undo=partial(setattr, decoder, "_compiled_call_impl", None),
         renew=compiled.renew,
-        left_alone=(("encoder", "text-to-image pipelines do not run it"),),
+        unchanged=(("encoder", "text-to-image pipelines do not run it"),),
         live=compiled.live,
     )
 
@@ -158,7 +158,7 @@ def _tile_always(vae: Component) -> Applied:
     large = f"over {side} pixels a side" if side else "larger than one tile"
     return Applied(
         name="decoder",
-        what=f"pictures {large} in tiles",
+        description=f"pictures {large} in tiles",
         undo=partial(setattr, vae, "use_tiling", before),
     )
 
@@ -191,9 +191,9 @@ def _tile_large_ones(vae: Component) -> Applied:
     tiled = TiledDecode(vae, pixels_per_latent(vae))
     return Applied(
         name="decoder",
-        what="pictures over 2048x2048 pixels decoded in tiles",
+        description="pictures over 2048x2048 pixels decoded in tiles",
         undo=replace_attribute(vae, "decode", tiled),
-        left_alone=(("encoding", "image-to-image inputs are encoded whole"),),
+        unchanged=(("encoding", "image-to-image inputs are encoded whole"),),
         live=tiled.live,
     )
 

@@ -61,7 +61,7 @@ def run_on_engine(
     chain: StepChain,
     family: Family,
     body: Body,
-    what: str,
+    description: str,
     *,
     close: Callable[[], None],
     release: bool = False,
@@ -94,7 +94,7 @@ def run_on_engine(
     released = f"; {freed / 2**20:.1f} MiB of the blocks' torch weights freed" if release else ""
     return Applied(
         name="engine",
-        what=f"{what}; modulations of all steps in one table{released}",
+        description=f"{description}; modulations of all steps in one table{released}",
         undo=partial(_undo, chain, close, saving),
         cannot_undo=WEIGHTS_ARE_GONE if release else "",
     )

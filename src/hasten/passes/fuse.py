@@ -60,10 +60,10 @@ def fuse_step(
     rows = "all steps in one table" if recipe.conditioning else "one step at a time"
     return Applied(
         name="fuse",
-        what=f"modulations of {rows}; {kind}",
+        description=f"modulations of {rows}; {kind}",
         undo=partial(_undo, chain, readers),
-        left_alone=() if against is None else (("the blocks", against),),
-        declined=recipe.kernels == "auto" and against is not None,
+        unchanged=() if against is None else (("the blocks", against),),
+        fell_back=recipe.kernels == "auto" and against is not None,
         live=layer.live,
     )
 

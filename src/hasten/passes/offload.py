@@ -21,7 +21,7 @@ def offload_models(pipe: Pipeline) -> Applied:
     pipe.enable_model_cpu_offload()
     return Applied(
         name="offload",
-        what=f"one component at a time on the accelerator: {pipe.model_cpu_offload_seq}",
+        description=f"one component at a time on the accelerator: {pipe.model_cpu_offload_seq}",
         undo=partial(_back_to, pipe, device),
     )
 
@@ -44,7 +44,7 @@ def offload_modulations(norms: Sequence[tuple[str, Any]], device: torch.device) 
 
     return Applied(
         name="offload",
-        what=f"{len(linears)} modulation linears, {moved / 2**20:.1f} MiB, in host memory",
+        description=f"{len(linears)} modulation linears, {moved / 2**20:.1f} MiB, in host memory",
         undo=partial(_move, linears, device),
     )
 

@@ -50,9 +50,9 @@ def quantize_linears(
     refuse_as_weights(transformer)
     return Applied(
         name="quantize",
-        what=_describe(recipe, done, before, after),
+        description=_describe(recipe, done, before, after),
         undo=None,
-        left_alone=plan.left_alone,
+        unchanged=plan.left_alone,
         notes=notes,
         cannot_undo="the original weights were freed as they were replaced",
     )

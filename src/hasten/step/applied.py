@@ -26,22 +26,23 @@ class Applied:
 
     Attributes:
         name: The recipe's section.
-        what: One line: what was changed.
+        description: One line on what was changed.
         undo: Puts back what it can; None where nothing can be.
-        left_alone: Pairs of what was left alone and why.
+        unchanged: Pairs of a part that was not changed and the reason.
         cannot_undo: Why not everything is undone; empty where it is.
-        declined: Whether what was left alone was asked for with "auto", which results must say.
+        fell_back: Whether the recipe asked for a change of the unchanged parts with "auto". Results
+            report such parts.
         live: Counts and bytes, for the summary.
         notes: What else results must say.
         renew: Puts back what a deep copy of a module leaves out: compiled code.
     """
 
     name: str
-    what: str
+    description: str
     undo: Callable[[], object] | None
-    left_alone: tuple[tuple[str, str], ...] = ()
+    unchanged: tuple[tuple[str, str], ...] = ()
     cannot_undo: str = ""
-    declined: bool = False
+    fell_back: bool = False
     live: Callable[[], str] = nothing_to_say
     notes: tuple[str, ...] = ()
     renew: Callable[[], object] | None = None

@@ -125,16 +125,16 @@ class ConstantsLayer:
     def live(self) -> str:
         line = f"held at most {self.peak_bytes / 2**20:.1f} MiB of constants"
         beyond = "; ".join(
-            f"{count} call{'s' * (count != 1)} with {what} ran on the original blocks"
-            for what, count in self.beyond.items()
+            f"{count} call{'s' * (count != 1)} with {argument} ran on the original blocks"
+            for argument, count in self.beyond.items()
         )
         return f"{line}; {beyond}" if beyond else line
 
     def _goes_to_body(self, split: Split, inputs: Mapping[str, Any]) -> bool:
-        what = split.beyond(inputs)
-        if what:
-            self.beyond[what] = self.beyond.get(what, 0) + 1
-        return not what
+        argument = split.beyond(inputs)
+        if argument:
+            self.beyond[argument] = self.beyond.get(argument, 0) + 1
+        return not argument
 
     def _constants(self, call: StepCall, split: Split | None) -> Mapping[str, Tensor]:
         timestep: Tensor = call.inputs[self.conditioning.timestep]
@@ -266,14 +266,14 @@ def constants_of(
     if call.run is not None:
         kept = call.run.kept.setdefault(name, kept)
     for table in kept:
-        if table.seen.same(given) and (found := table.at(call.step)) is not None:
-            return found
+        if table.seen.same(given) and (values := table.at(call.step)) is not None:
+            return values
     table, lasting = make()
     if lasting:
         kept.append(table)
-    found = table.at(table.begin)
-    assert found is not None
-    return found
+    values = table.at(table.begin)
+    assert values is not None
+    return values
 
 
 def timesteps_of(call: StepCall, name: str, per_timestep: float) -> Tensor | None:

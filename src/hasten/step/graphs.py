@@ -137,7 +137,7 @@ class GraphLayer:
         self.transformer = transformer
         self.insist = insist
         self.graphs = Graphs()
-        self.declined: set[str] = set()
+        self.without: set[str] = set()
         self.looked_at: Callable[[], Run | None] = _no_run
         self.trees: dict[Hashable, Output] = {}  # what recorded calls returned, without tensors
 
@@ -146,7 +146,7 @@ class GraphLayer:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if why := self._against(call, others):
-            self._decline(why)
+            self._run_without(why)
             return inner(call)
         if call.run is None or call.run is not self.looked_at():  # weights move between runs
             self.looked_at = _no_run if call.run is None else weakref.ref(call.run)
@@ -176,7 +176,7 @@ class GraphLayer:
     def live(self) -> str:
         line = f"{len(self.graphs.recorded)} recorded, {self.graphs.bytes / 2**20:.0f} MiB"
         return "; ".join(
-            [line, *(f"calls with {what} ran without" for what in sorted(self.declined))]
+            [line, *(f"calls with {inputs} ran without" for inputs in sorted(self.without))]
         )
 
     def _against(self, call: StepCall, others: Sequence[object]) -> str:
@@ -191,13 +191,13 @@ class GraphLayer:
             if not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in tree_leaves(value))
         )
 
-    def _decline(self, what: str) -> None:
+    def _run_without(self, inputs: str) -> None:
         if self.insist:
             raise CallError(
-                f"a CUDA graph cannot take {what} as an input",
+                f"a CUDA graph cannot take {inputs} as an input",
                 'set compile.cuda_graphs = "auto": such calls then run without a graph',
             )
-        self.declined.add(what)
+        self.without.add(inputs)
 
 
 def record_graphs(chain: StepChain, *, insist: bool) -> Applied:
@@ -206,7 +206,7 @@ def record_graphs(chain: StepChain, *, insist: bool) -> Applied:
     chain.push(layer)
     return Applied(
         name="cuda graphs",
-        what="a computed step is one launch, recorded once per shape",
+        description="a computed step is one launch, recorded once per shape",
         undo=partial(_undo, chain, layer),
         live=layer.live,
     )
@@ -225,10 +225,10 @@ def no_graphs(why: str) -> Applied:
     """What `cuda_graphs = "auto"` leaves where there can be none."""
     return Applied(
         name="cuda graphs",
-        what="none",
+        description="none",
         undo=None,
-        left_alone=(("the transformer's step", why),),
-        declined=True,
+        unchanged=(("the transformer's step", why),),
+        fell_back=True,
     )
 
 

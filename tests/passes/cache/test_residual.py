@@ -100,7 +100,7 @@ class TwoBlocks:
     def __call__(self, step: int, first: torch.Tensor, rest: torch.Tensor) -> Output:
         self.blocks[0].added, self.blocks[1].added = first, rest
         call = StepCall({"hidden_states": torch.zeros_like(first)}, self.run, step, "branch")
-        return self.branch.answer(call, self._forward)
+        return self.branch.output_of(call, self._forward)
 
     def _forward(self, call: StepCall) -> Output:
         tokens = call.latents

@@ -24,7 +24,7 @@ __all__ = ["Branch", "CacheLayer", "Policy", "cache_steps"]
 class Branch(Protocol):
     """One stream of transformer calls within a run, e.g. `cond` or `uncond`."""
 
-    def answer(self, call: StepCall, inner: Inner) -> Output:
+    def output_of(self, call: StepCall, inner: Inner) -> Output:
         """What a call returns; its first call is computed. What is kept changes only once the call
         has succeeded."""
 
@@ -36,11 +36,11 @@ class Policy(Protocol):
     """How the calls of a transformer are answered.
 
     Attributes:
-        keeps: What it keeps for later steps, as a word for the summary.
+        stores: What it stores for later steps, as a word for the summary.
         planner: What plans a run before it starts, where anything does.
     """
 
-    keeps: str
+    stores: str
 
     @property
     def planner(self) -> Planner | None: ...
@@ -96,7 +96,7 @@ class CacheLayer:
         if self.name not in run.kept:
             run.kept[self.name] = Branches(self.policy.begin(run.sigmas))
         branches: Branches = run.kept[self.name]
-        output = branches.of(call.branch).answer(call, inner)
+        output = branches.of(call.branch).output_of(call, inner)
         if output.computed:
             run.stored += 1
             held = sum(tensor.nbytes for tensor in branches.kept())
@@ -104,7 +104,7 @@ class CacheLayer:
         return output
 
     def live(self) -> str:
-        return f"held at most {self.peak_bytes / 2**20:.2f} MiB of {self.policy.keeps}"
+        return f"held at most {self.peak_bytes / 2**20:.2f} MiB of {self.policy.stores}"
 
 
 def cache_steps(chain: StepChain, policy: Policy) -> Applied:
@@ -113,7 +113,7 @@ def cache_steps(chain: StepChain, policy: Policy) -> Applied:
     chain.push(layer)
     return Applied(
         name="cache",
-        what=policy.describe(),
+        description=policy.describe(),
         undo=partial(_undo, chain, policy),
         live=layer.live,
     )

@@ -22,7 +22,7 @@ __all__ = ["PlannedPolicy"]
 class PlannedPolicy:
     """Plans each run as it begins."""
 
-    keeps = "outputs"
+    stores = "outputs"
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
@@ -44,7 +44,7 @@ class PlannedBranch:
         self.plan = plan
         self.outputs: deque[Output] = deque(maxlen=plan.history)
 
-    def answer(self, call: StepCall, inner: Inner) -> Output:
+    def output_of(self, call: StepCall, inner: Inner) -> Output:
         computed = self.plan.compute[call.step] or not self.outputs
         if computed:
             self.outputs.appendleft(inner(call).detached())

@@ -47,7 +47,7 @@ class ResidualPolicy:
         streams: Names of the streams that the output is made of; the first one is compared.
     """
 
-    keeps = "residuals"
+    stores = "residuals"
     planner = None
 
     def __init__(self, cache: ResidualCache, hooks: BlockHooks, streams: tuple[str, ...]) -> None:
@@ -96,7 +96,7 @@ class ResidualBranch:
         self.known: deque[float] = deque(maxlen=history)
         self.skipped = 0
 
-    def answer(self, call: StepCall, inner: Inner) -> Output:
+    def output_of(self, call: StepCall, inner: Inner) -> Output:
         visit = Visit(self, call.step)
         with self.policy.hooks.visited_by(visit):
             output = inner(call)

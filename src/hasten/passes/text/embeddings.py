@@ -3,10 +3,10 @@
 It stands before the encoders and not before a pipeline's `encode_prompt`: pipelines made with
 `from_pipe` share the encoders, and between a prompt and its tokens lies much that may change (the
 tokenizer, textual inversion, `max_sequence_length`). Tokens and the encoder's state say exactly
-what the answer is. `num_images_per_prompt` is applied behind it; a negative prompt is one more.
+what the embeddings is. `num_images_per_prompt` is applied behind it; a negative prompt is one more.
 
 It is put in the place where `nn.Module.compile` puts compiled code, outside the forward and all
-that offloading wraps around it: an encoder whose answer is known stays where it is.
+that offloading wraps around it: an encoder whose embeddings is known stays where it is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cache_off() -> Iterator[None]:
 class CachedEncoder:
     """Called in place of one text encoder, with its arguments and its results.
 
-    Kept answers lie in host memory. Whoever asks gets a copy, on the device of the first answer.
+    Embeddings are kept in host memory. A caller gets a copy on the device that they came from.
     """
 
     def __init__(self, encoder: nn.Module, name: str, store: EmbeddingStore) -> None:
@@ -60,14 +60,14 @@ class CachedEncoder:
         kept = self.store.get((self.name, key))
         if kept is not None:
             return _mapped(kept, lambda held: held.copy())
-        answer = self.encode(*args, **kwargs)
+        embeddings = self.encode(*args, **kwargs)
         try:
-            kept = _mapped(answer, _Held)
+            kept = _mapped(embeddings, _Held)
         except TypeError:
             self.uncached += 1
         else:
             self.store.put((self.name, key), kept, _size(kept) + _size(key))
-        return answer
+        return embeddings
 
 
 class EmbeddingCaches:
@@ -115,10 +115,10 @@ def cache_embeddings(pipe: Pipeline, cache_mb: int) -> Applied:
     )
     return Applied(
         name="text",
-        what=f"at most {cache_mb} MiB of prompt embeddings kept in host memory",
+        description=f"at most {cache_mb} MiB of prompt embeddings kept in host memory",
         undo=caches.remove,
         renew=caches.attach,
-        left_alone=tuple(
+        unchanged=tuple(
             (name, "not loaded") for name, encoder in encoders.items() if encoder is None
         ),
         live=caches.live,

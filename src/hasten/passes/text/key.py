@@ -31,8 +31,11 @@ def key_of(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Equal keys mean equal answers. None where an answer must not be kept: it is random (dropout),
     carries gradients, or somebody listens to the encoder through hooks."""
     try:
-        asked = (*map(_frozen, args), *((name, _frozen(kwargs[name])) for name in sorted(kwargs)))
-        return (asked, _state(encoder))
+        arguments = (
+            *map(_frozen, args),
+            *((name, _frozen(kwargs[name])) for name in sorted(kwargs)),
+        )
+        return (arguments, _state(encoder))
     except _NoKeyError:
         return None
 

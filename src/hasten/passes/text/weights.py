@@ -61,10 +61,10 @@ def store_in_eight_bits(encoder: Component, scheme: WeightScheme) -> Applied:
     refuse_as_weights(encoder)
     return Applied(
         name="text",
-        what=f"{len(names)} linears of {type(encoder).__name__} in {scheme}: "
+        description=f"{len(names)} linears of {type(encoder).__name__} in {scheme}: "
         f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB",
         undo=None,
-        left_alone=(("embeddings, relative position bias, norms", "few weights or no product"),),
+        unchanged=(("embeddings, relative position bias, norms", "few weights or no product"),),
         cannot_undo="the original weights were freed as they were replaced",
     )
 
