@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prompts": {"errors", "sealed", "user_files"},
     "memory": {"errors"},
     "machine": {"errors", "memory", "quantization"},
-    "results_file": {"errors", "results", "atomic", "sealed"},
+    "results_file": {"errors", "results", "atomic", "sealed", "user_files"},
     "folder_lock": {"errors"},
     "quality": {"errors"},
     "report": {"errors", "results", "results_file", "memory", "atomic"},

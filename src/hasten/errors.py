@@ -39,6 +39,7 @@ __all__ = [
     "one_line",
     "printable",
     "unsupported",
+    "writing",
 ]
 
 
@@ -146,6 +147,15 @@ def causes(error: BaseException) -> list[BaseException]:
         chain.append(current)
         current = current.__cause__ or current.__context__
     return chain
+
+
+@contextmanager
+def writing(path: object, fix: str) -> Iterator[None]:
+    """An InputError for what the file system says while the block writes to `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}", fix) from None
 
 
 class Faults:

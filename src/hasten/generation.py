@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten import __version__
 from hasten.atomic import write_bytes
-from hasten.errors import HastenError, InputError, ModelError
+from hasten.errors import HastenError, ModelError, writing
 from hasten.machine import version_of
 from hasten.memory import ran_out
 from hasten.recipe import Recipe, ScheduleCache
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from hasten.pipeline import OptimizedPipeline
 
-__all__ = ["Picture", "Request", "png_bytes", "render", "save_png"]
+__all__ = ["Picture", "Request", "png_bytes", "render", "save_png", "step_callback"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def render(
             **request.settings.call_arguments(),
             # On the CPU, so that a seed gives the same noise on every device.
             generator=torch.Generator().manual_seed(request.seed),
-            callback_on_step_end=_at_step_end(progress),
+            callback_on_step_end=step_callback(progress),
             output_type="np",
         ).images[0]
     if not np.isfinite(pixels).all():
@@ -105,12 +105,8 @@ def save_png(path: Path, image: Image, request: Request) -> None:
         InputError: The file cannot be written.
     """
     content = png_bytes(image, request)
-    try:
+    with writing(path, "choose another --out"):
         write_bytes(path, content)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror or error}", "choose another --out"
-        ) from None
 
 
 def png_bytes(image: Image, request: Request) -> bytes:
@@ -143,8 +139,8 @@ def _named_failures(model: str) -> Iterator[None]:
         ) from error
 
 
-def _at_step_end(progress: Callable[[int], None] | None) -> Any:
-    """A Diffusers step callback that reports and changes nothing."""
+def step_callback(progress: Callable[[int], None] | None) -> Any:
+    """A `callback_on_step_end` of Diffusers that reports each finished step and changes nothing."""
 
     def at_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
         if progress is not None:

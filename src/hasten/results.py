@@ -312,8 +312,7 @@ class Results(_Record):
         at most `uncertainty`. Where the baseline was not rendered again, it is the first median;
         None where the first one was not measured.
         """
-        medians = _baseline_medians(self.rows)
-        return math.fsum(medians) / len(medians) if medians else None
+        return _baseline_seconds(self.rows)
 
     @property
     def uncertainty(self) -> float | None:
@@ -338,6 +337,11 @@ def _baseline_medians(rows: Sequence[Row]) -> list[float]:
     return medians if measured else []
 
 
+def _baseline_seconds(rows: Sequence[Row]) -> float | None:
+    medians = _baseline_medians(rows)
+    return math.fsum(medians) / len(medians) if medians else None
+
+
 def _speedup(row: Row, baseline: float | None) -> float | None:
     seconds = row.seconds_per_image
     if baseline is None or seconds is None or seconds.median < SHORTEST or row.role == "graph":
@@ -347,11 +351,10 @@ def _speedup(row: Row, baseline: float | None) -> float | None:
 
 def with_speedups(workload: Workload, environment: Environment, rows: Iterable[Row]) -> Results:
     """Results of these rows, in the table's order, each with the speed-up that its samples give."""
-    plain = tuple(row.model_copy(update={"speedup": None}) for row in rows)
-    # model_construct: the rows are checked below, once they have their speed-ups.
-    baseline = Results.model_construct(rows=plain).baseline_seconds
+    rows = tuple(rows)
+    baseline = _baseline_seconds(rows)
     finished = tuple(
-        Row.model_validate({**dict(row), "speedup": _speedup(row, baseline)}) for row in plain
+        Row.model_validate({**dict(row), "speedup": _speedup(row, baseline)}) for row in rows
     )
     return Results(workload=workload, environment=environment, rows=finished)
 

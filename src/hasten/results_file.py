@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from hasten.atomic import write_text
-from hasten.errors import InputError
+from hasten.errors import InputError, writing
 from hasten.results import (
     BASELINE,
     BASELINE_AGAIN,
@@ -24,6 +24,7 @@ from hasten.results import (
     with_speedups,
 )
 from hasten.sealed import DamagedError, parse_json
+from hasten.user_files import read_text
 
 __all__ = ["read_results", "write_results"]
 
@@ -79,32 +80,17 @@ def write_results(path: str | os.PathLike[str], results: Results) -> None:
         raise InputError(
             f"{path}: not written: {error}", "record what was not measured as null"
         ) from None
-    try:
+    with writing(path, "choose a directory that exists and has free space"):
         write_text(path, text + "\n")
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror}",
-            "choose a directory that exists and has free space",
-        ) from None
 
 
 def _json_in(path: Path) -> Any:
+    if path.exists() and not path.is_file():  # a pipe or a device would never end
+        raise InputError(f"{path}: not a regular file", WRITTEN)
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: not a regular file", WRITTEN)
-        return parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file", "run `hasten bench --out DIR`, then use DIR/results.json"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}", "name a results.json that can be read"
-        ) from None
+        return parse_json(read_text(path, "results file", WRITTEN))
     except DamagedError as error:
         raise InputError(f"{path}: not JSON: {error}", WRITTEN) from None
-    except ValueError:
-        raise InputError(f"{str(path)!r}: not a file name", WRITTEN) from None
 
 
 def _described(fault: ErrorDetails) -> str:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["DamagedError", "parse_json", "seal", "unseal"]
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["DamagedError", "parse_json", "seal", "unseal", "unseal_file"]
 
 CHECKSUM = "sha256"
+Model = TypeVar("Model", bound="BaseModel")
 
 
 class DamagedError(ValueError):
@@ -43,6 +49,32 @@ def unseal(text: str | bytes) -> dict[str, Any]:
     if expected != _checksum(content):
         raise DamagedError("its content is not what was written: the checksum differs")
     return content
+
+
+def unseal_file(path: Path, kind: type[Model]) -> Model | None:
+    """What a sealed file holds; None where there is no file.
+
+    Args:
+        path: A regular file; no link is followed.
+        kind: The pydantic model of its content.
+
+    Raises:
+        DamagedError: It is a link or a device, cannot be read, is not what was sealed, or another
+            version's.
+    """
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink() or not path.is_file():
+        raise DamagedError("it is a link or a device, not a file")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"it cannot be read: {error.strerror}") from None
+    content = unseal(text)
+    try:
+        return kind.model_validate(content)
+    except ValueError:
+        raise DamagedError("its content is not what this version writes") from None
 
 
 def parse_json(text: str | bytes) -> Any:

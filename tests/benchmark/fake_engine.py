@@ -62,7 +62,7 @@ class Fast:
         return SimpleNamespace(images=image)
 
 
-def load(job: Job) -> SimpleNamespace:
+def load_subject(job: Job) -> SimpleNamespace:
     recipe = Recipe.from_toml(job.toml)
     if job.workload.model == "owner/missing":
         raise ModelError("owner/missing: no such model", "give another")

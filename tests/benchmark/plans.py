@@ -36,7 +36,7 @@ def make_plan(
     workload = resolve_workload(Options(dtype="float32", **given), faults)
     rows = plan_rows(recipes, workload.steps, references, faults)
     faults.raise_any()
-    return BenchmarkPlan(workload, ENVIRONMENT, "cpu", rows, tuple(references))
+    return BenchmarkPlan(workload, ENVIRONMENT, rows, tuple(references))
 
 
 def odd(description: str) -> Recipe:

@@ -12,7 +12,7 @@ from hasten.recipe import Recipe
 from tests.conftest import SMALL
 
 
-def load(job: Job) -> Subject:
+def load_subject(job: Job) -> Subject:
     pipe = build_shape(SMALL, torch.device(job.device), torch.float32)
     weights = weights_of(pipe)
     fast = optimize(pipe, Recipe.from_toml(job.toml), force=job.force)

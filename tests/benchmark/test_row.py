@@ -123,7 +123,7 @@ def test_sampling_is_repeated_until_five_seconds_are_spent(
     monkeypatch.setattr("hasten.benchmark.render.timed", lambda *_: (None, left.pop(0)))
     settings = settings_of(Recipe(), job.workload)
     found = denoise_seconds(
-        fake_engine.load(job), job.workload.prompts[0], settings, torch.device("cpu")
+        fake_engine.load_subject(job), job.workload.prompts[0], settings, torch.device("cpu")
     )
     assert found == median
     assert left == []
@@ -244,7 +244,7 @@ def test_a_full_disk_is_a_reason_to_end_the_benchmark(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hasten.benchmark.render.save_png", full)
+    monkeypatch.setattr("hasten.benchmark.render.write_picture", full)
     found = outcome(tmp_path, resolve("baseline"))
     assert found.refusal.final
     assert "No space left on device" in found.refusal.faults[0]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hasten import quality
-from hasten.benchmark.score import save_floats, save_png, score
+from hasten.benchmark.score import save_floats, score, write_picture
 from hasten.results import Quality
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_another_size_is_a_reason_not_a_score(tmp_path: Path) -> None:
 
 def test_a_png_rounds_to_the_nearest_of_256(tmp_path: Path) -> None:
     image = torch.tensor([0, 0.4999 / 255, 0.5001 / 255, 1]).expand(3, 2, 4)
-    save_png(tmp_path / "deep" / "000.png", image)
+    write_picture(tmp_path / "deep" / "000.png", image)
     pixels = np.asarray(Image.open(tmp_path / "deep" / "000.png"))
     assert pixels.shape == (2, 4, 3)
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 255]

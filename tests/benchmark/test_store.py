@@ -174,7 +174,7 @@ def test_a_mismatch_names_what_differs(tmp_path: Path) -> None:
     store.write_row(OK, 0, plan.identity(plan.rows[0]))
     other = make_plan([], steps=7, size="64x64", seed=3, references=("baseline",))
     newer = other.environment.model_copy(update={"torch": "3", "date": "later"})
-    other = BenchmarkPlan(other.workload, newer, "cpu", other.rows, other.references)
+    other = BenchmarkPlan(other.workload, newer, other.rows, other.references)
     with pytest.raises(InputError) as caught:
         store.finished_row(other.rows[0], 0, other.identity(other.rows[0]))
     differences = [fault.split("cannot resume: ")[1] for fault in caught.value.faults]

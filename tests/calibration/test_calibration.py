@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from hasten.calibration.search import (
     neighbours,
     path_cost,
 )
+from hasten.calibration.store import Fitted
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step
 from hasten.errors import InputError
 from hasten.models.fingerprint import fingerprint
@@ -32,6 +32,7 @@ from hasten.passes.cache.predict import combine
 from hasten.prompts import read_prompts
 from hasten.quality import lpips
 from hasten.recipe import ScheduleCache
+from hasten.sealed import unseal
 
 
 def curved(steps: int, seed: int = 0, prompts: int = 3, values: int = 40) -> Trajectories:
@@ -183,13 +184,21 @@ def test_calibration_is_deterministic_and_leaves_the_pipeline_alone(learned: Any
         ({"budget": 0}, "budget = 0"),
         ({"budget": 13}, "budget = 13"),
         ({"budget": 3, "held_back": 0}, "held_back = 0"),
-        ({"budget": 3, "held_back": 9}, "of 9 prompts, held_back = 9"),
+        ({"budget": 3, "held_back": 9}, "9 prompts are too few: held_back = 9"),
     ],
 )
 def test_bad_input(learned: Any, arguments: dict[str, Any], fault: str) -> None:
     pipe, prompts, _ = learned
     with pytest.raises(InputError, match=fault):
         hasten.calibrate(pipe, prompts, steps=12, **arguments)
+
+
+def trials_in(folder: Path) -> list[Fitted]:
+    content = unseal((folder / "calibration.json").read_bytes())
+    return [
+        Fitted(error, tuple(path), order, tuple(map(tuple, weights)))
+        for error, path, order, weights in content["trials"]
+    ]
 
 
 class InterruptError(Exception):
@@ -212,14 +221,14 @@ def test_an_interrupted_calibration_goes_on_and_ends_the_same(learned: Any, tmp_
     for _ in range(2):
         with pytest.raises(InterruptError):
             hasten.calibrate(pipe, prompts[:6], **few, state=tmp_path, progress=stop)
-    trials = (tmp_path / "trials.jsonl").read_text()
-    (tmp_path / "trials.jsonl").write_text(trials + '{"error": 0.1, "pa')  # cut short
+    kept = trials_in(tmp_path)
+    assert kept
     recordings = {path: path.stat().st_mtime_ns for path in tmp_path.glob("recording-*")}
     assert len(recordings) == 3
     again = hasten.calibrate(pipe, prompts[:6], **few, state=tmp_path)
     assert again == expected
     assert {path: path.stat().st_mtime_ns for path in recordings} == recordings
-    assert (tmp_path / "trials.jsonl").read_text().startswith(trials)
+    assert trials_in(tmp_path)[: len(kept)] == kept
     with pytest.raises(InputError, match="another calibration: it differs in prompts"):
         hasten.calibrate(pipe, prompts[1:7], **few, state=tmp_path)
 
@@ -240,9 +249,8 @@ def test_the_objective_is_what_a_trial_is_judged_by(learned: Any, tmp_path: Path
     pipe, prompts, _ = learned
     few = {"budget": 3, "steps": 6, "held_back": 1, "batch": 2, "climb": 0}
     found = hasten.calibrate(pipe, prompts[:3], objective="lpips", state=tmp_path, **few)
-    lines = (tmp_path / "trials.jsonl").read_text().splitlines()
-    best = min(map(json.loads, lines), key=lambda trial: trial["error"])
-    assert found.recipe.cache.compute == tuple(best["path"])
+    best = min(trials_in(tmp_path), key=lambda trial: trial.error)
+    assert found.recipe.cache.compute == best.path
     fast = hasten.optimize(pipe, found.recipe)
     plain = {"num_inference_steps": 6, "output_type": "pt"}
 
@@ -255,4 +263,4 @@ def test_the_objective_is_what_a_trial_is_judged_by(learned: Any, tmp_path: Path
     again = hasten.optimize(pipe, "baseline")
     wanted = draw(again)
     again.restore()
-    assert lpips(got, wanted).mean().item() == pytest.approx(best["error"], rel=1e-2)
+    assert lpips(got, wanted).mean().item() == pytest.approx(best.error, rel=1e-2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.calibration.store import CalibrationStore, Fitted, opened, remove_store
+from hasten.calibration.store import CalibrationStore, Fitted, open_store, remove_store
 from hasten.errors import InputError
 from hasten.folder_lock import FolderLock
 from tests.engines.tensorrt.test_store import files_up_to
@@ -73,9 +73,6 @@ def test_another_key_is_another_calibration(folder: Path) -> None:
         CalibrationStore(folder, KEY | {"seed": 4})
     assert f"delete {folder}" in caught.value.fix
     (folder / "calibration.json").unlink()
-    with pytest.raises(InputError, match=r"trials\.jsonl: it is of another calibration"):
-        CalibrationStore(folder, KEY | {"seed": 4})
-    (folder / "trials.jsonl").unlink()
     with pytest.raises(InputError, match="the checksum differs"):
         CalibrationStore(folder, KEY | {"seed": 4}).recording(0)
 
@@ -87,7 +84,7 @@ def test_a_recording_is_of_its_own_batch(folder: Path) -> None:
 
 
 def edit_trial(folder: Path) -> None:
-    path = folder / "trials.jsonl"
+    path = folder / "calibration.json"
     path.write_text(path.read_text().replace("0.125", "0.124"))
 
 
@@ -111,7 +108,7 @@ def cut_recording(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name"),
     [
-        (edit_trial, "trials.jsonl"),
+        (edit_trial, "calibration.json"),
         (edit_values, "recording-0000.safetensors"),
         (cut_recording, "recording-0000.safetensors"),
         (edit_key, "calibration.json"),
@@ -130,30 +127,21 @@ def test_damage_is_named_and_its_fix_works(
     assert whole(CalibrationStore(folder, KEY).recording(1), 1)
 
 
-def test_a_line_that_was_cut_short_is_dropped(folder: Path) -> None:
-    path = folder / "trials.jsonl"
-    kept = path.read_bytes()
-    path.write_bytes(kept + b'{"error": 0.1, "pa')
-    store = CalibrationStore(folder, KEY)
-    assert path.read_bytes() == kept
-    assert store.trial(TRIALS[2].path, 2) == TRIALS[2]
-
-
 def test_one_process_per_folder(folder: Path) -> None:
-    with opened(folder, KEY):
-        with pytest.raises(InputError, match="another hasten process"), opened(folder, KEY):
+    with open_store(folder, KEY):
+        with pytest.raises(InputError, match="another hasten process"), open_store(folder, KEY):
             pass
         with pytest.raises(InputError, match="another hasten process"):
             remove_store(folder)
         with pytest.raises(InputError, match="another hasten process"), FolderLock(folder):
             pass
-    with opened(folder, KEY) as store:
+    with open_store(folder, KEY) as store:
         assert store.trial(TRIALS[0].path, 2) == TRIALS[0]
 
 
 def test_nothing_of_a_store_is_left(folder: Path) -> None:
-    (folder / ".trials.jsonl.00.hasten-tmp").write_text("half")
-    with opened(folder, KEY):
+    (folder / ".calibration.json.00.hasten-tmp").write_text("half")
+    with open_store(folder, KEY):
         pass
     remove_store(folder)
     assert not folder.exists()
@@ -169,10 +157,10 @@ def test_files_of_others_are_left(folder: Path) -> None:
 def test_a_full_disk_is_one_line_and_loses_nothing(folder: Path) -> None:
     store = CalibrationStore(folder, KEY)
     another = Fitted(0.75, (0, 1, 2), 1, ((1.0,),) * 3)
-    with files_up_to((folder / "trials.jsonl").stat().st_size + 10):
+    with files_up_to((folder / "calibration.json").stat().st_size + 10):
         with pytest.raises(InputError, match="cannot be used"):
             store.keep_recording(2, {"velocities": torch.zeros(1000)})
-        with pytest.raises(InputError, match=r"trials\.jsonl: cannot be used: File too large"):
+        with pytest.raises(InputError, match=r"calibration\.json: cannot be used: File too large"):
             store.keep_trial(another)
     again = CalibrationStore(folder, KEY)
     assert again.recording(2) is None
@@ -192,7 +180,7 @@ def test_a_folder_that_vanishes_is_one_line(folder: Path) -> None:
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     place = tmp_path / "file"
     place.write_text("")
-    with pytest.raises(InputError, match="cannot be used: File exists"), opened(place, KEY):
+    with pytest.raises(InputError, match="cannot be used: File exists"), open_store(place, KEY):
         pass
 
 
@@ -221,18 +209,13 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
 
 def edited(content: bytes, chance: random.Random) -> bytes:
     """A number or a name of JSON text changed so that it remains JSON."""
-    lines = content.split(b"\n")
-    number = chance.randrange(len(lines))
-    try:
-        value = json.loads(lines[number])
-    except ValueError:
-        return damaged(content, chance)
-    name = chance.choice(sorted(value))
-    value[name] = chance.choice((None, 0, -1.5, "x", [], {}, [[]], True, [0, 1], 10**400))
+    value = json.loads(content)
+    part = chance.choice((value, value["key"], value["trials"]))
+    name = chance.choice(sorted(part) if isinstance(part, dict) else range(len(part)))
+    part[name] = chance.choice((None, 0, -1.5, "x", [], {}, [[]], True, [0, 1], 10**400))
     if chance.random() < 0.2:
-        del value[name]
-    lines[number] = json.dumps(value).encode()
-    return b"\n".join(lines)
+        del part[name]
+    return json.dumps(value).encode()
 
 
 DTYPES = ("BOOL", "U8", "I64", "F16", "BF16", "F64", "F8_E4M3", "F4", "C64", "I128", "")
@@ -263,8 +246,6 @@ def edited_header(content: bytes, chance: random.Random) -> bytes:
     [
         ("calibration.json", damaged),
         ("calibration.json", edited),
-        ("trials.jsonl", damaged),
-        ("trials.jsonl", edited),
         ("recording-0000.safetensors", damaged),
         ("recording-0000.safetensors", edited_header),
     ],

@@ -7,12 +7,15 @@ import pty
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import hasten
+from hasten.cli.options import CALL
 from hasten.cli.terminal import print_line, print_table, print_text
+from hasten.settings import CallOptions
 from tests.cli.conftest import Run
 
 COMMANDS = (
@@ -38,6 +41,10 @@ def test_every_command_has_help_without_torch(run: Run, command: str) -> None:
     ended = run(command, "--help")
     assert ended.code == 0
     assert f"hasten {command}" in ended.out
+
+
+def test_the_options_of_a_call_are_those_of_the_library() -> None:
+    assert {name: default for name, (_, default) in CALL.items()} == asdict(CallOptions())
 
 
 def test_version(run: Run) -> None:

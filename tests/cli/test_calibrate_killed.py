@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hasten.cli import main
+from hasten.sealed import unseal
 
 PROGRAM = [sys.executable, "-c", "import sys; from hasten.cli import main; sys.exit(main())"]
 TRIALS = 12  # a third of those that the calibration below makes
@@ -27,17 +28,17 @@ def arguments(model: Path, out: Path) -> list[str]:
 
 def stop_after(running: subprocess.Popen[str], state: Path, trials: int, number: int) -> None:
     """Send a signal once this many trials are kept, or at once when the first recording is."""
-    file = state / "trials.jsonl"
+    file = state / "calibration.json"
     while running.poll() is None:
         recorded = any(state.glob("recording-*"))
-        if recorded and (not trials or (file.is_file() and _lines(file) >= trials)):
+        if recorded and (not trials or (file.is_file() and _trials(file) >= trials)):
             running.send_signal(number)
             return
         time.sleep(0.002)
 
 
-def _lines(file: Path) -> int:
-    return file.read_bytes().count(b"\n")
+def _trials(file: Path) -> int:
+    return len(unseal(file.read_bytes())["trials"])
 
 
 @pytest.fixture(scope="module")

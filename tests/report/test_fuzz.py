@@ -90,7 +90,7 @@ def check(results: Results) -> None:
 
 
 def shown(results: Results, folder: Path) -> None:
-    text = html.render(results, collect(results, folder, folder))
+    text = html.report_page(results, collect(results, folder, folder))
     page = Page(text)
     assert len(page.named("script")) == len(page.named("style")) == 1
     assert not any(name.startswith("on") for _, found in page.tags for name in found)
@@ -127,7 +127,7 @@ def test_no_damage_of_results_is_unexpected(tmp_path: Path) -> None:
         results = read_or_refused(path)
         if results is not None:
             check(results)
-            html.render(results, Album("no pictures"))
+            html.report_page(results, Album("no pictures"))
 
 
 def test_no_damaged_picture_is_unexpected(tmp_path: Path) -> None:

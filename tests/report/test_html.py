@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hasten.errors import InputError
-from hasten.report import html, write_report
-from hasten.report.charts import KINDS
+from hasten.report import html, table, write_report
+from hasten.report.charts import KINDS, kind_of
 from hasten.report.pictures import Album
 from hasten.results import Results, Row, summarize_seconds, with_speedups
 from tests.report.builders import CACHE, make_results, measured_row, quality
@@ -99,9 +99,9 @@ def test_the_policy_allows_the_page_s_own_script_and_style_only(page: Page) -> N
 
 def test_every_number_is_one_of_the_table(page: Page, results: Results) -> None:
     words = " ".join(page.words)
-    for line in html.lines(results):
-        for cell in line.cells:
-            assert cell.text in words
+    for row in results.rows:
+        for column in table.columns(results):
+            assert column.cell(row).text in words
     assert "calibrated: false" in words
     assert "+1.5 % against the first time" in words
 
@@ -127,7 +127,7 @@ def test_ids_are_unique_and_references_resolve(page: Page) -> None:
 def test_results_without_pictures_or_quality_still_make_a_page(tmp_path: Path) -> None:
     full = make_results(tmp_path, count=2, pictures=False)
     rows = tuple(row.model_copy(update={"quality": ()}) for row in full.rows)
-    text = html.render(full.model_copy(update={"rows": rows}), Album("no pictures"))
+    text = html.report_page(full.model_copy(update={"rows": rows}), Album("no pictures"))
     assert "No pictures were saved with these results." in text
     assert "Not drawn: no timed recipe has an LPIPS" in text
 
@@ -135,7 +135,7 @@ def test_results_without_pictures_or_quality_still_make_a_page(tmp_path: Path) -
 def test_a_failed_baseline_still_makes_a_page(tmp_path: Path) -> None:
     full = make_results(tmp_path, count=1, pictures=False)
     failed = Row(recipe="baseline", role="baseline", status="failed", reason="out of memory")
-    text = html.render(full.model_copy(update={"rows": (failed,)}), Album("no pictures"))
+    text = html.report_page(full.model_copy(update={"rows": (failed,)}), Album("no pictures"))
     assert "No recipe was timed against the baseline." in text
     assert "failed: out of memory" in text
 
@@ -154,7 +154,7 @@ def test_a_graph_drawn_for_its_quality_is_neither_fastest_nor_in_a_chart(tmp_pat
     assert html.lede(alone) == (
         "No recipe was timed against the baseline. For its quality only: graph, LPIPS 0.0110."
     )
-    text = html.render(alone, Album("no pictures"))
+    text = html.report_page(alone, Album("no pictures"))
     assert "Not drawn: graph, for its quality only: onnxruntime draws" in text
     assert "77.7" not in text
     assert '<tr class="kind-quality"' in text
@@ -165,7 +165,7 @@ def test_a_graph_drawn_for_its_quality_is_neither_fastest_nor_in_a_chart(tmp_pat
 def test_kinds_follow_roles_and_not_names(tmp_path: Path) -> None:
     mine = measured_row("my-fewer-steps-idea", 0.1, 50, 1, ())
     results = make_results(tmp_path, count=1, pictures=False, extra_rows=(mine,))
-    kinds = {line.row.recipe: line.kind for line in html.lines(results)}
+    kinds = {row.recipe: kind_of(row) for row in results.rows}
     assert kinds["baseline"] is kinds["baseline-again"] is KINDS["baseline"]
     assert kinds["fewer-steps-18"] is KINDS["rival"]
     assert kinds["cache-dit-18"] is KINDS["peer"]

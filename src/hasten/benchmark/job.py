@@ -28,7 +28,7 @@ class Job(_Message):
         references: Row name -> folder of its floats; None where it has none.
         outcome: The file to write.
         force: Accept a schedule learned on another model.
-        engine: Module with a `load(job)`.
+        engine: Module with a `load_subject(job)`.
     """
 
     row: str
@@ -62,8 +62,8 @@ class Refusal(_Message):
 
 
 class Outcome(_Message):
-    """What was measured: `row` has no speed-up yet and no image paths, which the parent knows;
-    `weights` is the fingerprint of the model's weights, where it has one."""
+    """What was measured: `row` has no speed-up yet, which takes the baselines; `weights` is the
+    fingerprint of the model's weights, where it has one."""
 
     row: Row
     weights: str | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hasten.benchmark.environment import look_in_process
+from hasten.benchmark.environment import host, look_in_process
 from hasten.benchmark.rows import PlannedRow, joined_by_rivals, plan_rows, rotated
 from hasten.benchmark.store import BenchmarkStore, Identity
 from hasten.errors import Faults
@@ -56,14 +56,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """The workload, where it runs (`device` is resolved), and the rows in the table's order.
+    """The workload, where it runs, and the rows in the table's order.
 
     `force` lets rows use schedules learned on another model.
     """
 
     workload: Workload
     environment: Environment
-    device: str
     rows: tuple[PlannedRow, ...]
     references: tuple[str, ...]
     force: bool = False
@@ -83,7 +82,10 @@ class BenchmarkPlan:
 
     def identity(self, row: PlannedRow) -> Identity:
         """What a row of this plan is measured with."""
-        return Identity.of(self.workload, self.environment, self.references, row)
+        workload = self.workload.model_dump(mode="json", exclude={"rounds"})
+        environment = self.environment.model_dump(mode="json", exclude={"date"})
+        others = {"host": host(), "references": list(self.references)}
+        return Identity(facts=workload | environment | others, recipe=row.recipe.to_toml())
 
 
 def plan_benchmark(
@@ -110,9 +112,7 @@ def plan_benchmark(
         faults.add(here.fault, here.fix)
     faults.raise_any()
     workload = workload.model_copy(update={"dtype": here.dtype})
-    return BenchmarkPlan(
-        workload, here.environment, here.device, rows, all_references, options.force
-    )
+    return BenchmarkPlan(workload, here.environment, rows, all_references, options.force)
 
 
 def resolve_workload(options: Options, faults: Faults) -> Workload:

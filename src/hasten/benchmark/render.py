@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hasten.apply import optimize
 from hasten.benchmark.job import Job
 from hasten.benchmark.plan import settings_of
-from hasten.benchmark.score import Told, save_floats, save_png
+from hasten.benchmark.score import Told, save_floats, write_picture
 from hasten.benchmark.timer import timed
 from hasten.errors import HastenError
 from hasten.families import family_of
@@ -26,7 +26,7 @@ from hasten.results import Prompt
 from hasten.schedules import nearest_schedule
 from hasten.settings import Settings
 
-__all__ = ["Subject", "denoise_seconds", "load", "render", "render_all", "weights_of"]
+__all__ = ["Subject", "denoise_seconds", "load_subject", "render_all", "render_image", "weights_of"]
 
 DENOISE_RUNS = 3
 DENOISE_SECONDS = 5.0  # once these are spent, a slow model is not run again
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
     learned_on: tuple[str, ...] | None = None
 
 
-def load(job: Job) -> Subject:
+def load_subject(job: Job) -> Subject:
     """Load the job's model and apply its recipe."""
     pipe = load_pipeline(job.workload.model, device=job.device, dtype=job.workload.dtype)
     recipe = Recipe.from_toml(job.toml, source=job.row)
@@ -94,7 +94,7 @@ def _learned_on(recipe: Recipe, pipe: Any, steps: int) -> tuple[str, ...] | None
     return cache.prompts or ()
 
 
-def render(engine: Any, prompt: Prompt, settings: Settings) -> Tensor:
+def render_image(engine: Any, prompt: Prompt, settings: Settings) -> Tensor:
     """One image, 3×H×W in [0, 1], on the pipeline's device; its noise is drawn on the CPU so that
     it is the same on every device."""
     arguments = _call_arguments(prompt, settings)
@@ -115,7 +115,7 @@ def render_all(
     seconds, computed = [], []
     for done, prompt in enumerate(prompts):
         tell("render", done, len(prompts))
-        image, elapsed = timed(device, render, engine, prompt, settings)
+        image, elapsed = timed(device, render_image, engine, prompt, settings)
         seconds.append(elapsed)
         computed.append(engine.fast.last_run.computed)
         if job.images is not None:
@@ -158,6 +158,6 @@ def _keep(image: Tensor, prompt: Prompt, job: Job, images: Path, random_weights:
     elif not image.isfinite().all():
         raise HastenError(f"image {prompt.id} has values that are not finite")
     image = image.float().clamp(0, 1)
-    save_png(images / f"{prompt.id:03d}.png", image)
+    write_picture(images / f"{prompt.id:03d}.png", image)
     if job.references or job.keep_floats:
         save_floats(Path(job.floats), prompt.id, image)

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 import torch._dynamo.config
-from torch import nn
 
 from hasten.atomic import write_text
 from hasten.benchmark.job import Job, Outcome, Refusal
 from hasten.benchmark.plan import settings_of
-from hasten.benchmark.render import denoise_seconds, render, render_all
+from hasten.benchmark.render import denoise_seconds, render_all, render_image
 from hasten.benchmark.score import Told, score
 from hasten.benchmark.timer import peak_memory, reset_peak_memory, storage_bytes, timed
 from hasten.errors import HastenError, InputError, ModelError, UnsupportedError
@@ -42,12 +41,12 @@ from hasten.results import (
     summarize_seconds,
 )
 
-__all__ = ["main", "measure"]
+__all__ = ["measure", "run_job"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def main(job_file: str, progress_descriptor: str) -> None:
+def run_job(job_file: str, progress_descriptor: str) -> None:
     """Measure the job in `job_file`; whatever goes wrong becomes the row's status and reason."""
     quiet_libraries()
     job = Job.model_validate_json(Path(job_file).read_text("utf-8"))
@@ -126,12 +125,12 @@ def _timed_row(
     first = job.workload.prompts[0]
 
     tell("load", 0, 1)
-    engine, setup_seconds = timed(device, engine_module.load, job)
+    engine, setup_seconds = timed(device, engine_module.load_subject, job)
     _check_weights(job, engine.weights)
     tell("first image", 0, 1)
-    _, first_seconds = timed(device, render, engine, first, settings)
+    _, first_seconds = timed(device, render_image, engine, first, settings)
     tell("warm up", 0, 1)
-    render(engine, first, settings)
+    render_image(engine, first, settings)
     reset_peak_memory(device)
     seconds, computed = render_all(engine, job, settings, tell)
     peak, counted = peak_memory(device)
@@ -156,12 +155,17 @@ def _timed_row(
         setup_seconds=setup_seconds,
         first_image_seconds=first_seconds,
         peak_memory_bytes=peak,
-        weights_bytes=storage_bytes(
-            part for part in engine.pipe.components.values() if isinstance(part, nn.Module)
-        ),
+        weights_bytes=storage_bytes(engine.pipe.components.values()),
+        images=_image_paths(job),
         toml=job.toml,
     )
     return Outcome(row=row, weights=engine.weights), engine.random_weights
+
+
+def _image_paths(job: Job) -> tuple[str, ...]:
+    """Where `results.json` finds the pictures that `render_all` has written."""
+    prompts = () if job.images is None else job.workload.prompts
+    return tuple(f"images/{job.row}/{prompt.id:03d}.png" for prompt in prompts)
 
 
 def _check_weights(job: Job, weights: str | None) -> None:
@@ -223,4 +227,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_job(*sys.argv[1:])

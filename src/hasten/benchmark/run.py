@@ -175,7 +175,7 @@ def _job(plan: BenchmarkPlan, store: BenchmarkStore, turn: Turn, done: Done, eng
         role=turn.row.role,
         toml=turn.row.recipe.to_toml(),
         workload=plan.workload,
-        device=plan.device,
+        device=plan.environment.device,
         weights=next(weights, None),
         images=None if turn.round else str(store.images(name)),
         floats=str(store.floats(name)),
@@ -211,11 +211,7 @@ def _run_row(
     if refusal and (refusal.final or job.row == BASELINE):
         kind: type[HastenError] = getattr(errors, refusal.kind)
         raise kind(refusal.faults, refusal.fix)
-    if outcome.row.status != "ok" or job.images is None:
-        return outcome
-    images = (f"images/{job.row}/{prompt.id:03d}.png" for prompt in job.workload.prompts)
-    row = outcome.row.model_copy(update={"images": tuple(images)})
-    return outcome.model_copy(update={"row": row})
+    return outcome
 
 
 def _results(plan: BenchmarkPlan, done: Done) -> Results:
@@ -245,7 +241,8 @@ def pooled(rounds: Sequence[Row]) -> Row:
     """
     for turn, row in enumerate(rounds):
         if row.status != "ok":
-            return row.model_copy(update={"reason": _in_round(turn, row.reason)})
+            reason = f"round {turn + 1}: {row.reason}" if turn else row.reason
+            return row.model_copy(update={"reason": reason})
     first = rounds[0]
     samples = [value for row in rounds if (s := row.seconds_per_image) for value in s.samples]
     steps = [row.steps_computed for row in rounds if row.steps_computed]
@@ -262,10 +259,6 @@ def pooled(rounds: Sequence[Row]) -> Row:
         ),
     }
     return first.model_copy(update=changes)
-
-
-def _in_round(turn: int, reason: str | None) -> str | None:
-    return f"round {turn + 1}: {reason}" if turn else reason
 
 
 def _write(plan: BenchmarkPlan, store: BenchmarkStore, done: Done) -> Results:

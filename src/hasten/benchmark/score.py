@@ -14,7 +14,7 @@ from hasten.atomic import drafted
 from hasten.quality import LPIPS_MIN_SIDE, MS_SSIM_MIN_SIDE, lpips, ms_ssim, psnr, ssim
 from hasten.results import PromptQuality, Quality, summarize_quality
 
-__all__ = ["BATCH", "Told", "load_floats", "save_floats", "save_png", "score"]
+__all__ = ["BATCH", "Told", "load_floats", "save_floats", "score", "write_picture"]
 
 BATCH = 4
 METRICS = {"lpips": lpips, "ssim": ssim, "psnr": psnr, "ms_ssim": ms_ssim}
@@ -35,7 +35,7 @@ def load_floats(folder: Path, prompts: Sequence[int]) -> list[Tensor]:
     return [load_file(_float_file(folder, prompt))["image"] for prompt in prompts]
 
 
-def save_png(file: Path, image: Tensor) -> None:
+def write_picture(file: Path, image: Tensor) -> None:
     """Write one 3×H×W float image in [0, 1] as an 8-bit PNG."""
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = image.float().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()

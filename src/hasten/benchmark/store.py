@@ -20,17 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from hasten.atomic import remove_drafts, write_text
-from hasten.benchmark.environment import host
 from hasten.benchmark.job import Outcome
 from hasten.benchmark.rows import PlannedRow
-from hasten.errors import HastenError, InputError
+from hasten.errors import HastenError, InputError, writing
 from hasten.folder_lock import FolderLock
 from hasten.log import logger
-from hasten.results import Environment, Workload
-from hasten.sealed import DamagedError, seal, unseal
+from hasten.results import Workload
+from hasten.sealed import DamagedError, seal, unseal_file
 from hasten.user_files import expand_user
 
 __all__ = ["BenchmarkStore", "Identity", "absolute"]
@@ -62,44 +61,25 @@ def absolute(out: str | os.PathLike[str]) -> Path:
 class Identity(BaseModel):
     """What a row was measured with; rows with different ones do not belong in one table.
 
-    `workload` is all of it but `rounds`, which may be added. `environment` is all that
+    `facts` are the workload but for `rounds`, which may be added; the references; all that
     `results.json` records of hardware, driver, threads, library versions and hasten's own commit,
-    all but the date, and `host`, a hash of the host name: two machines of one kind do not run at
+    but for the date; and `host`, a hash of the host name: two machines of one kind do not run at
     the same speed. `recipe` is the recipe's text. The weights belong to it as well, but only the
     row's process can see them: it compares their fingerprint (see `Job.weights`).
     """
 
-    workload: dict[str, Any]
-    environment: dict[str, Any]
-    references: list[str]
+    facts: dict[str, Any]
     recipe: str
 
-    @classmethod
-    def of(
-        cls,
-        workload: Workload,
-        environment: Environment,
-        references: Sequence[str],
-        planned: PlannedRow,
-    ) -> Identity:
-        return cls(
-            workload=workload.model_dump(mode="json", exclude={"rounds"}),
-            environment=environment.model_dump(mode="json", exclude={"date"}) | {"host": host()},
-            references=list(references),
-            recipe=planned.recipe.to_toml(),
-        )
-
     def differences(self, now: Identity) -> list[str]:
-        """One line for each thing that `now` has otherwise."""
-        lines = []
-        for table in ("workload", "environment"):
-            then = getattr(self, table)
-            for key, value in getattr(now, table).items():
-                if then.get(key) != value:
-                    lines.append(_changed(key, then.get(key), value))
-        if self.references != now.references:
-            lines.append(_changed("references", self.references, now.references))
-        return lines
+        """One line for each fact that `now` has otherwise."""
+        changed = [key for key, value in now.facts.items() if self.facts.get(key) != value]
+        return [
+            "the prompts are others"
+            if key == "prompts"
+            else f"{key} was {self.facts.get(key)}, now is {now.facts[key]}"
+            for key in changed
+        ]
 
 
 class _Finished(BaseModel):
@@ -148,10 +128,8 @@ class BenchmarkStore:
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Hold the folder, made if need be, for this process; errors of its disk get their fix."""
-        try:
+        with writing(self.out, ANOTHER):
             self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.out}: {error.strerror}", ANOTHER) from None
         try:
             with FolderLock(self.out):
                 yield
@@ -282,33 +260,24 @@ class BenchmarkStore:
     def _manifest(self) -> _Manifest:
         path = self.out / MANIFEST
         try:
-            text = _regular(path)
-            return _Manifest() if text is None else _Manifest.model_validate(unseal(text))
-        except ValidationError:
-            reason = "its content is not what a benchmark writes"
+            return unseal_file(path, _Manifest) or _Manifest()
         except DamagedError as error:
-            reason = str(error)
-        raise InputError(
-            f"{path}: {reason}, so nobody knows which files here are a benchmark's",
-            f"{ANOTHER}, or delete {self.out} yourself",
-        )
+            raise InputError(
+                f"{path}: {error}, so nobody knows which files here are a benchmark's",
+                f"{ANOTHER}, or delete {self.out} yourself",
+            ) from None
 
     def _read_row(self, name: str, turn: int) -> _Finished | None:
         path = self.row_file(name, turn)
         try:
-            text = _regular(path)
-            if text is None:
-                return None
-            finished = _Finished.model_validate(unseal(text))
-            if (finished.outcome.row.recipe, finished.round) == (name, turn):
-                return finished
-            reason = f"it is round {finished.round + 1} of {finished.outcome.row.recipe}"
-        except ValidationError:
-            reason = "it is not a row of this version"
+            finished = unseal_file(path, _Finished)
+            if finished and (finished.outcome.row.recipe, finished.round) != (name, turn):
+                other = f"round {finished.round + 1} of {finished.outcome.row.recipe}"
+                raise DamagedError(f"it is {other}")
         except DamagedError as error:
-            reason = str(error)
-        logger.info("%s: %s; it is measured again", path, reason)
-        return None
+            logger.info("%s: %s; it is measured again", path, error)
+            return None
+        return finished
 
     def _damaged(self, finished: _Finished, names: Iterable[str]) -> str | None:
         """The first of these pictures that is missing, changed or not the row's."""
@@ -338,18 +307,6 @@ class BenchmarkStore:
             _remove_if_empty(self.out / name)
 
 
-def _regular(path: Path) -> bytes | None:
-    """The bytes of a file in the folder itself; None where there is none."""
-    if not os.path.lexists(path):
-        return None
-    if path.is_symlink() or not path.is_file():
-        raise DamagedError("it is a link or a device, not a file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DamagedError(f"it cannot be read: {error.strerror}") from None
-
-
 def _refuse_link(folder: Path) -> None:
     if folder.is_symlink():
         raise InputError(
@@ -370,9 +327,3 @@ def _stem(name: str, turn: int) -> str:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-def _changed(key: str, then: Any, now: Any) -> str:
-    if key == "prompts":
-        return "the prompts are others"
-    return f"{key} was {then}, now is {now}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from time import perf_counter
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
+
+from hasten.memory import status_bytes
 
 __all__ = ["peak_memory", "reset_peak_memory", "storage_bytes", "synchronize", "timed"]
 
@@ -51,10 +52,13 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     return _peak_resident(), "peak memory: resident set of the process"
 
 
-def storage_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of all parameters and buffers, each storage once however many tensors share it."""
+def storage_bytes(components: Iterable[object]) -> int:
+    """Bytes of all parameters and buffers, each storage once however many tensors share it.
+
+    Components that are no modules, such as tokenizers, have none.
+    """
     storages = {}
-    for module in modules:
+    for module in (part for part in components if isinstance(part, nn.Module)):
         for tensor in (*module.parameters(), *module.buffers()):
             storage = tensor.untyped_storage()
             storages[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
@@ -62,11 +66,8 @@ def storage_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def _peak_resident() -> int:
-    # Linux keeps ru_maxrss across fork and exec, so a small child of a large parent would show the
-    # parent's; VmHWM starts anew with the program.
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    peak = status_bytes("VmHWM")
+    if peak is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.calibration.inputs import dynamic
 from hasten.calibration.learn import request_of
-from hasten.calibration.static import dynamic, with_static_scales
 from hasten.errors import InputError, ModelError
 from hasten.families import family_of
 from hasten.kernels.quantize import TINY
 from hasten.models.fingerprint import fingerprint
 from hasten.quantization.plan import Linears, plan_linears
 from hasten.quantization.report import watched
-from hasten.recipe import Recipe, resolve
+from hasten.recipe import Quantize, Recipe, resolve
 
 __all__ = ["calibrate_activations", "largest_inputs"]
+
+LONGEST_NAME = 64  # of a recipe
 
 
 @torch.no_grad()
@@ -75,7 +77,17 @@ def calibrate_activations(
         show("record activations", len(prompts), len(prompts))
 
     amax = largest_inputs([item for item in linears if item[0] in names], run)
-    return with_static_scales(recipe, amax, fingerprint(transformer))
+    scales = {"activations": "static", "amax": amax, "fingerprint": fingerprint(transformer)}
+    return _with_scales(recipe, Quantize(**{**dict(quantize), **scales}))
+
+
+def _with_scales(recipe: Recipe, quantize: Quantize) -> Recipe:
+    name = recipe.name.removesuffix("-static")[: LONGEST_NAME - len("-static")]
+    return recipe.but(
+        name=f"{name}-static",
+        description=f"{name} with static scales for the inputs of its linears",
+        quantize=quantize,
+    )
 
 
 def largest_inputs(linears: Linears, run: Callable[[], object]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hasten.apply import optimize
 from hasten.calibration.closed_loop import fit_closed_loop
+from hasten.calibration.inputs import check_budget, check_held_back
 from hasten.calibration.objective import (
     Objective,
     ObjectiveName,
@@ -26,7 +28,7 @@ from hasten.calibration.search import (
     neighbours,
     path_cost,
 )
-from hasten.calibration.store import CalibrationStore, Fitted, opened
+from hasten.calibration.store import CalibrationStore, Fitted, open_store
 from hasten.calibration.trajectories import Trajectories, record
 from hasten.check import refuse_optimized
 from hasten.errors import InputError
@@ -123,6 +125,15 @@ class SamplingRequest:
             )
         return latents
 
+    @contextmanager
+    def optimized(self, cache: Cache) -> Iterator[OptimizedPipeline]:
+        """The pipeline under a step cache, while the block runs."""
+        fast: OptimizedPipeline = optimize(self.pipe, Recipe(cache=cache))
+        try:
+            yield fast
+        finally:
+            fast.restore()
+
     def objective(self, name: ObjectiveName, full: Trajectories) -> Objective:
         """Judges final latents of the prompts that `full` recorded."""
         reference = full.latents[-1]
@@ -209,13 +220,15 @@ def calibrate(
         ModelError: The model's full runs are not finite.
     """
     show = progress or (lambda *_: None)
-    _refuse_prompts(prompts, held_back)
-    _refuse_budget(budget, steps)
+    check_held_back(held_back, len(prompts))
+    check_budget(budget, steps)
     request = request_of(pipe, prompts, steps, seed, batch, arguments)
     learned, held = range(len(prompts))[:-held_back], range(len(prompts))[-held_back:]
-    with opened(state, request.key() | {"learned": len(learned), "objective": objective}) as store:
+    with open_store(
+        state, request.key() | {"learned": len(learned), "objective": objective}
+    ) as store:
         full, checked = _full_runs(request, learned, held, store, show)
-        _refuse_budget(budget, full.steps)  # a late start has fewer of them
+        check_budget(budget, full.steps)  # a late start has fewer of them
         judge = request.objective(objective, full)
         best = search_plan(request, full, budget, judge, climb, store, show)
     return _checked(request, _schedule(request, full, best), objective, checked, held, show)
@@ -285,7 +298,19 @@ def search_plan(
     def run(path: tuple[int, ...], order: int) -> Fitted:
         known = store.trial(path, order)
         if known is None:
-            known = _closed_loop(request, full, objective, path, order)
+            with request.optimized(
+                ScheduleCache(steps=full.steps, compute=path, predictor="reuse")
+            ) as fast:
+                weights, error = fit_closed_loop(
+                    lambda ids: request.run(fast, ids),
+                    request.pipe.scheduler,
+                    full,
+                    path,
+                    order=order,
+                    batch=request.batch,
+                    objective=objective,
+                )
+            known = Fitted(error, path, order, weights)
             store.keep_trial(known)
         return known
 
@@ -322,39 +347,12 @@ def _untried(
     return []
 
 
-def _closed_loop(
-    request: SamplingRequest,
-    full: Trajectories,
-    objective: Objective,
-    path: tuple[int, ...],
-    order: int,
-) -> Fitted:
-    bare = ScheduleCache(steps=full.steps, compute=path, predictor="reuse")
-    fast = optimize(request.pipe, Recipe(cache=bare))
-    try:
-        weights, error = fit_closed_loop(
-            lambda ids: request.run(fast, ids),
-            request.pipe.scheduler,
-            full,
-            path,
-            order=order,
-            batch=request.batch,
-            objective=objective,
-        )
-    finally:
-        fast.restore()
-    return Fitted(error, path, order, weights)
-
-
 def _held_back(
     request: SamplingRequest, cache: Cache, judges: tuple[Objective, Objective], ids: range
 ) -> tuple[float, float]:
     """What both say of the final latents of these prompts, sampled as a user would."""
-    fast: OptimizedPipeline = optimize(request.pipe, Recipe(cache=cache))
-    try:
+    with request.optimized(cache) as fast:
         finals = request.run_all(fast, ids)
-    finally:
-        fast.restore()
     return judges[0](finals), judges[1](finals)
 
 
@@ -382,19 +380,3 @@ def _interval_of(budget: int, steps: int) -> IntervalCache:
     start = min(2, budget)
     interval = max(1, (steps - start) // max(1, budget - start))
     return IntervalCache(start_step=start, interval=interval)
-
-
-def _refuse_budget(budget: int, steps: int) -> None:
-    if not 1 <= budget <= steps:
-        raise InputError(
-            f"budget = {budget} is not between 1 and the {steps} steps of a run",
-            "give a budget of about a third of the steps",
-        )
-
-
-def _refuse_prompts(prompts: Sequence[str], held_back: int) -> None:
-    if not 1 <= held_back < len(prompts):
-        raise InputError(
-            f"of {len(prompts)} prompts, held_back = {held_back} cannot be held back",
-            "hold back at least one prompt and keep at least one to learn from; 8 and 16 are usual",
-        )

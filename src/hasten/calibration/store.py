@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hasten.atomic import drafted, remove_drafts, sync, write_bytes, write_text
+from hasten.atomic import drafted, remove_drafts, write_text
 from hasten.errors import InputError
 from hasten.folder_lock import FolderLock
 from hasten.passes.cache.predict import Weights
-from hasten.sealed import DamagedError, seal, unseal
+from hasten.sealed import DamagedError, seal, unseal_file
 
-__all__ = ["CalibrationStore", "Fitted", "opened", "remove_store"]
+__all__ = ["CalibrationStore", "Fitted", "open_store", "remove_store"]
 
-KEY = "calibration.json"
-TRIALS = "trials.jsonl"
+STATE = "calibration.json"
 RECORDINGS = "recording-*.safetensors"
 CHECKSUM = "sha256"  # in the metadata of a recording
 
@@ -41,6 +41,13 @@ class Fitted(NamedTuple):
     path: tuple[int, ...]
     order: int
     weights: tuple[Weights, ...]
+
+
+class _State(BaseModel):
+    """What a calibration is of, and the trials that it has made."""
+
+    key: dict[str, Any]
+    trials: list[Fitted]
 
 
 class CalibrationStore:
@@ -57,16 +64,14 @@ class CalibrationStore:
             InputError: The folder holds another calibration, is damaged, or cannot be used.
         """
         self.folder = folder
+        self.key = key or {}
         self._trials: dict[tuple[tuple[int, ...], int], Fitted] = {}
-        sealed = seal(key or {}, indent=1)
-        self._of: str = json.loads(sealed)[CHECKSUM]
         if folder is None:
             return
         with _usable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             remove_drafts(folder)
-            self._claim(sealed)
-            self._trials = {(fit.path, fit.order): fit for fit in self._read_trials()}
+        self._claim(folder / STATE)
 
     def recording(self, number: int) -> dict[str, Tensor] | None:
         """Tensors of batch `number`, if it has been recorded.
@@ -106,11 +111,7 @@ class CalibrationStore:
         """
         self._trials[fitted.path, fitted.order] = fitted
         if self.folder is not None:
-            path = self.folder / TRIALS
-            with _usable(path):
-                with path.open("ab") as file:
-                    file.write(seal({"of": self._of, **fitted._asdict()}).encode() + b"\n")
-                sync(path)
+            self._write_state(self.folder / STATE)
 
     def _batch(self, number: int) -> Path | None:
         return None if self.folder is None else self.folder / f"recording-{number:04d}.safetensors"
@@ -119,48 +120,35 @@ class CalibrationStore:
         """Over what the calibration is of, the batch, and names, types, shapes and values."""
         names = sorted(tensors)
         kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
-        digest = hashlib.sha256(json.dumps([self._of, number, kinds]).encode())
+        about = json.dumps([self.key, number, kinds], sort_keys=True)
+        digest = hashlib.sha256(about.encode())
         for name in names:
             digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _claim(self, sealed: str) -> None:
-        assert self.folder is not None
-        path, key = self.folder / KEY, unseal(sealed)
-        if not path.is_file():
-            write_text(path, sealed)
-            return
+    def _claim(self, path: Path) -> None:
+        """Take over the trials of this calibration. Refuses the folder of another."""
         with _intact(path):
-            there = unseal(path.read_bytes())
-        other = [name for name in key if there.get(name) != key[name]]
+            there = unseal_file(path, _State)
+        if there is None:
+            self._write_state(path)
+            return
+        other = [name for name in self.key if there.key.get(name) != self.key[name]]
         if other:
             raise InputError(
-                f"{self.folder} holds another calibration: it differs in {', '.join(other)}",
-                f"delete {self.folder}, or repeat the command that it is of",
+                f"{path.parent} holds another calibration: it differs in {', '.join(other)}",
+                f"delete {path.parent}, or repeat the command that it is of",
             )
+        self._trials = {(fit.path, fit.order): fit for fit in there.trials}
 
-    def _read_trials(self) -> list[Fitted]:
-        assert self.folder is not None
-        path = self.folder / TRIALS
-        if not path.is_file():
-            return []
-        *whole, cut = path.read_bytes().split(b"\n")
-        with _intact(path):
-            trials = [self._trial_of(line) for line in whole]
-        if cut:  # an interrupt in the middle of a line
-            write_bytes(path, b"".join(line + b"\n" for line in whole))
-        return trials
-
-    def _trial_of(self, line: bytes) -> Fitted:
-        content = unseal(line)
-        if content.pop("of", None) != self._of:
-            raise DamagedError("it is of another calibration")
-        weights = tuple(tuple(row) for row in content["weights"])
-        return Fitted(content["error"], tuple(content["path"]), content["order"], weights)
+    def _write_state(self, path: Path) -> None:
+        state = _State(key=self.key, trials=list(self._trials.values()))
+        with _usable(path):
+            write_text(path, seal(state.model_dump(mode="json"), indent=1))
 
 
 @contextmanager
-def opened(folder: Path | None, key: dict[str, Any]) -> Iterator[CalibrationStore]:
+def open_store(folder: Path | None, key: dict[str, Any]) -> Iterator[CalibrationStore]:
     """The store in a folder, which no other process can open meanwhile.
 
     Raises:
@@ -185,7 +173,7 @@ def remove_store(folder: Path) -> None:
         return
     with _usable(folder), FolderLock(folder):
         remove_drafts(folder)
-        for path in (folder / KEY, folder / TRIALS, *folder.glob(RECORDINGS)):
+        for path in (folder / STATE, *folder.glob(RECORDINGS)):
             path.unlink(missing_ok=True)
     with suppress(OSError):  # something else is in it
         folder.rmdir()

@@ -10,20 +10,20 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
 from hasten import __version__
-from hasten.cli.bench import bench
-from hasten.cli.calibrate import calibrate, calibrate_scales
+from hasten.cli.bench import bench_command
+from hasten.cli.calibrate import calibrate_command, calibrate_scales
 from hasten.cli.doctor import doctor
 from hasten.cli.export import export
 from hasten.cli.generate import generate
 from hasten.cli.layers import layers
 from hasten.cli.recipes import recipes
 from hasten.cli.terminal import discard_stdout, prepare_streams
-from hasten.errors import HastenError, InputError, Part
+from hasten.errors import HastenError, InputError
 from hasten.log import quiet_libraries
 from hasten.memory import ran_out
 from hasten.process import terminable
@@ -48,8 +48,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
-app.command()(bench)
-app.command()(calibrate)
+app.command("bench")(bench_command)
+app.command("calibrate")(calibrate_command)
 app.command("calibrate-scales")(calibrate_scales)
 app.command()(layers)
 app.add_typer(export, name="export")
@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        failure = explain(error)
-        for line in failure.lines():
-            print(line, file=sys.stderr)
+        failure = _explained(error)
+        for part in failure.parts:
+            print(*part.lines("error: "), sep="\n", file=sys.stderr)
         discard_stdout(only_if_unwritable=True)
         return failure.exit_code
 
@@ -123,52 +123,39 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-class Failure(NamedTuple):
-    """`exit_code` is 1 for a failure, 2 for bad usage or input, 130 for Ctrl-C or SIGTERM."""
+class _Failure(HastenError):
+    """What an error of any other kind means to someone at a terminal."""
 
-    parts: tuple[Part, ...]
-    exit_code: int
-
-    def lines(self) -> list[str]:
-        """The lines for stderr."""
-        return [line for part in self.parts for line in part.lines("error: ")]
+    def __init__(self, fault: str, fix: str, exit_code: int = 1) -> None:
+        super().__init__(fault, fix)
+        self.exit_code = exit_code
 
 
-def explain(error: BaseException) -> Failure:
-    """The failure that `error` means to someone at a terminal."""
+def _explained(error: BaseException) -> HastenError:
+    """Its exit code is 1 for a failure, 2 for bad usage or input, 130 for Ctrl-C or SIGTERM."""
     if isinstance(error, HastenError):
-        return Failure(error.parts, error.exit_code)
+        return error
     if isinstance(error, KeyboardInterrupt):
-        return _failure("interrupted", str(error), 130)
+        return _Failure("interrupted", str(error), 130)
     if isinstance(error, UsageError):
-        return _usage(error)
+        command = error.ctx.command_path if error.ctx else "hasten"
+        return _Failure(str(error.format_message()).rstrip("."), f"see `{command} --help`", 2)
     if ran_out(error):
-        return _failure(_with_message("out of memory", error), LESS_MEMORY, 1)
+        return _Failure(_with_message("out of memory", error), LESS_MEMORY)
     if isinstance(error, OSError) and error.strerror:
         return _of_the_system(error)
-    return _failure(
+    return _Failure(
         _with_message(f"unexpected {type(error).__name__}", error),
         "run again with --debug for the traceback and report it",
-        1,
     )
 
 
-def _failure(fault: str, fix: str, exit_code: int) -> Failure:
-    return Failure(HastenError(fault, fix).parts, exit_code)
-
-
-def _of_the_system(error: OSError) -> Failure:
+def _of_the_system(error: OSError) -> HastenError:
     """A full disk, a vanished folder, missing rights: nothing that a traceback would explain."""
     where = f"{error.filename}: " if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     fix = "free some disk space" if full else "check that it can be read and written"
-    return _failure(f"{where}{error.strerror}", f"{fix}, then run again", 1)
-
-
-def _usage(error: Any) -> Failure:
-    message = str(error.format_message()).rstrip(".")
-    command = error.ctx.command_path if error.ctx else "hasten"
-    return _failure(message, f"see `{command} --help`", 2)
+    return _Failure(f"{where}{error.strerror}", f"{fix}, then run again")
 
 
 def _with_message(what: str, error: BaseException) -> str:

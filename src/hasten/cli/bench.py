@@ -12,6 +12,7 @@ from hasten.errors import HastenError, UnsupportedError
 
 if TYPE_CHECKING:
     from hasten.results import Results
+    from hasten.settings import CallOptions
 
 Recipes = Annotated[
     str, typer.Option(metavar="NAME,NAME,...", help="Presets or .toml files; baseline is added.")
@@ -27,25 +28,18 @@ Resume = Annotated[bool, typer.Option("--resume", help="Keep the rows that --out
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the benchmark that --out already has.")
 ]
-OURS = ("as_json", "debug")  # all other options go to the benchmark under their own names
 INTERRUPTED = "run the same command with --resume: it keeps the finished rows"
 
 
-def bench(
+@options.with_call()
+def bench_command(
     *,
     recipes: Recipes = "baseline,compile,cache,cache-compile",
     out: Out = Path("out"),
     prompts: options.Prompts = None,
     last: Last = None,
     limit: Limit = None,
-    model: options.Model = "tiny",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    steps: options.Steps = None,
-    size: options.Size = None,
-    seed: options.Seed = 0,
-    guidance: options.Guidance = None,
-    max_sequence_length: options.MaxSequenceLength = None,
+    call: CallOptions,
     rounds: Rounds = 1,
     reference: References = "baseline",
     force: options.Force = False,
@@ -55,9 +49,7 @@ def bench(
     debug: options.Debug = False,
 ) -> None:
     """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
-    given = locals()
-    same = {name: given[name] for name in given.keys() - {"recipes", "reference", *OURS}}
-    from hasten import bench as run
+    from hasten import bench
     from hasten.cli.terminal import ProgressBar, print_line
     from hasten.log import forward_log
     from hasten.process import terminable
@@ -68,16 +60,29 @@ def bench(
         forward_log(print_line, progress.stage),
     ):
         progress.stage("starting")
-        results = run(
+        results = bench(
             recipes=_names(recipes),
+            out=out,
+            prompts=prompts,
+            last=last,
+            limit=limit,
+            rounds=rounds,
             references=_names(reference),
+            force=force,
+            resume=resume,
+            overwrite=overwrite,
             progress=progress.show,
-            **same,
+            **vars(call),
         )
     if as_json:
         print(results.model_dump_json(by_alias=True, indent=1))
     else:
         _print(results, out)
+    _refuse_failures(results, out)
+
+
+def _refuse_failures(results: Results, out: Path) -> None:
+    """Raise where a row failed, and where none could be measured."""
     failed = [row for row in results.rows if row.status == "failed"]
     if failed:
         raise HastenError(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hasten.cli import options
-from hasten.errors import Faults, InputError
+from hasten.errors import Faults, writing
 
 if TYPE_CHECKING:
     from hasten.calibration.learn import Calibration
@@ -45,22 +44,8 @@ Resume = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What schedule to learn, and where it goes."""
-
-    budget: int | None
-    objective: str
-    climb: int
-    out: Path
-
-    @property
-    def state(self) -> Path:
-        """Recordings and trials, until the recipe is written."""
-        return self.out.with_name(f"{self.out.name}.partial")
-
-
-def calibrate(
+@options.with_call()
+def calibrate_command(
     *,
     budget: Budget = None,
     out: Out = Path("schedule.toml"),
@@ -69,203 +54,34 @@ def calibrate(
     objective: Objective = "latent",
     climb: Climb = 120,
     resume: Resume = False,
-    model: options.Model = "tiny",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    steps: options.Steps = None,
-    size: options.Size = None,
-    seed: options.Seed = 0,
-    guidance: options.Guidance = None,
-    max_sequence_length: options.MaxSequenceLength = None,
+    call: CallOptions,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Learn a schedule: which steps of a model to compute, checked on eight more prompts."""
-    from hasten.settings import CallOptions
-
-    call = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
-    wanted = Wanted(budget, objective, climb, out)
-    faults = Faults()
-    texts, settings = _inputs(call, prompts, (limit, HELD_BACK), None, out, faults)
-    _check_wanted(wanted, settings.steps, faults)
-    faults.raise_any()
-    found = _learn(call, texts, settings, wanted, resume=resume)
-    _write_recipe(found.recipe, out)
-    _forget(wanted.state)
-    _print_schedule(found, out, as_json=as_json)
-
-
-def calibrate_scales(
-    *,
-    recipe: Quantising = "fp8",
-    out: Out = Path("static.toml"),
-    prompts: Prompts = None,
-    limit: Limit = 16,
-    model: options.Model = "tiny",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    steps: options.Steps = None,
-    size: options.Size = None,
-    seed: options.Seed = 0,
-    guidance: options.Guidance = None,
-    max_sequence_length: options.MaxSequenceLength = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Measure static FP8 scales for the inputs of the linears that a recipe quantises."""
-    from hasten.calibration.static import dynamic
-    from hasten.recipe import Recipe, resolve
-    from hasten.settings import CallOptions
-
-    call = CallOptions(model, device, dtype, steps, size, seed, guidance, max_sequence_length)
-    faults, chosen = Faults(), Recipe()
-    with faults.gather():
-        chosen = resolve(recipe)
-        dynamic(chosen)
-    texts, settings = _inputs(call, prompts, (limit, 0), chosen.sampling, out, faults)
-    faults.raise_any()
-    found = _measure(call, texts, settings, chosen)
-    _write_recipe(found, out)
-    _print_scales(found, out, len(texts), settings.steps, as_json=as_json)
-
-
-def _inputs(
-    call: CallOptions,
-    source: str | None,
-    counts: tuple[int, int],
-    sampling: Sampling | None,
-    out: Path,
-    faults: Faults,
-) -> tuple[list[str], Settings]:
-    """Prompts, `counts` to learn from and to hold back, and settings; notes all that is wrong."""
-    from hasten.machine import machine
-    from hasten.prompts import read_prompts
-    from hasten.settings import (
-        MAX_SEED,
-        Settings,
-        chosen_settings,
-        model_defaults,
-        whole_number,
-    )
-
-    defaults = model_defaults(call.model, faults)
-    settings = chosen_settings(call, Settings.of_model(defaults).under(sampling), faults)
-    whole_number("seed", call.seed, 0, (0, MAX_SEED), faults)
-    if call.device not in ("auto", "cpu"):  # these two are always there: no need to look
-        with faults.gather():
-            machine().usable_device(call.device)
-    with faults.gather():
-        if out.suffix != ".toml" or out.is_dir():
-            raise InputError(f"{out}: not a .toml file name", f"for example --out {out.stem}.toml")
-        options.check_writable(out.parent)
-    limit, held_back = counts
-    count = whole_number("limit", limit, 16, (1, 1000), faults)
-    texts: list[str] = []
-    with faults.gather():
-        texts = read_prompts(source or f"{defaults.prompts}-calibration", limit=count + held_back)
-        if len(texts) <= held_back:
-            raise InputError(
-                f"{len(texts)} prompts are too few: {held_back} are held back to check the result",
-                f"give at least {held_back + 1}, better {held_back + 16}",
-            )
-    return texts, settings
-
-
-def _check_wanted(wanted: Wanted, steps: int, faults: Faults) -> None:
+    from hasten.calibration.inputs import check_budget
     from hasten.settings import whole_number
 
-    if wanted.budget is None:
+    faults = Faults()
+    texts, settings = _inputs(call, prompts, (limit, HELD_BACK), None, out, faults)
+    whole_number("climb", climb, 120, (0, 1_000_000), faults)
+    if objective not in OBJECTIVES:
         faults.add(
-            "--budget is missing: how many steps to compute",
-            f"--budget {max(1, steps // 3)} computes a third of the {steps} steps",
-        )
-    elif not 1 <= wanted.budget <= steps:
-        faults.add(
-            f"budget = {wanted.budget} is not a whole number from 1 to {steps}, the steps of a run",
-            f"--budget {max(1, steps // 3)} computes a third of them",
-        )
-    whole_number("climb", wanted.climb, 120, (0, 1_000_000), faults)
-    if wanted.objective not in OBJECTIVES:
-        faults.add(
-            f"objective = {wanted.objective!r} is not one of {', '.join(OBJECTIVES)}",
+            f"objective = {objective!r} is not one of {', '.join(OBJECTIVES)}",
             "latent is faster, lpips decodes every trial",
         )
-
-
-def _learn(
-    call: CallOptions, texts: list[str], settings: Settings, wanted: Wanted, *, resume: bool
-) -> Calibration:
-    from hasten.cli.terminal import ProgressBar
-
-    assert wanted.budget is not None
-    with ProgressBar() as progress:
-        pipe = _load(call, progress)
-        from hasten import calibrate as learn
-
-        if not resume:
-            _forget(wanted.state)
-        try:
-            return learn(
-                pipe,
-                texts,
-                budget=wanted.budget,
-                objective=cast(Any, wanted.objective),
-                climb=wanted.climb,
-                held_back=HELD_BACK,
-                state=wanted.state,
-                **_arguments(call, settings, progress),
-            )
-        except KeyboardInterrupt:
-            print(f"{wanted.state} keeps what is done; --resume continues there", file=sys.stderr)
-            raise
-
-
-def _measure(call: CallOptions, texts: list[str], settings: Settings, recipe: Recipe) -> Recipe:
-    from hasten.cli.terminal import ProgressBar
-
-    with ProgressBar() as progress:
-        pipe = _load(call, progress)
-        from hasten import calibrate_activations
-
-        arguments = _arguments(call, settings, progress)
-        return calibrate_activations(pipe, texts, recipe=recipe, **arguments)
-
-
-def _load(call: CallOptions, progress: ProgressBar) -> Any:
-    from hasten.cli.terminal import silence_library_bars
-
-    progress.stage("loading")
-    silence_library_bars()
-    from hasten import load_pipeline
-
-    return load_pipeline(call.model, device=call.device, dtype=call.dtype)
-
-
-def _arguments(call: CallOptions, settings: Settings, progress: ProgressBar) -> dict[str, Any]:
-    """What both kinds of learning take from the options."""
-    arguments = settings.call_arguments()
-    steps = arguments.pop("num_inference_steps")
-    return {"steps": steps, "seed": call.seed, "progress": progress.show, **arguments}
-
-
-def _forget(state: Path) -> None:
-    from hasten.calibration.store import remove_store
-
-    remove_store(state)
-
-
-def _write_recipe(recipe: Recipe, out: Path) -> None:
-    from hasten.atomic import write_text
-
-    try:
-        write_text(out, recipe.to_toml())
-    except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written: {error.strerror or error}", "choose another --out"
-        ) from None
-
-
-def _print_schedule(found: Calibration, out: Path, *, as_json: bool) -> None:
+    if budget is None:
+        faults.add(
+            "--budget is missing: how many steps to compute",
+            f"--budget {max(1, settings.steps // 3)} computes a third of the "
+            f"{settings.steps} steps",
+        )
+    else:
+        with faults.gather():
+            check_budget(budget, settings.steps)
+    faults.raise_any()
+    wanted = {"budget": budget, "objective": objective, "climb": climb, "held_back": HELD_BACK}
+    found = _learn(call, texts, settings, wanted, out, resume=resume)
     if as_json:
         names = ("error", "interval_error", "lpips", "interval_lpips", "better")
         values = {name: getattr(found, name) for name in names}
@@ -279,15 +95,114 @@ def _print_schedule(found: Calibration, out: Path, *, as_json: bool) -> None:
     )
 
 
-def _print_scales(recipe: Recipe, out: Path, prompts: int, steps: int, *, as_json: bool) -> None:
-    assert recipe.quantize is not None
-    amax = dict(recipe.quantize.amax or {})
+@options.with_call()
+def calibrate_scales(
+    *,
+    recipe: Quantising = "fp8",
+    out: Out = Path("static.toml"),
+    prompts: Prompts = None,
+    limit: Limit = 16,
+    call: CallOptions,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure static FP8 scales for the inputs of the linears that a recipe quantises."""
+    from hasten.calibration.inputs import dynamic
+    from hasten.recipe import Recipe, resolve
+
+    faults, chosen = Faults(), Recipe()
+    with faults.gather():
+        chosen = resolve(recipe)
+        dynamic(chosen)
+    texts, settings = _inputs(call, prompts, (limit, 0), chosen.sampling, out, faults)
+    faults.raise_any()
+    found = _measure(call, texts, settings, chosen)
+    _write_recipe(found, out)
+    assert found.quantize is not None
+    amax = dict(found.quantize.amax or {})
     if as_json:
-        result = {"path": str(out), "recipe": recipe.name, "prompts": prompts, "amax": amax}
+        result = {"path": str(out), "recipe": found.name, "prompts": len(texts), "amax": amax}
         print(json.dumps(result, indent=2))
         return
     most = max(amax, key=lambda name: amax[name])
     print(
-        f"{out}: static scales of {len(amax)} linears, from {steps} steps of "
-        f"{prompts} prompts; the largest input is {amax[most]:.4g}, of {most}"
+        f"{out}: static scales of {len(amax)} linears, from {settings.steps} steps of "
+        f"{len(texts)} prompts; the largest input is {amax[most]:.4g}, of {most}"
     )
+
+
+def _inputs(
+    call: CallOptions,
+    source: str | None,
+    counts: tuple[int, int],
+    sampling: Sampling | None,
+    out: Path,
+    faults: Faults,
+) -> tuple[list[str], Settings]:
+    """Prompts, `counts` to learn from and to hold back, and settings; notes all that is wrong."""
+    from hasten.calibration.inputs import check_held_back
+    from hasten.prompts import read_prompts
+    from hasten.settings import whole_number
+
+    settings, defaults = options.checked_settings(call, sampling, faults)
+    with faults.gather():
+        options.check_out(out, ".toml")
+    limit, held_back = counts
+    count = whole_number("limit", limit, 16, (1, 1000), faults)
+    texts: list[str] = []
+    with faults.gather():
+        texts = read_prompts(source or f"{defaults.prompts}-calibration", limit=count + held_back)
+        if held_back:
+            check_held_back(held_back, len(texts))
+    return texts, settings
+
+
+def _learn(
+    call: CallOptions,
+    texts: list[str],
+    settings: Settings,
+    wanted: dict[str, Any],
+    out: Path,
+    *,
+    resume: bool,
+) -> Calibration:
+    """Learn the schedule and write it. Until then, a folder beside it keeps what is done."""
+    from hasten.calibration.store import remove_store
+
+    state = out.with_name(f"{out.name}.partial")
+    with options.loaded_model(call) as (pipe, progress):
+        from hasten import calibrate
+
+        if not resume:
+            remove_store(state)
+        try:
+            arguments = wanted | _arguments(call, settings, progress)
+            found = calibrate(pipe, texts, state=state, **arguments)
+        except KeyboardInterrupt:
+            print(f"{state} keeps what is done; --resume continues there", file=sys.stderr)
+            raise
+    _write_recipe(found.recipe, out)
+    remove_store(state)
+    return found
+
+
+def _measure(call: CallOptions, texts: list[str], settings: Settings, recipe: Recipe) -> Recipe:
+    with options.loaded_model(call) as (pipe, progress):
+        from hasten import calibrate_activations
+
+        arguments = _arguments(call, settings, progress)
+        return calibrate_activations(pipe, texts, recipe=recipe, **arguments)
+
+
+def _arguments(call: CallOptions, settings: Settings, progress: ProgressBar) -> dict[str, Any]:
+    """What both kinds of learning take from the options."""
+    arguments = settings.call_arguments()
+    steps = arguments.pop("num_inference_steps")
+    return {"steps": steps, "seed": call.seed, "progress": progress.show, **arguments}
+
+
+def _write_recipe(recipe: Recipe, out: Path) -> None:
+    from hasten.atomic import write_text
+
+    with writing(out, "choose another --out"):
+        write_text(out, recipe.to_toml())

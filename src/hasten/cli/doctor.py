@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hasten.cli.options import Debug, Json
-from hasten.errors import HastenError, InputError, join_fixes, unsupported
+from hasten.errors import HastenError, InputError, Problem, join_fixes, one_line, unsupported
 from hasten.memory import format_bytes
 
 if TYPE_CHECKING:
-    from hasten.machine import Machine, Problem
+    from hasten.machine import Machine
 
 REINSTALL = "the installation is incomplete: install hasten again"
+REQUIRED = ("diffusers", "bundled model")  # without which hasten cannot work
 GATED_MODEL = "black-forest-labs/FLUX.1-dev"
 # What torch.compile builds for the CPU: a shared library that uses Python and OpenMP.
 PROBE = """#include <Python.h>
@@ -37,7 +38,7 @@ extern "C" int probe() { return omp_get_max_threads() + PY_MAJOR_VERSION; }
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. Where a `required` one is `no`, hasten cannot work."""
+    """One thing that was looked at; where it is `required` and `no`, the command fails."""
 
     what: str
     status: Literal["ok", "no", "not checked"]
@@ -69,6 +70,9 @@ def doctor(
         for what, look in _checks(here, thorough=thorough, hub=hub):
             progress.stage(what)
             findings.append(_finding(what, look))
+    if not hub:
+        detail = "only needed for hub models; --hub checks"
+        findings.append(Finding("model hub", "not checked", detail))
     if as_json:
         data = {"machine": asdict(here), "findings": [asdict(finding) for finding in findings]}
         print(json.dumps(data, indent=2))
@@ -79,87 +83,95 @@ def doctor(
         raise unsupported((f"{found.what}: {found.detail}", found.fix) for found in broken)
 
 
-Look = Callable[[], Finding]
+Look = Callable[[], str | Problem]  # what works, or why it does not
 
 
 def _checks(here: Machine, *, thorough: bool, hub: bool) -> Iterator[tuple[str, Look]]:
     """What to look at, in order."""
+    from hasten.recipe import preset_names
+
     device = here.default_device()
     yield "diffusers", _diffusers
     yield "gpu", lambda: _gpu(here)
-    yield "torch.compile", lambda: _compile(here, device, thorough=thorough)
+    yield f"torch.compile ({device})", lambda: _compile(here, device, thorough=thorough)
     yield "tensorrt", lambda: _tensorrt(here, device)
     yield "bundled model", lambda: _bundled_model(thorough=thorough)
-    for name in _preset_names():
+    for name in preset_names():
         yield f"recipe {name}", partial(_preset, name, here, device)
-    yield "model hub", lambda: _hub(ask=hub)
+    if hub:
+        yield "model hub", _hub
 
 
 def _finding(what: str, look: Look) -> Finding:
     """What `look` found; an error of hasten's own is a finding as well."""
+    required = what in REQUIRED
     try:
-        return look()
+        found = look()
     except HastenError as error:
         return Finding(what, "no", "; ".join(error.faults), error.fix, required=True)
+    if isinstance(found, Problem):
+        return Finding(what, "no", found.fault, found.fix, required)
+    return Finding(what, "ok", found, required=required)
 
 
-def _diffusers() -> Finding:
+def _diffusers() -> str | Problem:
     try:
         from diffusers import FluxPipeline
         from transformers import CLIPTextModel, T5EncoderModel
     except Exception as error:  # a broken installation can fail in any way
-        reason = " ".join(str(error).split())[:200]
         fix = "pip install --upgrade diffusers transformers accelerate"
-        return Finding("diffusers", "no", f"import fails: {reason}", fix, required=True)
+        return Problem(f"import fails: {one_line(str(error), 200)}", fix)
     names = ", ".join(kind.__name__ for kind in (FluxPipeline, T5EncoderModel, CLIPTextModel))
-    return Finding("diffusers", "ok", f"{names} import", required=True)
+    return f"{names} import"
 
 
-def _gpu(here: Machine) -> Finding:
+def _gpu(here: Machine) -> str | Problem:
     problem = here.device_problem("cuda")
     if problem is not None:
-        return Finding("gpu", "no", f"{problem.fault}; everything runs on the CPU", problem.fix)
+        return Problem(f"{problem.fault}; everything runs on the CPU", problem.fix)
     import torch
 
     for gpu in here.gpus:
         device = f"cuda:{gpu.index}"
         ones = torch.ones(64, 64, device=device, dtype=torch.float16)
         if (ones @ ones).float().sum().item() != 64.0**3:
-            return Finding("gpu", "no", f"{device} computes wrong sums", "reboot it")
-    return Finding("gpu", "ok", ", ".join(gpu.name for gpu in here.gpus))
+            return Problem(f"{device} computes wrong sums", "reboot it")
+    return ", ".join(gpu.name for gpu in here.gpus)
 
 
-def _compile(here: Machine, device: str, *, thorough: bool) -> Finding:
-    what = f"torch.compile ({device})"
+def _compile(here: Machine, device: str, *, thorough: bool) -> str | Problem:
     problem = here.compile_problem(device)
     if problem is None and device == "cpu" and sys.platform == "linux":
         problem = compiler_problem(str(here.cxx_compiler))
     if problem is not None:
-        return Finding(what, "no", *problem)
+        return problem
     if not thorough:
         found = here.cxx_compiler if device == "cpu" else f"triton {here.triton}"
-        return Finding(what, "ok", f"{found} (--thorough compiles something)")
+        return f"{found} (--thorough compiles something)"
     import torch
 
     try:
         compiled: Any = torch.compile(_sum_of_cosines)
         value = compiled(torch.zeros(32, 32, device=device)).item()
     except Exception as error:  # inductor wraps whatever the compiler said
-        reason = " ".join(str(error).split())[:200]
-        return Finding(what, "no", reason, "use recipes without [compile]")
-    detail = "compiled a function" if value == 1024 else f"wrong result: {value}, not 1024"
-    return Finding(what, "ok" if value == 1024 else "no", detail)
+        return Problem(one_line(str(error), 200), "use recipes without [compile]")
+    return (
+        "compiled a function" if value == 1024 else Problem(f"wrong result: {value}, not 1024", "")
+    )
 
 
-def _tensorrt(here: Machine, device: str) -> Finding:
+def _sum_of_cosines(x: Any) -> Any:
+    return x.cos().sum()
+
+
+def _tensorrt(here: Machine, device: str) -> str | Problem:
     missing = here.missing_for_engines()
     if missing:
         what = f"{', '.join(missing)} not installed: no engines, no graphs"
-        return Finding("tensorrt", "no", what, "pip install 'hasten[tensorrt]'")
-    built = f"TensorRT for RTX {here.tensorrt} builds engines here"
+        return Problem(what, "pip install 'hasten[tensorrt]'")
     running = here.engine_problems(device, "tensorrt", "fp16")
     runs = running[0].fault if running else "they run here"
-    return Finding("tensorrt", "ok", f"{built}; {runs}{_kept_engines()}")
+    return f"TensorRT for RTX {here.tensorrt} builds engines here; {runs}{_kept_engines()}"
 
 
 def _kept_engines() -> str:
@@ -174,14 +186,8 @@ def _kept_engines() -> str:
     return f"; {root} holds {format_bytes(taken)}, safe to delete" if taken else ""
 
 
-def _sum_of_cosines(x: Any) -> Any:
-    return x.cos().sum()
-
-
 def compiler_problem(compiler: str) -> Problem | None:
     """Compile a four-line library as torch.compile would; None where that works."""
-    from hasten.machine import Problem
-
     with tempfile.TemporaryDirectory(prefix="hasten-doctor-") as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(PROBE, "utf-8")
@@ -202,13 +208,12 @@ def compiler_problem(compiler: str) -> Problem | None:
     )
 
 
-def _bundled_model(*, thorough: bool) -> Finding:
+def _bundled_model(*, thorough: bool) -> str | Problem:
     from hasten.models.defaults import TINY_DIR
 
-    what = "bundled model"
     files = sorted(TINY_DIR.rglob("*.safetensors"))
     if not (TINY_DIR / "model_index.json").is_file() or not files:
-        return Finding(what, "no", f"not in {TINY_DIR}", REINSTALL, True)
+        return Problem(f"not in {TINY_DIR}", REINSTALL)
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -216,40 +221,31 @@ def _bundled_model(*, thorough: bool) -> Finding:
             with safe_open(file, "pt") as tensors:
                 tensors.keys()
     except SafetensorError as error:
-        return Finding(what, "no", f"{file.name}: {error}", REINSTALL, True)
+        return Problem(f"{file.name}: {error}", REINSTALL)
     size = format_bytes(sum(file.stat().st_size for file in files))
     if not thorough:
-        return Finding(what, "ok", size, required=True)
+        return size
     from hasten import load_pipeline, optimize
     from hasten.cli.terminal import silence_library_bars
 
     silence_library_bars()
     fast = optimize(load_pipeline("tiny"), "baseline")
     fast("a red circle", num_inference_steps=2)
-    return Finding(what, "ok", f"{size}, rendered two steps", required=True)
+    return f"{size}, rendered two steps"
 
 
-def _preset_names() -> list[str]:
-    from hasten.recipe import preset_names
-
-    return preset_names()
-
-
-def _preset(name: str, here: Machine, device: str) -> Finding:
+def _preset(name: str, here: Machine, device: str) -> str | Problem:
     from hasten.check import problems
     from hasten.recipe import resolve
 
     found = problems(resolve(name), here, device)
     if not found:
-        return Finding(f"recipe {name}", "ok", f"runs on {device}")
+        return f"runs on {device}"
     faults, fixes = zip(*found, strict=True)
-    return Finding(f"recipe {name}", "no", "; ".join(faults), join_fixes(fixes))
+    return Problem("; ".join(faults), join_fixes(fixes))
 
 
-def _hub(*, ask: bool) -> Finding:
-    what = "model hub"
-    if not ask:
-        return Finding(what, "not checked", "only needed for hub models; --hub checks")
+def _hub() -> str | Problem:
     from huggingface_hub import auth_check
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -257,11 +253,11 @@ def _hub(*, ask: bool) -> Finding:
         auth_check(GATED_MODEL)
     except (GatedRepoError, RepositoryNotFoundError):
         fix = f"accept the licence on the hub page of {GATED_MODEL}, then `hf auth login`"
-        return Finding(what, "no", f"reachable, but no access to {GATED_MODEL}", fix)
+        return Problem(f"reachable, but no access to {GATED_MODEL}", fix)
     except Exception as error:  # every way a network can fail
-        reason = " ".join(str(error).split())[:120]
-        return Finding(what, "no", f"not reachable: {reason}", "check the network and proxies")
-    return Finding(what, "ok", f"access to {GATED_MODEL}")
+        reason = one_line(str(error), 120)
+        return Problem(f"not reachable: {reason}", "check the network and proxies")
+    return f"access to {GATED_MODEL}"
 
 
 def _print(here: Machine, findings: list[Finding]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,72 +29,28 @@ def _help_by_default(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@export.command()
-def tensorrt(
-    *,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SM,SM",
-            help="GPUs to build one engine for, such as sm89,sm120. sm75: RTX 20, T4; sm80: A100; "
-            "sm86: RTX 30, A10, A40; sm89: RTX 40, L4, L40S; sm120: RTX 50, RTX PRO; sm121: GB10; "
-            "none: the graph alone.",
-        ),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(metavar="bf16|fp16|fp8", help="fp8 needs sm89 or later, bf16 sm80.")
-    ] = "fp8",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where it goes.")] = Path("engine"),
-    max_size: Annotated[
-        str | None,
-        typer.Option(metavar="WxH", help="The largest image.  [default: 2048x2048]"),
-    ] = None,
-    calibration: Annotated[
-        str, typer.Option(metavar="max|smoothquant", help="How fp8 finds its scales.")
-    ] = "max",
-    prompts: options.Prompts = None,
-    limit: Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")] = PROMPTS,
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify", help="Skip the check of the graph against torch (in onnxruntime)."
-        ),
-    ] = False,
-    model: options.Model = "tiny",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    steps: options.Steps = None,
-    max_sequence_length: options.MaxSequenceLength = None,
-    as_json: options.Json = False,
-    debug: options.Debug = False,
-) -> None:
-    """Build a TensorRT for RTX engine, on a machine that needs no GPU."""
-    from hasten.engines.tensorrt.preflight import LARGEST, ExportOptions
-    from hasten.engines.tensorrt.targets import parse_targets
-    from hasten.recipe import parse_size
-    from hasten.settings import CallOptions
-
-    faults = Faults()
-    called = CallOptions(model, device, dtype, steps=steps, max_sequence_length=max_sequence_length)
-    wanted = ExportOptions(precision, (), LARGEST, calibration, verify=not no_verify)
-    with faults.gather():
-        if target is None:
-            raise InputError(
-                "--target is missing: the GPUs to build for",
-                "for example --target sm89 (RTX 40), or --target none for the graph alone",
-            )
-        wanted = replace(wanted, targets=parse_targets(target))
-    with faults.gather():
-        if max_size is not None:
-            wanted = replace(wanted, max_size=parse_size(max_size, at_most=True))
-    request = _request(called, wanted, out, prompts, limit, faults)
-    key = _key(request)
-    before = _before(request, key)
-    try:
-        manifest = before or _exported(request, key)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(RESUME) from None
-    _print_result(manifest, out, before=before is not None, as_json=as_json)
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SM,SM",
+        help="GPUs to build one engine for, such as sm89,sm120. sm75: RTX 20, T4; sm80: A100; "
+        "sm86: RTX 30, A10, A40; sm89: RTX 40, L4, L40S; sm120: RTX 50, RTX PRO; sm121: GB10; "
+        "none: the graph alone.",
+    ),
+]
+Precision = Annotated[
+    str, typer.Option(metavar="bf16|fp16|fp8", help="fp8 needs sm89 or later, bf16 sm80.")
+]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Where it goes.")]
+MaxSize = Annotated[
+    str | None, typer.Option(metavar="WxH", help="The largest image.  [default: 2048x2048]")
+]
+Method = Annotated[str, typer.Option(metavar="max|smoothquant", help="How fp8 finds its scales.")]
+Limit = Annotated[int, typer.Option(metavar="N", help="Prompts to learn from.")]
+NoVerify = Annotated[
+    bool,
+    typer.Option("--no-verify", help="Skip the check of the graph against torch (in onnxruntime)."),
+]
 
 
 @dataclass(frozen=True)
@@ -109,57 +64,89 @@ class ExportRequest:
     out: Path
 
 
-def _request(
-    called: CallOptions,
-    wanted: ExportOptions,
-    out: Path,
-    prompts: str | None,
-    limit: int,
-    faults: Faults,
-) -> ExportRequest:
-    """Check all of the input; raises everything that is wrong with it at once, with `faults`."""
+@export.command()
+@options.with_call("model", "device", "dtype", "steps", "max_sequence_length")
+def tensorrt(
+    *,
+    target: Target = None,
+    precision: Precision = "fp8",
+    out: Out = Path("engine"),
+    max_size: MaxSize = None,
+    calibration: Method = "max",
+    prompts: options.Prompts = None,
+    limit: Limit = PROMPTS,
+    no_verify: NoVerify = False,
+    call: CallOptions,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Build a TensorRT for RTX engine, on a machine that needs no GPU."""
+    from hasten.cli.terminal import print_line
+    from hasten.engines.tensorrt.folder import finished
     from hasten.engines.tensorrt.preflight import check_request
-    from hasten.machine import machine
+    from hasten.engines.tensorrt.store import StageStore
     from hasten.prompts import read_prompts
-    from hasten.settings import Settings, chosen_settings, model_defaults, whole_number
+    from hasten.settings import whole_number
 
-    defaults = model_defaults(called.model, faults)
-    settings = chosen_settings(called, Settings.of_model(defaults), faults)
+    faults = Faults()
+    wanted = _wanted(target, precision, max_size, calibration, faults, verify=not no_verify)
+    settings, defaults = options.checked_settings(call, None, faults)
     texts: list[str] = []
     count = whole_number("limit", limit, PROMPTS, (1, 1000), faults)
     with faults.gather():
         texts = read_prompts(prompts or defaults.prompts, limit=count)
-    if called.device not in ("auto", "cpu"):  # these two are always there: no need to look
-        with faults.gather():
-            machine().usable_device(called.device)
     check_request(wanted, out, faults)
     faults.raise_any()
-    return ExportRequest(called, settings, wanted, tuple(texts), out)
+    request = ExportRequest(call, settings, wanted, tuple(texts), out)
+    key = _key(request)
+    before = None if key is None else finished(StageStore(tell=print_line), key, out)
+    try:
+        manifest = before or _exported(request, key)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(RESUME) from None
+    _print_result(manifest, out, before=before is not None, as_json=as_json)
 
 
-def _before(request: ExportRequest, key: str | None) -> Manifest | None:
-    """What this very request wrote earlier, if it is still there and whole. Loads no torch."""
-    from hasten.engines.tensorrt.folder import finished
-    from hasten.engines.tensorrt.store import StageStore
+def _wanted(
+    target: str | None,
+    precision: str,
+    max_size: str | None,
+    method: str,
+    faults: Faults,
+    *,
+    verify: bool,
+) -> ExportOptions:
+    """What is to be exported; what is wrong with the options goes into `faults`."""
+    from hasten.engines.tensorrt.preflight import LARGEST, ExportOptions
+    from hasten.engines.tensorrt.targets import parse_targets
+    from hasten.recipe import parse_size
 
-    return None if key is None else finished(StageStore(tell=_tell), key, request.out)
+    targets: tuple[str, ...] = ()
+    largest = LARGEST
+    with faults.gather():
+        if target is None:
+            raise InputError(
+                "--target is missing: the GPUs to build for",
+                "for example --target sm89 (RTX 40), or --target none for the graph alone",
+            )
+        targets = parse_targets(target)
+    with faults.gather():
+        if max_size is not None:
+            largest = parse_size(max_size, at_most=True)
+    return ExportOptions(precision, targets, largest, method, verify)
 
 
 def _exported(request: ExportRequest, key: str | None) -> Manifest:
     """key: before anything was loaded. What it led to is remembered where the model's files have
     not changed since; None becomes a key where loading has fetched them."""
-    from hasten.cli.terminal import ProgressBar, silence_library_bars
+    from hasten.cli.terminal import print_line
 
-    with ProgressBar() as progress:
-        progress.stage("loading")
-        silence_library_bars()
+    called, wanted = request.called, request.wanted
+    with options.loaded_model(called) as (pipe, progress):
         from hasten.engines.tensorrt.folder import remember
         from hasten.engines.tensorrt.stages import export_tensorrt
         from hasten.engines.tensorrt.store import StageStore
-        from hasten.models import load_pipeline
 
-        called, wanted = request.called, request.wanted
-        pipe = load_pipeline(called.model, device=called.device, dtype=called.dtype)
         key = key or _key(request)
         manifest = export_tensorrt(
             pipe,
@@ -173,7 +160,7 @@ def _exported(request: ExportRequest, key: str | None) -> Manifest:
             max_sequence_length=request.settings.max_sequence_length,
             verify=wanted.verify,
             model=_shown(called.model),
-            tell=_tell,
+            tell=print_line,
             show=progress.stage,
         )
     if key is not None and key == _key(request):
@@ -198,10 +185,6 @@ def _shown(model: str) -> str:
 
     directory = model_directory(model)
     return model if directory is None or model == "tiny" else directory.resolve().name
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _print_result(manifest: Manifest, out: Path, *, before: bool, as_json: bool) -> None:

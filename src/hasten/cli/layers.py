@@ -16,7 +16,7 @@ from hasten.errors import Faults, InputError, UnsupportedError
 if TYPE_CHECKING:
     from hasten.quantization.report import LayerError
     from hasten.recipe import Quantize, Recipe
-    from hasten.settings import Settings
+    from hasten.settings import CallOptions, Settings
 
 STEPS = 4  # of the one run that is measured: from pure noise to almost none
 SHOWN = 20
@@ -31,88 +31,68 @@ class Measured:
     """Errors, worst first, and what they were measured on."""
 
     model: str
-    recipe: str
+    recipe: Recipe
     quantize: Quantize
     device: str
     dtype: str
     prompt: str
     errors: list[LayerError]
     skip: list[str]
-    fused: bool
-
-    @property
-    def median_db(self) -> float:
-        return median(error.sqnr_db for error in self.errors)
 
 
+@options.with_call("model", "device", "dtype")
 def layers(
     *,
     recipe: Annotated[str, typer.Option(metavar="NAME", help="A recipe that quantises.")] = "fp8",
-    model: options.Model = "tiny",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    call: CallOptions,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Measure the quantisation error of each layer of a model, on four steps of one prompt."""
-    from hasten.models.defaults import ModelDefaults
+    from hasten.prompts import read_prompts
     from hasten.recipe import Recipe, resolve
-    from hasten.settings import CallOptions, Settings, chosen_settings, model_defaults
 
-    faults, chosen, defaults = Faults(), Recipe(), ModelDefaults()
+    faults, chosen = Faults(), Recipe()
     with faults.gather():
         chosen = resolve(recipe)
         if chosen.quantize is None:
             faults.add(f"the recipe {recipe} quantises nothing", "give one with [quantize]: fp8")
-    defaults = model_defaults(model, faults)
-    otherwise = Settings.of_model(defaults).under(chosen.sampling)
-    settings = chosen_settings(CallOptions(model, device, dtype), otherwise, faults)
-    with faults.gather():
-        _check_device(chosen, device)
+    settings, defaults = options.checked_settings(call, chosen.sampling, faults)
+    quantize = chosen.quantize
+    if quantize is not None:
+        with faults.gather():
+            _check_device(quantize, call.device)
     faults.raise_any()
-    measured = _measure(model, chosen, device, dtype, replace(settings, steps=STEPS), defaults)
+    assert quantize is not None
+    prompt = read_prompts(defaults.prompts)[0]
+    measured = _measure(call, chosen, quantize, prompt, replace(settings, steps=STEPS))
     print(json.dumps(_as_data(measured), indent=2)) if as_json else _print(measured)
 
 
-def _check_device(recipe: Recipe, device: str) -> None:
+def _check_device(quantize: Quantize, device: str) -> None:
     from hasten.machine import machine
 
     here = machine()
     target = here.usable_device(device)
-    quantize = recipe.quantize
-    if quantize is None:
-        return
     problem = here.quantize_problem(target, quantize.scheme, emulate=quantize.emulate)
     if problem is not None:
         raise UnsupportedError(*problem)
 
 
 def _measure(
-    model: str, recipe: Recipe, device: str, dtype: str, settings: Settings, defaults: Any
+    call: CallOptions, recipe: Recipe, quantize: Quantize, prompt: str, settings: Settings
 ) -> Measured:
-    from hasten.cli.terminal import ProgressBar, silence_library_bars
-    from hasten.prompts import read_prompts
-
-    quantize, prompt = recipe.quantize, read_prompts(defaults.prompts)[0]
-    assert quantize is not None
-    with ProgressBar() as progress:
-        progress.stage("loading")
-        silence_library_bars()
+    with options.loaded_model(call) as (pipe, progress):
         import torch
 
-        from hasten import load_pipeline
         from hasten.families import family_of
+        from hasten.generation import step_callback
         from hasten.quantization.plan import plan_linears
         from hasten.quantization.report import layer_errors, worth_skipping
 
-        pipe = load_pipeline(model, device=device, dtype=dtype)
         linears = family_of(pipe).quantizable(pipe.transformer)
         names = set(plan_linears(pipe.transformer, linears, quantize).names)
         progress.stage("steps", total=STEPS)
-
-        def at_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
-            progress.at(step + 1)
-            return {}
 
         def run() -> None:
             pipe(
@@ -120,16 +100,17 @@ def _measure(
                 **settings.call_arguments(),
                 generator=torch.Generator().manual_seed(0),
                 output_type="latent",
-                callback_on_step_end=at_step_end,
+                callback_on_step_end=step_callback(progress.at),
             )
 
         errors = layer_errors([item for item in linears if item[0] in names], quantize, run)
     if not errors:
-        raise InputError(f"none of the linears of {model} ran", "give a model whose blocks run")
+        raise InputError(
+            f"none of the linears of {call.model} ran", "give a model whose blocks run"
+        )
     where = str(pipe.device), str(pipe.transformer.dtype).removeprefix("torch.")
-    fused = recipe.fuse is not None and recipe.fuse.kernels != "off"
     skip = worth_skipping(errors)
-    return Measured(model, recipe.name, quantize, *where, prompt, errors, skip, fused)
+    return Measured(call.model, recipe, quantize, *where, prompt, errors, skip)
 
 
 def _as_data(measured: Measured) -> dict[str, Any]:
@@ -138,9 +119,11 @@ def _as_data(measured: Measured) -> dict[str, Any]:
         asdict(error) | {"sqnr_db": error.sqnr_db if math.isfinite(error.sqnr_db) else None}
         for error in measured.errors
     ]
-    about = {name: getattr(measured, name) for name in ("model", "recipe", "device", "dtype")}
     return {
-        **about,
+        "model": measured.model,
+        "recipe": measured.recipe.name,
+        "device": measured.device,
+        "dtype": measured.dtype,
         "quantize": measured.quantize.model_dump(),
         "steps": STEPS,
         "prompt": measured.prompt,
@@ -152,12 +135,11 @@ def _as_data(measured: Measured) -> dict[str, Any]:
 def _print(measured: Measured) -> None:
     from hasten.cli.terminal import print_table
 
-    scheme = measured.quantize
-    errors = measured.errors
-    how = f"{scheme.scheme}, one scale per {scheme.granularity}"
+    scheme, errors = measured.quantize, measured.errors
     emulated = ", emulated" if scheme.emulate else ""
     print(
-        f"{len(errors)} linears of {measured.model} in {how}{emulated}, against "
+        f"{len(errors)} linears of {measured.model} in {scheme.scheme}, one scale per "
+        f"{scheme.granularity}{emulated}, against "
         f"{measured.dtype} on {measured.device}: {STEPS} steps of one image"
     )
     print()
@@ -169,9 +151,10 @@ def _print(measured: Measured) -> None:
     print_table(("linear", "inputs", "outputs", "SQNR dB", "error"), rows, right="lrrrr")
     if len(errors) > SHOWN:
         print(f"and {len(errors) - SHOWN} with less error (--json lists all)")
+    middle = median(error.sqnr_db for error in errors)
     print()
     print(
-        f"worst {errors[0].sqnr_db:.1f} dB, median {measured.median_db:.1f} dB, "
+        f"worst {errors[0].sqnr_db:.1f} dB, median {middle:.1f} dB, "
         f"best {errors[-1].sqnr_db:.1f} dB"
     )
     if not measured.skip:
@@ -179,5 +162,6 @@ def _print(measured: Measured) -> None:
         return
     print("these have twice the median's error or more; to keep them unquantised:")
     print(f"  [quantize]\n  skip = {json.dumps([*scheme.skip, *measured.skip])}")
-    if measured.fused:
+    fuse = measured.recipe.fuse
+    if fuse is not None and fuse.kernels != "off":
         print(TOGETHER)

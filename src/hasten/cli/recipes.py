@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hasten.cli.options import Debug, Device, Json
+from hasten.cli.options import Debug, Json, with_call
 from hasten.errors import HastenError, RecipeError, unsupported
 
 if TYPE_CHECKING:
     from hasten.machine import Machine
     from hasten.recipe import Recipe
+    from hasten.settings import CallOptions
 
 recipes = typer.Typer(
     help="Presets by name, and checks of your own recipe files.", rich_markup_mode=None
@@ -40,8 +41,8 @@ def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
     print_table(("recipe", "what it does"), [(p.name, p.description) for p in presets])
 
 
-@recipes.command()
-def show(name: Name, as_json: Json = False, debug: Debug = False) -> None:
+@recipes.command("show")
+def show_recipe(name: Name, as_json: Json = False, debug: Debug = False) -> None:
     """Print a recipe as TOML (or JSON), to read or to start your own from.
 
     A recipe that is read from a file is called as the file, whatever its key name says.
@@ -55,10 +56,12 @@ def show(name: Name, as_json: Json = False, debug: Debug = False) -> None:
         print(recipe.to_toml(), end="")
 
 
-@recipes.command()
-def check(
+@recipes.command("check")
+@with_call("device")
+def check_recipe(
     name: Name,
-    device: Device = "auto",
+    *,
+    call: CallOptions,
     schema_only: Annotated[
         bool, typer.Option("--schema-only", help="Do not look at this machine.")
     ] = False,
@@ -75,7 +78,7 @@ def check(
         if as_json:
             print(json.dumps({"valid": False, "works_here": None, "faults": list(error.faults)}))
         raise
-    where, found = ("", []) if schema_only else _problems_here(recipe, device)
+    where, found = ("", []) if schema_only else _problems_here(recipe, call.device)
     if as_json:
         works = None if schema_only else not found
         faults = [fault for fault, _ in found]
@@ -89,8 +92,8 @@ def check(
         print_text(f"{name}: valid{here}{nothing}")
 
 
-@recipes.command()
-def schema(debug: Debug = False) -> None:
+@recipes.command("schema")
+def print_schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipe files, for editors."""
     from hasten.recipe import Recipe
 
@@ -107,9 +110,8 @@ def _problems_here(recipe: Recipe, device: str) -> tuple[str, list[tuple[str, st
     missing = here.device_problem(device)
     if missing is not None:
         return device, [missing]
-    kind = device.partition(":")[0]
-    found = [*problems(recipe, here, kind), *_export_problems(recipe, here, device)]
-    return device, [(fault, fix) for fault, fix in found]
+    found = problems(recipe, here, device.partition(":")[0])
+    return device, [*found, *_export_problems(recipe, here, device)]
 
 
 def _export_problems(recipe: Recipe, here: Machine, device: str) -> list[tuple[str, str]]:

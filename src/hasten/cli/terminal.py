@@ -10,10 +10,11 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 from hasten.errors import printable
+
+UNLIMITED = 2**20  # columns of text: no table is as wide
 
 
 def prepare_streams() -> None:
@@ -91,12 +92,7 @@ class ProgressBar:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._bar.disable:  # rich before 14.3 would print an empty line into a pipe
             self._bar.stop()
 
@@ -126,32 +122,19 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: str =
         rows: The cells of each row.
         right: One letter per column: `r` aligns it to the right.
     """
-    rows = [[printable(cell) for cell in row] for row in rows]
-    right = right.ljust(len(head))
-    if sys.stdout.isatty():
-        _print_fitted(head, rows, right)
-        return
-    for line in [head, *rows]:
-        cells = [
-            cell.rjust(width) if side == "r" else cell.ljust(width)
-            for cell, width, side in zip(line, _widths(head, rows), right, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def _widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
-    return [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-
-def _print_fitted(head: Sequence[str], rows: Sequence[Sequence[str]], right: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title, side in zip(head, right, strict=True):
+    fitted = sys.stdout.isatty()
+    table = Table(box=SIMPLE_HEAD if fitted else None, pad_edge=False, header_style="bold")
+    for title, side in zip(head, right.ljust(len(head)), strict=True):
         table.add_column(Text(title), justify="right" if side == "r" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*[Text(cell) for cell in row])
-    Console().print(table)
+        table.add_row(*[Text(printable(cell)) for cell in row])
+    console = Console(width=None if fitted else UNLIMITED)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())

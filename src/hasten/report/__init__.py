@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from hasten.atomic import write_text
-from hasten.errors import InputError
+from hasten.errors import writing
 from hasten.results import Results
 from hasten.results_file import read_results
 
@@ -31,14 +31,9 @@ def write_report(
         results = read_results(results)
     album = pictures.collect(results, images_dir, out)
     page = out / "report.html"
-    try:
+    with writing(out, "choose a directory that can be written, with room for about 15 MB"):
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "table.md", table.to_markdown(results))
         plot.write_plot(results, out / "speedup.png")
-        write_text(page, html.render(results, album))
-    except OSError as error:
-        raise InputError(
-            f"{out}: the report cannot be written: {error.strerror}",
-            fix="choose a directory that can be written, with room for about 15 MB",
-        ) from None
+        write_text(page, html.report_page(results, album))
     return page

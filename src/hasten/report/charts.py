@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hasten.report.table import QUALITY_ONLY, format_seconds, metric, speedup
+from matplotlib.ticker import MaxNLocator
+
+from hasten.report.table import MISSING, QUALITY_ONLY, format_seconds, metric, speedup
 from hasten.results import BASELINE_AGAIN, Results, Role, Row
 
 WIDE, NARROW = 560, 330
@@ -73,10 +75,8 @@ class Scatter:
 
 def nice_ticks(largest: float, wanted: int) -> list[float]:
     """Multiples of 1, 2 or 5 × 10ᵏ from 0 up to `largest`, about `wanted` of them."""
-    rough = largest / wanted
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    return [round(step * index, 10) for index in range(math.floor(largest / step + 1e-9) + 1)]
+    ticks = MaxNLocator(wanted, steps=[1, 2, 5, 10]).tick_values(0, largest)
+    return [float(tick) for tick in ticks if tick <= largest * (1 + 1e-9)]
 
 
 def bars(results: Results, width: int) -> Bars:
@@ -160,6 +160,16 @@ def _mark(kind: str, x: float, y: float) -> str:
 
 
 Box = tuple[float, float, float, float]
+PLACES = (  # of a label around its point, the best first
+    (10, 4, "start"),
+    (-10, 4, "end"),
+    (0, -11, "middle"),
+    (0, 20, "middle"),
+    (9, -8, "start"),
+    (9, 16, "start"),
+    (-9, -8, "end"),
+    (-9, 16, "end"),
+)
 
 
 def _place_labels(names: list[str], places: list[tuple[float, float]], frame: Box) -> list[Label]:
@@ -168,24 +178,10 @@ def _place_labels(names: list[str], places: list[tuple[float, float]], frame: Bo
     chosen = []
     for name, (x, y) in zip(names, places, strict=True):
         width = CHARACTER * len(name)
-        options = [
-            Label(x + dx, y + dy, anchor)
-            for dx, dy, anchor in (
-                (10, 4, "start"),
-                (-10, 4, "end"),
-                (0, -11, "middle"),
-                (0, 20, "middle"),
-                (9, -8, "start"),
-                (9, 16, "start"),
-                (-9, -8, "end"),
-                (-9, 16, "end"),
-            )
-        ]
-        boxes = [_label_box(option, width) for option in options]
-        costs = [_cost(box, taken, frame) for box in boxes]
-        best = costs.index(min(costs))
-        taken.append(boxes[best])
-        chosen.append(options[best])
+        labels = [Label(x + dx, y + dy, anchor) for dx, dy, anchor in PLACES]
+        best = min(labels, key=lambda label: _cost(_label_box(label, width), taken, frame))
+        taken.append(_label_box(best, width))
+        chosen.append(best)
     return chosen
 
 
@@ -252,7 +248,7 @@ def scored_rows(results: Results) -> list[Row]:
 def facts(row: Row) -> list[str]:
     """What must not be missing where a speed-up is shown: seconds, LPIPS, a plan not calibrated."""
     measured = row.seconds_per_image
-    parts = [f"{format_seconds(measured.median if measured else None)} s"]
+    parts = [f"{format_seconds(measured.median) if measured else MISSING} s"]
     lpips = metric(row, "lpips")
     if lpips.value is not None:
         parts.append(f"LPIPS {lpips.text}")

@@ -28,16 +28,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One row of the table."""
-
-    row: Row
-    kind: Kind
-    cells: list[table.Cell]
-    notes: list[str]
-
-
-@dataclass(frozen=True)
 class Shot:
     """One recipe's picture of one prompt, with its scores as (name, text)."""
 
@@ -48,15 +38,7 @@ class Shot:
     scores: list[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class Scene:
-    """One prompt and every picture of it, the baseline first."""
-
-    prompt: Prompt
-    shots: list[Shot]
-
-
-def render(results: Results, album: Album) -> str:
+def report_page(results: Results, album: Album) -> str:
     """The whole page. Everything from `results` is escaped; the style and the script come from
     the package, and the page's content security policy lets nothing else run or load."""
     environment = Environment(
@@ -85,7 +67,8 @@ def _context(results: Results, album: Album) -> dict[str, Any]:
         "workload": table.workload_facts(results.workload),
         "environment": table.environment_facts(results.environment),
         "columns": table.columns(results),
-        "lines": lines(results),
+        "kind_of": kind_of,
+        "notes": {row.recipe: table.notes(row, results) for row in rows},
         "drift": table.drift_line(results),
         "common_notes": table.common_notes(results),
         "timed_images": timed_images(results),
@@ -94,11 +77,10 @@ def _context(results: Results, album: Album) -> dict[str, Any]:
         "kinds": present_kinds(rows),
         "bars": [charts.bars(results, width) for width in (charts.WIDE, charts.NARROW)],
         "scatters": _scatters(results),
-        "scenes": scenes(results, album),
+        "shots": shots(results, album),
         "pictured": pictured,
         "compared": [row for row in pictured if row.recipe != BASELINE],
-        "without_pictures": without_pictures(results),
-        "hidden_at_first": {BASELINE_AGAIN},
+        "hidden_at_first": BASELINE_AGAIN,
         "has_baseline": rows[0] in pictured,
         "has_lpips": any(
             table.metric(row, "lpips").value is not None
@@ -140,31 +122,15 @@ def timed_images(results: Results) -> str:
     return f"{min(counts)} images" if len(counts) == 1 else ""
 
 
-def lines(results: Results) -> list[Line]:
-    shown = table.columns(results)
+def shots(results: Results, album: Album) -> list[list[Shot]]:
+    """For each prompt every picture of it, the baseline's first."""
     return [
-        Line(row, kind_of(row), [column.cell(row) for column in shown], table.notes(row, results))
-        for row in results.rows
-    ]
-
-
-def scenes(results: Results, album: Album) -> list[Scene]:
-    return [
-        Scene(
-            prompt,
-            [
-                _shot(row, prompt, album.pictures[row.recipe, index])
-                for row in results.rows
-                if row.images
-            ],
-        )
+        [
+            _shot(row, prompt, album.pictures[row.recipe, index])
+            for row in results.rows
+            if row.images
+        ]
         for index, prompt in enumerate(results.workload.prompts)
-    ]
-
-
-def without_pictures(results: Results) -> list[str]:
-    return [
-        f"{row.recipe}: {row.reason or 'none were saved'}" for row in results.rows if not row.images
     ]
 
 

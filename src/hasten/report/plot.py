@@ -9,10 +9,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from hasten.atomic import write_bytes
-from hasten.report.charts import drawn_rows, facts, kind_of, not_drawn, present_kinds
+from hasten.report.charts import drawn_rows, facts, kind_of, nice_ticks, not_drawn, present_kinds
 from hasten.report.table import speedup
 from hasten.results import Results, Row
 
@@ -71,29 +70,21 @@ def draw(results: Results) -> Figure:
 
 
 def _bars(axes: Axes, rows: list[Row], results: Results) -> None:
-    widths = [row.speedup or 0.0 for row in rows]
     kinds = [kind_of(row) for row in rows]
-    axes.barh(
+    bars = axes.barh(
         range(len(rows)),
-        widths,
+        [row.speedup or 0.0 for row in rows],
         height=0.62,
         color=[kind.colour for kind in kinds],
         hatch=[kind.hatch for kind in kinds],
         edgecolor="white",
         linewidth=0,
     )
-    for index, row in enumerate(rows):
-        number = axes.annotate(
-            speedup(row, results).text,
-            (widths[index], index),
-            (6, -0.5),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            fontweight="bold",
-            color=INK,
-            bbox=HALO,
-        )
+    texts = [speedup(row, results).text for row in rows]
+    numbers = axes.bar_label(
+        bars, texts, padding=6, fontsize=10, fontweight="bold", color=INK, bbox=HALO
+    )
+    for number, row in zip(numbers, rows, strict=True):
         axes.annotate(
             _words(row),
             (1, 0.5),
@@ -117,8 +108,7 @@ def _dress(axes: Axes, rows: list[Row], width: float) -> None:
     axes.set_xlim(0, max(*room, longest))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [_short(row.recipe) for row in rows])
-    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(0, longest)
-    ticks = [tick for tick in ticks if tick <= longest * 1.001]
+    ticks = nice_ticks(longest, 6)
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     for label in axes.get_yticklabels():
         label.set(parse_math=False, fontsize=10, color=INK)

@@ -72,12 +72,12 @@ def metric(row: Row, name: str, reference: str = BASELINE) -> Cell:
         return Cell("reference")
     quality = row.quality_against(reference)
     value: float | None = getattr(quality, name) if quality else None
-    return Cell(METRIC_FORMAT[name](value), value)
+    return _number(value, METRIC_FORMAT[name])
 
 
 def speedup(row: Row, results: Results) -> Cell:
     """A row's speed-up, as fine as the benchmark's drift allows."""
-    return Cell(format_speedup(row.speedup, results.uncertainty), row.speedup)
+    return _number(row.speedup, lambda value: format_speedup(value, results.uncertainty))
 
 
 def notes(row: Row, results: Results) -> list[str]:
@@ -214,6 +214,10 @@ def _if_timed(cell: Callable[[Row], Cell]) -> Callable[[Row], Cell]:
     return lambda row: Cell(MISSING) if row.role == "graph" else cell(row)
 
 
+def _number(value: float | None, form: Callable[[float], str], detail: str = "") -> Cell:
+    return Cell(MISSING, detail=detail) if value is None else Cell(form(value), value, detail)
+
+
 def _seconds(row: Row) -> Cell:
     measured = row.seconds_per_image
     if measured is None:
@@ -224,22 +228,22 @@ def _seconds(row: Row) -> Cell:
 
 def _steps(row: Row) -> Cell:
     computed = row.steps_computed
-    return Cell(format_steps(computed), computed.mean if computed else None)
+    return Cell(format_steps(computed), computed.mean) if computed else Cell(MISSING)
 
 
 def _memory(row: Row) -> Cell:
     weights = f"weights {format_memory(row.weights_bytes)}" if row.weights_bytes else ""
-    return Cell(format_memory(row.peak_memory_bytes), row.peak_memory_bytes, weights)
+    return _number(row.peak_memory_bytes, format_memory, weights)
 
 
 def _step(row: Row) -> Cell:
-    return Cell(format_milliseconds(row.transformer_ms_per_step), row.transformer_ms_per_step)
+    return _number(row.transformer_ms_per_step, format_tenths)
 
 
 def _setup(row: Row) -> Cell:
     first = row.first_image_seconds
     detail = "" if first is None else f"+ {format_seconds(first)}"
-    return Cell(format_seconds(row.setup_seconds), row.setup_seconds, detail)
+    return _number(row.setup_seconds, format_seconds, detail)
 
 
 def _facts_line(facts: list[tuple[str, str]]) -> str:
@@ -258,60 +262,47 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def format_seconds(value: float | None) -> str:
+def format_seconds(value: float) -> str:
     """Three significant digits or so, in seconds, without the unit."""
-    if value is None:
-        return MISSING
     decimals = sum(value < limit for limit in (100, 10, 1, 0.1))
     return f"{value:.{decimals}f}"
 
 
-def format_milliseconds(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}"
+def format_tenths(value: float) -> str:
+    """Milliseconds and decibels."""
+    return f"{value:.1f}"
 
 
-def format_speedup(value: float | None, uncertainty: float | None) -> str:
+def format_speedup(value: float, uncertainty: float | None) -> str:
     """No finer than the drift allows: the last digit is the first one that is uncertain.
 
     Args:
         value: The speed-up.
         uncertainty: `Results.uncertainty`, a share of the value; where it is unknown, one decimal.
     """
-    if value is None:
-        return MISSING
     decimals = 1
     if uncertainty is not None:
         decimals = -math.floor(math.log10(max(value * uncertainty, 0.005)))
     return f"{value:.{min(max(decimals, 0), 2)}f}×"
 
 
-def format_distance(value: float | None) -> str:
+def format_distance(value: float) -> str:
     """LPIPS: four decimals below 0.1, 0 only where it is 0."""
-    if value is None:
-        return MISSING
     if 0 < value < 0.00005:
         return "<0.0001"
     return f"{value:.4f}" if 0 < value < 0.1 else f"{value:.3f}"
 
 
-def format_similarity(value: float | None) -> str:
+def format_similarity(value: float) -> str:
     """SSIM and MS-SSIM: 1 only where it is 1."""
-    if value is None:
-        return MISSING
     return ">0.999" if 0.9995 <= value < 1 else f"{value:.3f}"
 
 
-def format_decibels(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}"
+def format_memory(value: float) -> str:
+    return format_bytes(value)
 
 
-def format_memory(value: int | None) -> str:
-    return MISSING if value is None else format_bytes(value)
-
-
-def format_steps(value: StepsComputed | None) -> str:
-    if value is None:
-        return MISSING
+def format_steps(value: StepsComputed) -> str:
     if value.min == value.max:
         return f"{value.min}"
     return f"{value.mean:.1f} ({value.min}–{value.max})"
@@ -325,6 +316,6 @@ def format_change(ratio: float) -> str:
 METRIC_FORMAT = {
     "lpips": format_distance,
     "ssim": format_similarity,
-    "psnr": format_decibels,
+    "psnr": format_tenths,
     "ms_ssim": format_similarity,
 }

@@ -1,16 +1,30 @@
-"""Recipes and static scales: which can have them, and one that has. No torch."""
+"""What a calibration can work with, checked before torch is loaded."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from hasten.errors import InputError
 from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Quantize, Recipe
 
-__all__ = ["dynamic", "with_static_scales"]
+__all__ = ["check_budget", "check_held_back", "dynamic"]
 
-LONGEST_NAME = 64  # of a recipe
+
+def check_budget(budget: int, steps: int) -> None:
+    """Raise InputError unless a run of `steps` steps can compute `budget` of them."""
+    if not 1 <= budget <= steps:
+        raise InputError(
+            f"budget = {budget} is not between 1 and the {steps} steps of a run",
+            f"a budget of {max(1, steps // 3)} computes a third of the steps",
+        )
+
+
+def check_held_back(held_back: int, prompts: int) -> None:
+    """Raise InputError unless prompts to learn from remain without the ones held back."""
+    if not 1 <= held_back < prompts:
+        raise InputError(
+            f"{prompts} prompts are too few: held_back = {held_back} of them check the result",
+            "hold back at least one prompt and keep at least one to learn from; 8 and 16 are usual",
+        )
 
 
 def dynamic(recipe: Recipe) -> Quantize:
@@ -31,14 +45,3 @@ def dynamic(recipe: Recipe) -> Quantize:
         )
     changes = {"activations": "dynamic", "amax": None, "fingerprint": None}
     return Quantize(**{**dict(recipe.quantize), **changes})
-
-
-def with_static_scales(recipe: Recipe, amax: Mapping[str, float], fingerprint: str) -> Recipe:
-    """The recipe with static scales from these largest inputs of its linears, by name."""
-    scales = {"activations": "static", "amax": dict(amax), "fingerprint": fingerprint}
-    name = recipe.name.removesuffix("-static")[: LONGEST_NAME - len("-static")]
-    return recipe.but(
-        name=f"{name}-static",
-        description=f"{name} with static scales for the inputs of its linears",
-        quantize=Quantize(**{**dict(dynamic(recipe)), **scales}),
-    )
