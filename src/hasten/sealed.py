@@ -10,7 +10,9 @@ import hashlib
 import json
 from typing import Any
 
-__all__ = ["DamagedError", "parse_json", "seal", "unseal"]
+from pydantic import ValidationError
+
+__all__ = ["DamagedError", "first_fault", "parse_json", "seal", "unseal"]
 
 CHECKSUM = "sha256"
 
@@ -59,6 +61,14 @@ def parse_json(text: str | bytes) -> Any:
         raise DamagedError(f"it is not UTF-8 text (byte {error.start})") from None
     except ValueError as error:
         raise DamagedError(f"it is not valid JSON: {' '.join(str(error).split())[:200]}") from None
+
+
+def first_fault(error: ValueError) -> str:
+    """What a DamagedError or the first fault of pydantic's ValidationError says, in one line."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
 
 
 def _checksum(body: dict[str, Any]) -> str:

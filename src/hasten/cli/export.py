@@ -142,15 +142,16 @@ def _before(request: ExportRequest, key: str | None) -> Manifest | None:
     from hasten.engines.tensorrt.folder import finished
     from hasten.engines.tensorrt.store import StageStore
 
-    return None if key is None else finished(StageStore(tell=_tell), key, request.out)
+    return None if key is None else finished(StageStore(), key, request.out)
 
 
 def _exported(request: ExportRequest, key: str | None) -> Manifest:
     """key: before anything was loaded. What it led to is remembered where the model's files have
     not changed since; None becomes a key where loading has fetched them."""
     from hasten.cli.terminal import ProgressBar, silence_library_bars
+    from hasten.log import forward_log
 
-    with ProgressBar() as progress:
+    with ProgressBar() as progress, forward_log(_tell, progress.stage):
         progress.stage("loading")
         silence_library_bars()
         from hasten.engines.tensorrt.folder import remember
@@ -158,23 +159,17 @@ def _exported(request: ExportRequest, key: str | None) -> Manifest:
         from hasten.engines.tensorrt.store import StageStore
         from hasten.models import load_pipeline
 
-        called, wanted = request.called, request.wanted
+        called = request.called
         pipe = load_pipeline(called.model, device=called.device, dtype=called.dtype)
         key = key or _key(request)
         manifest = export_tensorrt(
             pipe,
             request.out,
-            precision=wanted.precision,
-            targets=wanted.targets,
-            max_size=wanted.max_size,
-            method=wanted.method,
+            request.wanted,
             prompts=request.prompts,
             steps=request.settings.steps,
             max_sequence_length=request.settings.max_sequence_length,
-            verify=wanted.verify,
             model=_shown(called.model),
-            tell=_tell,
-            show=progress.stage,
         )
     if key is not None and key == _key(request):
         remember(StageStore(), key, request.out, manifest)
