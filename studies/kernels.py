@@ -102,9 +102,9 @@ def norm_case(streams: Streams, has_delta: bool, codes: Codes, moved: int) -> Ca
 
     return Case(
         inputs,
-        call(norm_modulate.launch),
-        call(norm_modulate.reference),
-        call(norm_modulate.reference, dtype=torch.float64),
+        call(norm_modulate.norm_modulate_triton),
+        call(norm_modulate.norm_modulate_reference),
+        call(norm_modulate.norm_modulate_reference, dtype=torch.float64),
         moved,
     )
 
@@ -118,12 +118,12 @@ def gelu_case(streams: Streams, left: bool, right: bool, codes: Codes, moved: in
 
     def exact(attention: Tensor | None, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = [None if part is None else part.double() for part in (attention, hidden)]
-        return gelu_concat.reference(*wide, streams, None, torch.float64)
+        return gelu_concat.gelu_concat_reference(*wide, streams, None, torch.float64)
 
     return Case(
         inputs,
-        lambda *given: gelu_concat.launch(*given, streams, codes),
-        lambda *given: gelu_concat.reference(*given, streams, codes),
+        lambda *given: gelu_concat.gelu_concat_triton(*given, streams, codes),
+        lambda *given: gelu_concat.gelu_concat_reference(*given, streams, codes),
         exact,
         moved,
     )
@@ -139,12 +139,12 @@ def rope_case(streams: Streams) -> Case:
 
     def exact(qk: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         given = qk.double(), weights.double(), cos, sin, streams, EPS
-        return qk_norm_rope.reference(*given, torch.float64)
+        return qk_norm_rope.qk_norm_rope_reference(*given, torch.float64)
 
     return Case(
         inputs,
-        lambda *given: qk_norm_rope.launch(*given, cos, sin, streams, EPS),
-        lambda *given: qk_norm_rope.reference(*given, cos, sin, streams, EPS),
+        lambda *given: qk_norm_rope.qk_norm_rope_triton(*given, cos, sin, streams, EPS),
+        lambda *given: qk_norm_rope.qk_norm_rope_reference(*given, cos, sin, streams, EPS),
         exact,
         streams.rows * WIDTH * 8,
     )

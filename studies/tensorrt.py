@@ -229,7 +229,7 @@ def _verified(double: str, single: str, place: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def check() -> None:
-        told = verify(transformer, FAMILY, graph, "fp8", amax, SHAPES, scratch, _say)
+        told = verify(transformer, FAMILY, graph, "fp8", amax, SHAPES, scratch)
         found.update(told.model_dump(mode="json"))
 
     measured = _measured(check)

@@ -11,7 +11,6 @@ from typing import Any
 from hasten.check import check, refuse_optimized
 from hasten.errors import AlreadyOptimizedError
 from hasten.families import family_of
-from hasten.log import logger
 from hasten.machine import machine
 from hasten.optimization import Optimization, optimization_of
 from hasten.passes.attention import Attend, choose_attention
@@ -122,7 +121,7 @@ def _run_on_engine(pipe: Any, optimization: Optimization) -> Applied:
     recipe = optimization.recipe.engine
     assert recipe is not None
     sampling = optimization.recipe.sampling
-    body = load_body(pipe, recipe, sampling, tell=logger.info, show=logger.debug)
+    body = load_body(pipe, recipe, sampling)
     description = f"the blocks in {recipe.precision} by {body.driver.what}"
     return run_on_engine(
         optimization.chain,

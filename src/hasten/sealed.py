@@ -10,15 +10,14 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-__all__ = ["DamagedError", "parse_json", "seal", "unseal", "unseal_file"]
+__all__ = ["DamagedError", "first_fault", "parse_json", "seal", "unseal", "unseal_file"]
 
 CHECKSUM = "sha256"
-Model = TypeVar("Model", bound="BaseModel")
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class DamagedError(ValueError):
@@ -91,6 +90,14 @@ def parse_json(text: str | bytes) -> Any:
         raise DamagedError(f"it is not UTF-8 text (byte {error.start})") from None
     except ValueError as error:
         raise DamagedError(f"it is not valid JSON: {' '.join(str(error).split())[:200]}") from None
+
+
+def first_fault(error: ValueError) -> str:
+    """What a DamagedError or the first fault of pydantic's ValidationError says, in one line."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hasten.errors import UnsupportedError
 
-__all__ = ["share_weights", "structural_copy"]
+__all__ = ["replace_tensors", "share_weights", "structural_copy"]
 
 
 def structural_copy(pipe: Any) -> Any:
@@ -25,7 +25,7 @@ def structural_copy(pipe: Any) -> Any:
     twin = copy.copy(pipe)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
-            setattr(twin, name, _with_own_tensors(share_weights(component)))
+            setattr(twin, name, replace_tensors(share_weights(component), _alias))
         elif component is not None:
             setattr(twin, name, copy.deepcopy(component))
     if hasattr(twin, "fuse_lora"):
@@ -58,20 +58,25 @@ def share_weights(module: nn.Module, memo: dict[int, nn.Module] | None = None) -
     return twin
 
 
-def _with_own_tensors(twin: nn.Module) -> nn.Module:
-    """Parameters and buffers become new objects over the same memory; tied ones stay tied. Tensor
-    classes of other libraries are shared as they are."""
+def replace_tensors(module: nn.Module, make: Callable[[Tensor], Any]) -> nn.Module:
+    """Put what `make` gives for it in the place of each parameter and buffer; tied ones stay tied.
+
+    Returns:
+        The module.
+    """
     known: dict[int, Any] = {}
-    for module in twin.modules():
-        for tensors in (module._parameters, module._buffers):
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = known.setdefault(id(tensor), _alias(tensor))
-    return twin
+                    if id(tensor) not in known:
+                        known[id(tensor)] = make(tensor)
+                    tensors[name] = known[id(tensor)]
+    return module
 
 
 def _alias(tensor: Tensor) -> Any:
-    """Another tensor object over the same memory."""
+    """Another tensor object over the same memory; a tensor class of another library as it is."""
     if type(tensor) is nn.Parameter and type(tensor.data) is Tensor:
         return nn.Parameter(tensor.data, tensor.requires_grad)
     return tensor.data if type(tensor) is Tensor else tensor

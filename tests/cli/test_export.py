@@ -144,7 +144,7 @@ def test_a_model_that_changes_meanwhile_is_exported_again(
     """Loading and exporting are stand-ins: what is looked at is what the next command does."""
     exports: list[Path] = []
 
-    def export_tensorrt(_: Any, out: Path, **__: Any) -> Manifest:
+    def export_tensorrt(_: Any, out: Path, *__: Any, **___: Any) -> Manifest:
         exports.append(out)
         if changes:
             index = saved_model / "model_index.json"

@@ -16,6 +16,7 @@ from torch import Tensor
 import hasten
 from hasten.engines.load import EngineBody
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest, Shapes
+from hasten.engines.tensorrt.preflight import ExportOptions
 from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.engines.tensorrt.step import INPUTS
 from hasten.errors import (
@@ -55,12 +56,7 @@ def written(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HASTEN_CACHE", str(cache))
         export_tensorrt(
-            pipe,
-            folder,
-            precision="bf16",
-            targets=(),
-            max_size=(256, 256),
-            max_sequence_length=TEXT,
+            pipe, folder, ExportOptions("bf16", (), (256, 256)), max_sequence_length=TEXT
         )
     return folder
 
@@ -202,8 +198,8 @@ def test_weights_in_half_precision_are_compared_in_it(
 ) -> None:
     """float16 holds differences that bfloat16 does not."""
     pipe, other = make_pipe(), make_pipe()
-    arguments: dict[str, Any] = {"precision": "fp16", "targets": (), "verify": False}
-    export_tensorrt(pipe, tmp_path / "half", max_sequence_length=TEXT, **arguments)
+    options = ExportOptions("fp16", (), verify=False)
+    export_tensorrt(pipe, tmp_path / "half", options, max_sequence_length=TEXT)
     with torch.no_grad():
         other.transformer.x_embedder.weight.mul_(1 + 2**-10)
     hasten.optimize(pipe, recipe(tmp_path / "half", precision="fp16"))
@@ -239,7 +235,7 @@ def test_released_weights_cannot_come_back(
         with pytest.raises(HastenError, match="engine cannot be undone"):
             fast.restore()
     with pytest.raises(UnsupportedError, match="are empty"):
-        export_tensorrt(fast.pipe, None, precision="bf16", targets=())
+        export_tensorrt(fast.pipe, None, ExportOptions("bf16", ()))
     with pytest.raises(UnsupportedError, match=r"empty .*engine\.release") as caught:
         hasten.optimize(fast.pipe, "cache")
     assert "load the pipeline again" in caught.value.fix
@@ -250,23 +246,23 @@ def test_what_cannot_draw_from_a_text_is_not_calibrated(pipe: Any, tmp_path: Pat
     from diffusers import FluxImg2ImgPipeline
 
     other = FluxImg2ImgPipeline.from_pipe(pipe, dtype=pipe.dtype)
-    arguments: dict[str, Any] = {"precision": "fp8", "targets": ()}
+    options = ExportOptions("fp8", ())
     with pytest.raises(UnsupportedError, match="FluxImg2ImgPipeline wants more") as caught:
-        export_tensorrt(other, tmp_path / "out", **arguments)
+        export_tensorrt(other, tmp_path / "out", options)
     assert "fast.from_pipe(FluxImg2ImgPipeline)" in caught.value.fix
     weight = pipe.text_encoder_2.encoder.block[0].layer[0].SelfAttention.q.weight
     weight.data = weight.data.to(torch.uint8)
     with pytest.raises(UnsupportedError, match="weights of the text_encoder_2 are quantised"):
-        export_tensorrt(pipe, tmp_path / "out", **arguments)
+        export_tensorrt(pipe, tmp_path / "out", options)
     pipe.register_modules(text_encoder_2=None)
     with pytest.raises(UnsupportedError, match="no text encoders"):
-        export_tensorrt(pipe, tmp_path / "out", **arguments)
+        export_tensorrt(pipe, tmp_path / "out", options)
 
 
 def test_an_optimised_pipeline_is_not_exported(pipe: Any, tmp_path: Path) -> None:
     fast = hasten.optimize(pipe, "cache")
     with pytest.raises(AlreadyOptimizedError):
-        export_tensorrt(fast, tmp_path / "out", precision="bf16", targets=())
+        export_tensorrt(fast, tmp_path / "out", ExportOptions("bf16", ()))
 
 
 SHAPES = Shapes(text=3, least=4, best=6, most=8)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.engines.load import OnnxRuntime
+from hasten.engines.onnxruntime import OnnxRuntime
 from hasten.errors import EngineError
 
 onnx = pytest.importorskip("onnx")

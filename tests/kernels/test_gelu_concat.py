@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.kernels.gelu_concat import gelu_concat, launch, reference
+from hasten.kernels.gelu_concat import gelu_concat, gelu_concat_reference, gelu_concat_triton
 from hasten.kernels.quantize import FP8
 from hasten.kernels.streams import Streams
 from tests.kernels.cases import CODES, DEVICE, NO_SHRINKING, SEEDS, STREAMS, assert_codes_stand_for
@@ -37,11 +37,11 @@ def test_the_kernel_agrees_with_float64(
     pytest.importorskip("triton")
     given_parts = inputs(streams, width, parts, seed)
     wide = [None if part is None else part.double() for part in given_parts]
-    exact, _ = reference(*wide, streams, None, torch.float64)
-    y, none = launch(*given_parts, streams, None)
+    exact, _ = gelu_concat_reference(*wide, streams, None, torch.float64)
+    y, none = gelu_concat_triton(*given_parts, streams, None)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
     assert none.numel() == 0
-    codes, scales = launch(*given_parts, streams, dtype)
+    codes, scales = gelu_concat_triton(*given_parts, streams, dtype)
     assert_codes_stand_for(codes, scales, exact)
 
 

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.kernels.int8_product import TILES, int8_product, launch, reference, tile_for
+from hasten.kernels.int8_product import (
+    TILES,
+    int8_product,
+    int8_product_reference,
+    int8_product_triton,
+    tile_for,
+)
 from tests.kernels.cases import DEVICE, NO_SHRINKING, SEEDS
 
 SMALL = (32, 32, 32, 4, 2)  # a tile that the interpreter makes in no time
@@ -46,7 +52,7 @@ def test_the_kernel_agrees_with_float64(
     pytest.importorskip("triton")
     given_inputs = inputs(rows, 8 * columns, 16 * depth, a_row, has_bias, seed)
     out = torch.full((rows, 8 * columns), float("nan"), device=DEVICE)
-    launch(*given_inputs, out, SMALL)
+    int8_product_triton(*given_inputs, out, SMALL)
     torch.testing.assert_close(out.double(), in_words(*given_inputs), rtol=1e-5, atol=1e-4)
 
 
@@ -64,7 +70,7 @@ def test_it_writes_any_dtype_and_parts_of_a_tensor(dtype: torch.dtype) -> None:
 def test_the_reference_is_the_formula() -> None:
     given_inputs = inputs(20, 24, 48, True, True, 1)
     exact = in_words(*given_inputs)
-    torch.testing.assert_close(reference(*given_inputs, torch.float64), exact)
+    torch.testing.assert_close(int8_product_reference(*given_inputs, torch.float64), exact)
 
 
 def test_what_is_not_finite_stays_so() -> None:

@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.kernels.norm_modulate import launch, norm_modulate, reference
+from hasten.kernels.norm_modulate import (
+    norm_modulate,
+    norm_modulate_reference,
+    norm_modulate_triton,
+)
 from hasten.kernels.quantize import FP8
 from hasten.kernels.streams import Streams
 from tests.kernels.cases import CODES, DEVICE, NO_SHRINKING, SEEDS, STREAMS, assert_codes_stand_for
@@ -45,7 +49,9 @@ def in_words(
 def test_the_reference_is_the_formula(streams: Streams, width: int, seed: int) -> None:
     x, delta, table, offsets = inputs(streams, width, seed)
     exact = in_words(x, delta, table, offsets, streams)
-    y, _ = reference(x.double(), delta, table, offsets, streams, None, 1e-6, torch.float64)
+    y, _ = norm_modulate_reference(
+        x.double(), delta, table, offsets, streams, None, 1e-6, torch.float64
+    )
     torch.testing.assert_close(y, exact)
 
 
@@ -58,12 +64,14 @@ def test_the_kernel_agrees_with_float64(
     x, delta, table, offsets = inputs(streams, width, seed)
     added = delta if has_delta else None
     exact_x, kernel_x = x.double(), x.clone()
-    exact, _ = reference(exact_x, added, table, offsets, streams, None, 1e-6, torch.float64)
-    y, none = launch(kernel_x, added, table, offsets, streams, None, 1e-6)
+    exact, _ = norm_modulate_reference(
+        exact_x, added, table, offsets, streams, None, 1e-6, torch.float64
+    )
+    y, none = norm_modulate_triton(kernel_x, added, table, offsets, streams, None, 1e-6)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kernel_x.double(), exact_x, rtol=1e-6, atol=1e-6)
     assert none.numel() == 0
-    codes, scales = launch(x.clone(), added, table, offsets, streams, dtype, 1e-6)
+    codes, scales = norm_modulate_triton(x.clone(), added, table, offsets, streams, dtype, 1e-6)
     assert_codes_stand_for(codes, scales, exact)
 
 
@@ -72,7 +80,7 @@ def test_a_row_of_zeros_has_codes_of_zero(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     streams = Streams(1, 1, 1)
     x, table = torch.zeros(2, 16, device=DEVICE), torch.zeros(1, 16, device=DEVICE)
-    codes, scales = launch(x, None, table, [0] * 6, streams, dtype, 1e-6)
+    codes, scales = norm_modulate_triton(x, None, table, [0] * 6, streams, dtype, 1e-6)
     assert (codes.float() == 0).all()
     assert (scales > 0).all()
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.kernels.qk_norm_rope import launch, qk_norm_rope, reference
+from hasten.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, qk_norm_rope_triton
 from hasten.kernels.streams import Streams
 from tests.kernels.cases import DEVICE, NO_SHRINKING, SEEDS, STREAMS
 
@@ -33,8 +33,10 @@ def test_the_kernel_agrees_with_float64(
 ) -> None:
     pytest.importorskip("triton")
     qk, weights, cos, sin = inputs(streams, heads, head_dim, seed)
-    exact = reference(qk.double(), weights, cos, sin, streams, 1e-6, torch.float64)
-    for values, expected in zip(launch(qk, weights, cos, sin, streams, 1e-6), exact, strict=True):
+    exact = qk_norm_rope_reference(qk.double(), weights, cos, sin, streams, 1e-6, torch.float64)
+    for values, expected in zip(
+        qk_norm_rope_triton(qk, weights, cos, sin, streams, 1e-6), exact, strict=True
+    ):
         assert values.shape == (streams.batch, streams.text + streams.image, heads, head_dim)
         torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -49,7 +51,7 @@ def test_the_reference_is_what_diffusers_does(
 
     qk, weights, cos, sin = inputs(streams, heads, head_dim, seed)
     text, image = qk[: streams.text_rows], qk[streams.text_rows :]
-    got = reference(qk, weights, cos, sin, streams, 1e-6)
+    got = qk_norm_rope_reference(qk, weights, cos, sin, streams, 1e-6)
     for which in range(2):
         parts = []
         for rows, tokens, weight in ((text, streams.text, 0), (image, streams.image, 2)):

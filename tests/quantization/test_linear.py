@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hasten.kernels.quantize import quantize_rows
-from hasten.quantization.linear import EmulatedLinear, Fp8Linear, Int8Linear, quantized
+from hasten.quantization.linear import (
+    EmulatedLinear,
+    Fp8Linear,
+    Int8Linear,
+    fp8_product,
+    quantized,
+)
 from hasten.recipe import Quantize
 
 SCHEMES = ("fp8", "int8", "fp8-weight", "int8-weight")
@@ -114,11 +120,11 @@ def test_weights_take_a_byte_each(linear: nn.Linear, recipe: Quantize) -> None:
 
 def test_a_product_writes_where_it_is_told(linear: nn.Linear, x: Tensor) -> None:
     stand_in = Fp8Linear.from_linear(linear)
-    codes, scale = quantize_rows(x)
-    expected = stand_in.product(codes, scale)
+    factors = (*quantize_rows(x), stand_in.weight, stand_in.weight_scale, stand_in.bias)
+    expected = fp8_product(*factors)
     assert expected.dtype == torch.bfloat16
     tall = torch.zeros(200, 320, dtype=torch.bfloat16)
-    stand_in.product(codes, scale, out=tall[100:174])
+    fp8_product(*factors, out=tall[100:174])
     assert torch.equal(tall[100:174], expected)
     assert (tall[:100] == 0).all()
     assert (tall[174:] == 0).all()

@@ -15,7 +15,7 @@ import hasten
 from hasten.kernels.quantize import quantize_rows, quantize_tensor
 from hasten.machine import machine
 from hasten.quality import lpips
-from hasten.quantization.linear import Fp8Linear, quantized
+from hasten.quantization.linear import Fp8Linear, fp8_product, quantized
 from hasten.recipe import Quantize, Recipe
 
 pytestmark = [
@@ -80,10 +80,11 @@ def test_codes_are_the_cpus(quantize: Any, dtype: torch.dtype) -> None:
 def test_a_product_writes_where_it_is_told() -> None:
     needs("fp8")
     linear = Fp8Linear.from_linear(nn.Linear(256, 128).to("cuda", torch.bfloat16))
-    codes, scale = quantize_rows(torch.randn(64, 256, device="cuda"))
+    codes = quantize_rows(torch.randn(64, 256, device="cuda"))
+    factors = (*codes, linear.weight, linear.weight_scale, linear.bias)
     tall = torch.zeros(256, 128, device="cuda", dtype=torch.bfloat16)
-    linear.product(codes, scale, out=tall[64:128])
-    assert torch.equal(tall[64:128], linear.product(codes, scale))
+    fp8_product(*factors, out=tall[64:128])
+    assert torch.equal(tall[64:128], fp8_product(*factors))
     assert (tall[128:] == 0).all()
 
 

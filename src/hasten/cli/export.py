@@ -81,7 +81,6 @@ def tensorrt(
     debug: options.Debug = False,
 ) -> None:
     """Build a TensorRT for RTX engine, on a machine that needs no GPU."""
-    from hasten.cli.terminal import print_line
     from hasten.engines.tensorrt.folder import finished
     from hasten.engines.tensorrt.preflight import check_request
     from hasten.engines.tensorrt.store import StageStore
@@ -99,7 +98,7 @@ def tensorrt(
     faults.raise_any()
     request = ExportRequest(call, settings, wanted, tuple(texts), out)
     key = _key(request)
-    before = None if key is None else finished(StageStore(tell=print_line), key, out)
+    before = None if key is None else finished(StageStore(), key, out)
     try:
         manifest = before or _exported(request, key)
     except KeyboardInterrupt:
@@ -139,10 +138,7 @@ def _wanted(
 def _exported(request: ExportRequest, key: str | None) -> Manifest:
     """key: before anything was loaded. What it led to is remembered where the model's files have
     not changed since; None becomes a key where loading has fetched them."""
-    from hasten.cli.terminal import print_line
-
-    called, wanted = request.called, request.wanted
-    with options.loaded_model(called) as (pipe, progress):
+    with options.loaded_model(request.called) as (pipe, _):
         from hasten.engines.tensorrt.folder import remember
         from hasten.engines.tensorrt.stages import export_tensorrt
         from hasten.engines.tensorrt.store import StageStore
@@ -151,17 +147,11 @@ def _exported(request: ExportRequest, key: str | None) -> Manifest:
         manifest = export_tensorrt(
             pipe,
             request.out,
-            precision=wanted.precision,
-            targets=wanted.targets,
-            max_size=wanted.max_size,
-            method=wanted.method,
+            request.wanted,
             prompts=request.prompts,
             steps=request.settings.steps,
             max_sequence_length=request.settings.max_sequence_length,
-            verify=wanted.verify,
-            model=_shown(called.model),
-            tell=print_line,
-            show=progress.stage,
+            model=_shown(request.called.model),
         )
     if key is not None and key == _key(request):
         remember(StageStore(), key, request.out, manifest)

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hasten.engines.onnxruntime import OnnxRuntime
 from hasten.engines.tensorrt.export import DTYPES
 from hasten.engines.tensorrt.files import ENGINE, GRAPH
 from hasten.engines.tensorrt.graph import float32_twin
 from hasten.engines.tensorrt.keys import STAGES, content_key, weights_digest
 from hasten.engines.tensorrt.manifest import Manifest, Shapes
-from hasten.engines.tensorrt.packages import needed
+from hasten.engines.tensorrt.preflight import ExportOptions
 from hasten.engines.tensorrt.stages import export_tensorrt
-from hasten.engines.tensorrt.step import INPUTS, OUTPUT, graph_sizes
+from hasten.engines.tensorrt.step import INPUTS, graph_sizes, most_square
 from hasten.engines.tensorrt.store import StageStore
 from hasten.errors import EngineError, InputError
 from hasten.families import family_of
 from hasten.recipe import Engine, Sampling, parse_size
 from hasten.user_files import expand_user
 
-__all__ = ["Driver", "EngineBody", "OnnxRuntime", "load_body", "read_export"]
+__all__ = ["Driver", "EngineBody", "load_body", "read_export"]
 
 SIDE = 16  # pixels of a token
 
@@ -79,26 +80,17 @@ class EngineBody:
             )
 
 
-def load_body(
-    pipe: Any,
-    recipe: Engine,
-    sampling: Sampling | None,
-    *,
-    tell: Callable[[str], None],
-    show: Callable[[str], None],
-) -> EngineBody:
+def load_body(pipe: Any, recipe: Engine, sampling: Sampling | None) -> EngineBody:
     """The engine of a recipe's `[engine]`, on the pipeline's device.
 
     Without a path, what is missing of the export is made, which takes minutes for a large model,
-    and kept for the next time.
+    and kept for the next time; how far it is, is logged.
 
     Args:
         pipe: A pipeline that is not optimised.
         recipe: The section.
         sampling: Steps to calibrate at and the text length of every call; the model's own by
             default.
-        tell: Reports each finished stage.
-        show: Reports progress within a stage.
 
     Raises:
         EngineError: The export is of another model, damaged, or has no engine for this GPU.
@@ -106,43 +98,39 @@ def load_body(
     """
     target = _target(pipe.device) if recipe.kind == "tensorrt" else None
     if recipe.path is None:
+        targets = () if target is None else (target,)
+        options = ExportOptions(
+            recipe.precision, targets, method=recipe.calibration, verify=recipe.verify
+        )
+        if recipe.max_size is not None:
+            options = replace(options, max_size=parse_size(recipe.max_size, at_most=True))
+        wanted = sampling or Sampling()
+        length = wanted.max_sequence_length
         manifest = export_tensorrt(
-            pipe,
-            None,
-            precision=recipe.precision,
-            targets=() if target is None else (target,),
-            max_size=None if recipe.max_size is None else parse_size(recipe.max_size, at_most=True),
-            method=recipe.calibration,
-            steps=None if sampling is None else sampling.steps,
-            max_sequence_length=None if sampling is None else sampling.max_sequence_length,
-            verify=recipe.verify,
-            tell=tell,
-            show=show,
+            pipe, None, options, steps=wanted.steps, max_sequence_length=length
         )
     else:
         manifest = _written(pipe, recipe, target)
     assert manifest.folder is not None  # it was read from there
-    driver = _driver(recipe.kind, manifest, manifest.folder, pipe.device, tell)
+    driver = _driver(recipe.kind, manifest, manifest.folder, pipe.device)
     return EngineBody(driver, manifest.shapes)
 
 
-def _driver(
-    kind: str, manifest: Manifest, folder: Path, device: Any, tell: Callable[[str], None]
-) -> Driver:
+def _driver(kind: str, manifest: Manifest, folder: Path, device: Any) -> Driver:
     if kind == "tensorrt":
         from hasten.engines.rtx import RtxEngine
 
         return RtxEngine(folder / ENGINE, device)
     if manifest.precision == "fp16":
         return OnnxRuntime(folder / GRAPH)
-    files = {name: entry.sha256 for name, entry in manifest.files.items() if GRAPH in name}
 
     def make(draft: Path) -> dict[str, Any]:
         float32_twin(folder / GRAPH, draft)
         return {}
 
+    files = {name: facts.sha256 for name, facts in manifest.files.items() if GRAPH in name}
     key = content_key({"graph": files, "stages": STAGES})
-    return OnnxRuntime(StageStore(tell=tell).stage("twin", key, make).folder / GRAPH)
+    return OnnxRuntime(StageStore().stage("twin", key, make).folder / GRAPH)
 
 
 def read_export(recipe: Engine, target: str | None) -> Manifest:
@@ -214,48 +202,5 @@ def _target(device: Any) -> str:
 
 def _size(tokens: int) -> str:
     """The most square size of so many image tokens, and its pixels."""
-    width = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
-    height = tokens // width
+    width, height = most_square(tokens)
     return f"{width * SIDE}x{height * SIDE} ({tokens * SIDE**2} pixels)"
-
-
-ONNX_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
-
-
-class OnnxRuntime:
-    """Runs a graph file on the CPU: the images of the engine, without its speed.
-
-    onnxruntime has no bfloat16 products on a CPU, so a graph in bfloat16 runs as its float32 twin:
-    the same nodes and values, FP8 codes and scales included, with less rounding in between.
-    """
-
-    def __init__(self, graph: Path) -> None:
-        ort = needed("onnxruntime")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # what is wrong comes as an exception
-        try:
-            self.session: Any = ort.InferenceSession(
-                str(graph), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its classes share no base but Exception
-            raise EngineError(
-                f"onnxruntime cannot load {graph.name}: {str(error).splitlines()[0][:200]}",
-                "delete the folder that it is in, then export it again",
-            ) from error
-        self.dtypes = {one.name: ONNX_DTYPES[one.type] for one in self.session.get_inputs()}
-        self.what = f"onnxruntime {ort.__version__} on the CPU, for its images and not for speed"
-
-    def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The velocity, 1×S×C, in the graph's dtype."""
-        if self.session is None:
-            raise EngineError("the engine was closed", "optimise the pipeline again")
-        given = {
-            name: tensor.detach().to("cpu", self.dtypes[name]).contiguous().numpy()
-            for name, tensor in inputs.items()
-        }
-        (velocity,) = self.session.run([OUTPUT], given)
-        return torch.from_numpy(velocity)
-
-    def close(self) -> None:
-        self.session = None

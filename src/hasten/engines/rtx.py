@@ -58,12 +58,13 @@ class RtxEngine:
             if self.context is None:
                 raise _refused(plan, self.messages.errors)
             self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.dtypes = {
-            name: _dtype(trt, self.engine.get_tensor_dtype(name))
-            for name in (
-                self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)
-            )
+        kinds = {
+            trt.DataType.FLOAT: torch.float32,
+            trt.DataType.HALF: torch.float16,
+            trt.DataType.BF16: torch.bfloat16,
         }
+        names = [self.engine.get_tensor_name(at) for at in range(self.engine.num_io_tensors)]
+        self.dtypes = {name: kinds[self.engine.get_tensor_dtype(name)] for name in names}
         self.what = f"TensorRT for RTX {trt.__version__} on {torch.cuda.get_device_name(device)}"
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -125,8 +126,3 @@ def _refused(plan: Path, errors: list[str]) -> EngineError:
         f"TensorRT cannot load {plan}: {reason}",
         "export it for this GPU with this version: hasten export tensorrt --target ...",
     )
-
-
-def _dtype(trt: Any, dtype: Any) -> torch.dtype:
-    names = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
-    return {getattr(trt.DataType, name): known for name, known in names.items()}[dtype]

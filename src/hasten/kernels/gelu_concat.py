@@ -14,56 +14,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hasten.kernels.codes import to_codes
 from hasten.kernels.quantize import LIMITS, TINY, quantize_rows
 from hasten.kernels.streams import Streams
-from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
+from hasten.kernels.triton_or_none import jit, next_power_of_2, tl, to_codes
 
-__all__ = ["gelu_concat", "launch", "reference"]
+__all__ = ["gelu_concat", "gelu_concat_reference", "gelu_concat_triton"]
 
 WARPS = 16  # a program; measured best on an H100 at M = 12288
 NARROW_WARPS = 8  # without an MLP
 
 
-@torch.library.custom_op(
-    "hasten::gelu_concat",
-    mutates_args=(),
-    schema="(Tensor? attention, Tensor? hidden, SymInt[] streams, ScalarType? codes) "
-    "-> (Tensor, Tensor)",
-)
-def gelu_concat(
-    attention: Tensor | None,
-    hidden: Tensor | None,
-    streams: Sequence[int],
-    codes: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """y and, where quantised, its row scales (else an empty tensor).
-
-    attention: batch × tokens × D, sequence by sequence; hidden: rows × M in the order of
-    `Streams(*streams)`, rows may be apart; one of them may be None. y: rows × (D + M) in their
-    dtype, or `codes` (float8_e4m3fn, int8) with scales rows × 1 in float32.
-    """
-    return reference(attention, hidden, streams, codes)
-
-
-@gelu_concat.register_fake
-def _(
-    attention: Tensor | None,
-    hidden: Tensor | None,
-    streams: Sequence[int],
-    codes: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    return _outputs(attention, hidden, Streams(*streams), codes)
-
-
-def reference(
+def gelu_concat_reference(
     attention: Tensor | None,
     hidden: Tensor | None,
     streams: Sequence[int],
     codes: torch.dtype | None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, in `dtype` between input and output."""
+    """y and, where quantised, its row scales (else an empty tensor).
+
+    attention: batch × tokens × D, sequence by sequence; hidden: rows × M in the order of
+    `Streams(*streams)`, rows may be apart; one of them may be None. y: rows × (D + M) in their
+    dtype, or `codes` (float8_e4m3fn, int8) with scales rows × 1 in float32.
+
+    This is the operation in plain torch, in `dtype` between input and output.
+    """
     parts = []
     if attention is not None:
         parts.append(Streams(*streams).by_stream(attention).to(dtype))
@@ -76,8 +51,21 @@ def reference(
     return y.to(given.dtype), given.new_empty(0, dtype=torch.float32)
 
 
+gelu_concat = torch.library.custom_op(
+    "hasten::gelu_concat",
+    mutates_args=(),
+    schema="(Tensor? attention, Tensor? hidden, SymInt[] streams, ScalarType? codes) "
+    "-> (Tensor, Tensor)",
+)(gelu_concat_reference)
+
+
+@gelu_concat.register_fake
+def _(attention, hidden, streams, codes):
+    return _outputs(attention, hidden, Streams(*streams), codes)
+
+
 @gelu_concat.register_kernel("cuda")
-def launch(
+def gelu_concat_triton(
     attention: Tensor | None,
     hidden: Tensor | None,
     streams: Sequence[int],

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from hasten.kernels.triton_or_none import available, jit, tl
 
-__all__ = ["TILES", "int8_product", "launch", "reference", "tile_for"]
+__all__ = [
+    "TILES", "int8_product", "int8_product_reference", "int8_product_triton", "tile_for",
+]  # fmt: skip
 
 Tile = tuple[int, int, int, int, int]
 # Rows and columns of y a program makes, depth of a load, warps, loads in flight: those that were
@@ -45,7 +47,7 @@ def int8_product(
     codes: M × K, weight: N × K, int8, the columns side by side; scale: M × 1, weight_scale: N × 1,
     or one value (0-dim), float32; bias: N or None.
     """
-    out.copy_(reference(codes, scale, weight, weight_scale, bias))
+    out.copy_(int8_product_reference(codes, scale, weight, weight_scale, bias))
 
 
 @int8_product.register_fake
@@ -53,7 +55,7 @@ def _(*_: Any) -> None:
     """Nothing comes back: `out` is there already."""
 
 
-def reference(
+def int8_product_reference(
     codes: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -70,7 +72,7 @@ def reference(
     return y if bias is None else y + bias.to(dtype)
 
 
-def launch(
+def int8_product_triton(
     codes: Tensor,
     scale: Tensor,
     weight: Tensor,
@@ -112,7 +114,7 @@ def _programs(rows: int, columns: int, tile: Tile) -> int:
 
 
 if available():  # else the product that torch has
-    int8_product.register_kernel("cuda")(launch)
+    int8_product.register_kernel("cuda")(int8_product_triton)
 
 
 @cache

@@ -14,55 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hasten.kernels.codes import to_codes
 from hasten.kernels.quantize import LIMITS, TINY, quantize_rows
 from hasten.kernels.streams import Streams
-from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
+from hasten.kernels.triton_or_none import jit, next_power_of_2, tl, to_codes
 
-__all__ = ["launch", "norm_modulate", "reference"]
+__all__ = ["norm_modulate", "norm_modulate_reference", "norm_modulate_triton"]
 
 WARPS = 4  # a program; measured best on an H100 at D = 3072
 
 
-@torch.library.custom_op(
-    "hasten::norm_modulate",
-    mutates_args=("x",),
-    schema="(Tensor(a!) x, Tensor? delta, Tensor table, SymInt[] offsets, SymInt[] streams, "
-    "ScalarType? codes, float eps) -> (Tensor, Tensor)",
-)
-def norm_modulate(
-    x: Tensor,
-    delta: Tensor | None,
-    table: Tensor,
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    codes: torch.dtype | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """y and, where quantised, its row scales (else an empty tensor).
-
-    x, delta: rows × D in the order of `Streams(*streams)`. table: batch × columns, whose slices of
-    width D begin at `offsets`: shift, scale and gate of the text rows, then of the image rows (the
-    gates are read with a delta only). y: rows × D in x's dtype, or `codes` (float8_e4m3fn, int8)
-    with scales rows × 1 in float32.
-    """
-    return reference(x, delta, table, offsets, streams, codes, eps)
-
-
-@norm_modulate.register_fake
-def _(
-    x: Tensor,
-    delta: Tensor | None,
-    table: Tensor,
-    offsets: Sequence[int],
-    streams: Sequence[int],
-    codes: torch.dtype | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return _outputs(x, codes)
-
-
-def reference(
+def norm_modulate_reference(
     x: Tensor,
     delta: Tensor | None,
     table: Tensor,
@@ -72,7 +33,15 @@ def reference(
     eps: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, in `dtype` between input and output."""
+    """y and, where quantised, its row scales (else an empty tensor).
+
+    x, delta: rows × D in the order of `Streams(*streams)`. table: batch × columns, whose slices of
+    width D begin at `offsets`: shift, scale and gate of the text rows, then of the image rows (the
+    gates are read with a delta only). y: rows × D in x's dtype, or `codes` (float8_e4m3fn, int8)
+    with scales rows × 1 in float32.
+
+    This is the operation in plain torch, in `dtype` between input and output.
+    """
     rows = Streams(*streams)
     width = x.shape[1]
     shift, scale, gate = (
@@ -90,8 +59,21 @@ def reference(
     return y.to(x.dtype), x.new_empty(0, dtype=torch.float32)
 
 
+norm_modulate = torch.library.custom_op(
+    "hasten::norm_modulate",
+    mutates_args=("x",),
+    schema="(Tensor(a!) x, Tensor? delta, Tensor table, SymInt[] offsets, SymInt[] streams, "
+    "ScalarType? codes, float eps) -> (Tensor, Tensor)",
+)(norm_modulate_reference)
+
+
+@norm_modulate.register_fake
+def _(x, delta, table, offsets, streams, codes, eps):
+    return _outputs(x, codes)
+
+
 @norm_modulate.register_kernel("cuda")
-def launch(
+def norm_modulate_triton(
     x: Tensor,
     delta: Tensor | None,
     table: Tensor,

@@ -16,36 +16,11 @@ from torch import Tensor
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
 
-__all__ = ["launch", "qk_norm_rope", "reference"]
+__all__ = ["qk_norm_rope", "qk_norm_rope_reference", "qk_norm_rope_triton"]
 WARPS = 8  # a program; measured best on an H100 at 24 heads of 128
 
 
-@torch.library.custom_op(
-    "hasten::qk_norm_rope",
-    mutates_args=(),
-    schema="(Tensor qk, Tensor weights, Tensor cos, Tensor sin, SymInt[] streams, float eps) "
-    "-> (Tensor, Tensor)",
-)
-def qk_norm_rope(
-    qk: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, streams: Sequence[int], eps: float
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys, each batch × tokens × heads × head_dim.
-
-    qk: rows × (2 · heads · head_dim), queries then keys, each head by head; rows may be apart.
-    weights: 4 × head_dim: of text queries, text keys, image queries, image keys. cos, sin: tokens ×
-    head_dim in float32, text tokens first, each value twice (for both channels of a pair).
-    """
-    return reference(qk, weights, cos, sin, streams, eps)
-
-
-@qk_norm_rope.register_fake
-def _(
-    qk: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, streams: Sequence[int], eps: float
-) -> tuple[Tensor, Tensor]:
-    return _outputs(qk, weights, Streams(*streams))
-
-
-def reference(
+def qk_norm_rope_reference(
     qk: Tensor,
     weights: Tensor,
     cos: Tensor,
@@ -54,7 +29,14 @@ def reference(
     eps: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, in `dtype` between input and output."""
+    """Queries and keys, each batch × tokens × heads × head_dim.
+
+    qk: rows × (2 · heads · head_dim), queries then keys, each head by head; rows may be apart.
+    weights: 4 × head_dim: of text queries, text keys, image queries, image keys. cos, sin: tokens ×
+    head_dim in float32, text tokens first, each value twice (for both channels of a pair).
+
+    This is the operation in plain torch, in `dtype` between input and output.
+    """
     rows = Streams(*streams)
     width = weights.shape[1]
     exact = qk.to(dtype).reshape(len(qk), 2, -1, width)  # rows × (queries, keys) × heads × head_dim
@@ -69,8 +51,21 @@ def reference(
     return q.contiguous(), k.contiguous()
 
 
+qk_norm_rope = torch.library.custom_op(
+    "hasten::qk_norm_rope",
+    mutates_args=(),
+    schema="(Tensor qk, Tensor weights, Tensor cos, Tensor sin, SymInt[] streams, float eps) "
+    "-> (Tensor, Tensor)",
+)(qk_norm_rope_reference)
+
+
+@qk_norm_rope.register_fake
+def _(qk, weights, cos, sin, streams, eps):
+    return _outputs(qk, weights, Streams(*streams))
+
+
 @qk_norm_rope.register_kernel("cuda")
-def launch(
+def qk_norm_rope_triton(
     qk: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, streams: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernel, one program a row."""

@@ -15,7 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FP8", "LIMITS", "TINY", "dequantize", "quantize_rows", "quantize_tensor"]
+__all__ = [
+    "FP8", "LIMITS", "TINY", "dequantize", "fp8_codes", "fp8_scale", "quantize_rows",
+    "quantize_tensor",
+]  # fmt: skip
 
 FP8 = torch.float8_e4m3fn
 TINY = 1e-12  # smallest maximum: zeros get codes of zero, not of NaN
@@ -32,6 +35,21 @@ def quantize_tensor(x: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor
     """x: … × K, taken as M × K -> codes M × K of `dtype`, one scale (0-dim) in float32."""
     rows = _exact(x)
     return _quantize(rows, rows.abs().amax(), dtype)
+
+
+def fp8_scale(amax: float, device: torch.device) -> Tensor:
+    """The scale (0-dim, float32) with which values up to `amax` just fit into FP8."""
+    largest = torch.tensor(amax, dtype=torch.float32, device=device)
+    return largest.clamp(min=TINY) / LIMITS[FP8]
+
+
+def fp8_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """FP8 codes of x, in its shape, by a float32 scale that is known already.
+
+    Values beyond 448 · scale, infinity included, become ±448; NaN stays NaN.
+    """
+    limit = LIMITS[FP8]
+    return (x.to(torch.promote_types(x.dtype, scale.dtype)) / scale).clamp(-limit, limit).to(FP8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

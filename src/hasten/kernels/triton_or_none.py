@@ -1,4 +1,7 @@
-"""Triton where it is installed; CPU builds of PyTorch come without it."""
+"""What the Triton kernels share, and Triton itself where it is installed.
+
+CPU builds of PyTorch come without it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ except ImportError:
     triton = None
     tl = None
 
-__all__ = ["available", "jit", "next_power_of_2", "tl"]
+__all__ = ["available", "jit", "next_power_of_2", "tl", "to_codes"]
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
@@ -28,3 +31,14 @@ def available() -> bool:
 def next_power_of_2(value: int) -> int:
     """Smallest power of two that is at least `value` (≥ 1): Triton's blocks have such sizes."""
     return 1 << (value - 1).bit_length()
+
+
+@jit
+def to_codes(scaled, INT8: tl.constexpr):
+    """Values within the codes' limit, ready for the cast: FP8's rounds by itself, int8's cuts off.
+
+    Adding and taking away 1.5 · 2²³ rounds a float32 to the nearest whole number, ties to even.
+    """
+    if INT8:
+        scaled = (scaled + 12582912.0) - 12582912.0
+    return scaled

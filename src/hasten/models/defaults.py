@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hasten.errors import InputError, ModelError
 from hasten.models.architecture import shape_named
-from hasten.sealed import DamagedError, parse_json
+from hasten.sealed import DamagedError, first_fault, parse_json
 from hasten.user_files import expand_user, read_text
 
 __all__ = [
@@ -124,12 +124,8 @@ def defaults_for(model: str) -> ModelDefaults:
         return ModelDefaults.model_validate(parse_json(read_text(path, "file of defaults", fix)))
     except InputError as error:
         raise ModelError(error.faults, fix) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ModelError(f"{path}: {where or 'it'}: {first['msg']}", fix) from None
-    except DamagedError as error:
-        raise ModelError(f"{path}: {error}", fix) from None
+    except (ValidationError, DamagedError) as error:
+        raise ModelError(f"{path}: {first_fault(error)}", fix) from None
 
 
 def cached_snapshot(model: str) -> Path | None:

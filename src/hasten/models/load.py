@@ -77,15 +77,13 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        source = str(model_directory(model) or model)
-        folder = model_directory(model) or Path(
-            DiffusionPipeline.download(model, use_safetensors=True)
-        )
+        own = model_directory(model)
+        folder = own or Path(DiffusionPipeline.download(model, use_safetensors=True))
         components = load_components(model, folder, dtype)
         pipe = DiffusionPipeline.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, **components
         )
-        pipe.register_to_config(_name_or_path=source)
+        pipe.register_to_config(_name_or_path=str(own or model))
         return pipe
     except HastenError:
         raise

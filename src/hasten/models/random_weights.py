@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +36,7 @@ def build_shape(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    with _seeded(device), _constructing(device, dtype):
+    with _constructing(device, dtype):
         transformer, vae, clip, t5 = _components(shape)
         spread = activation_std(transformer)
     for component in (transformer, vae, clip, t5):
@@ -103,9 +103,9 @@ def activation_std(transformer: Any, tokens: int = 64, text_tokens: int = 16) ->
     def look(name: str, _block: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
         stds.append(_finite_std(name, output[1]))
 
-    blocks = FLUX1.repeated_blocks(transformer)
-    hooks = [block.register_forward_hook(partial(look, name)) for name, block in blocks]
-    try:
+    with ExitStack() as hooks:
+        for name, block in FLUX1.repeated_blocks(transformer):
+            hooks.callback(block.register_forward_hook(partial(look, name)).remove)
         output = transformer(
             hidden_states=torch.randn(1, tokens, config.in_channels, **here),
             encoder_hidden_states=torch.randn(1, text_tokens, config.joint_attention_dim, **here),
@@ -116,9 +116,6 @@ def activation_std(transformer: Any, tokens: int = 64, text_tokens: int = 16) ->
             txt_ids=torch.zeros(text_tokens, 3, **here),
             return_dict=False,
         )[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
     last = _finite_std("proj_out", output)
     return {"first block": stds[0], "last block": stds[-1], "output": last}
 
@@ -177,20 +174,16 @@ def _finite_std(where: str, values: Tensor) -> float:
 
 
 @contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    """Draw from a fixed seed and leave the caller's generators as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(SEED)
-        yield
-
-
-@contextmanager
 def _constructing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have their tensors on the device, in the dtype, from the start."""
+    """Modules made inside have their tensors on the device, in the dtype, from a fixed seed.
+
+    The caller's generators and default dtype are left as they were.
+    """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(SEED)
+        torch.set_default_dtype(dtype)
+        try:
             yield
-    finally:
-        torch.set_default_dtype(before)
+        finally:
+            torch.set_default_dtype(before)

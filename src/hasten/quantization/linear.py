@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from hasten.kernels.int8_product import int8_product
 from hasten.kernels.quantize import (
     FP8,
-    LIMITS,
-    TINY,
     dequantize,
+    fp8_codes,
+    fp8_scale,
     quantize_rows,
     quantize_tensor,
 )
@@ -45,6 +45,7 @@ __all__ = [
     "QuantizedLinear",
     "WeightOnlyLinear",
     "dtype_of",
+    "fp8_product",
     "linear_class",
     "quantized",
 ]
@@ -60,6 +61,7 @@ class QuantizedLinear(nn.Module):
     input_scale: Tensor | None
     bias: nn.Parameter | None
     keeps_dtype: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale")
+    default_codes: ClassVar[torch.dtype] = FP8
 
     def __init__(
         self,
@@ -74,6 +76,26 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("input_scale", input_scale)
         self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        granularity: Granularity = "row",
+        dtype: torch.dtype | None = None,
+        amax: float | None = None,
+    ) -> Self:
+        """What stands in for a linear, which is not changed.
+
+        Args:
+            linear: Its bias is shared.
+            granularity: Of the scales.
+            dtype: Of the codes; the class's own by default.
+            amax: The largest absolute input, for a calibrated scale; None finds it each time.
+        """
+        codes, scale = _codes(linear.weight.detach(), granularity, dtype or cls.default_codes)
+        input_scale = None if amax is None else fp8_scale(amax, scale.device)
+        return cls(codes, scale, linear.bias, input_scale)
 
     @property
     def granularity(self) -> Granularity:
@@ -103,78 +125,36 @@ class QuantizedLinear(nn.Module):
 class Fp8Linear(QuantizedLinear):
     """Weight and activations in float8_e4m3fn. Needs `Machine.quantize_problem` to find none."""
 
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, granularity: Granularity = "row", amax: float | None = None
-    ) -> Self:
-        """`amax`: the largest absolute input, for a calibrated scale; None finds it each time."""
-        codes, scale = _codes(linear.weight.detach(), granularity, FP8)
-        return cls(codes, scale, linear.bias, _input_scale(amax, scale))
-
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
         if self.input_scale is None:
             codes, scale = _codes(x, self.granularity, FP8)
         else:
-            codes, scale = _codes_by(x, self.input_scale), self.input_scale
+            codes = fp8_codes(x.reshape(-1, self.in_features), self.input_scale)
+            scale = self.input_scale
             if self.granularity == "row":  # the product takes scales a row on both sides or none
                 scale = scale.repeat(len(codes), 1)
         # On CUDA, products with a scale a row come out in bfloat16 and in nothing else.
         dtype = torch.bfloat16 if x.is_cuda else x.dtype
-        y = self.product(codes, scale, dtype=dtype)
+        y = fp8_product(codes, scale, self.weight, self.weight_scale, self.bias, dtype=dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-
-    def product(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        out: Tensor | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> Tensor:
-        """Codes M × K and their scales (M × 1, or one value, as the weight's) -> M × N of `dtype`.
-
-        `out` (M × N of `dtype`, contiguous) is written to where it is given.
-        """
-        return torch._scaled_mm(
-            codes,
-            self.weight.t(),
-            scale_a=scale,
-            scale_b=self.weight_scale.t(),
-            bias=None if self.bias is None else self.bias.to(dtype),
-            out_dtype=dtype,
-            use_fast_accum=True,
-            out=out,
-        )
 
 
 class Int8Linear(QuantizedLinear):
     """Weight and activations in int8; the product is exact, so only the codes are rounded."""
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, granularity: Granularity = "row") -> Self:
-        return cls(*_codes(linear.weight.detach(), granularity, torch.int8), linear.bias)
+    default_codes = torch.int8
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
         codes, scale = _codes(x, self.granularity, torch.int8)
-        y = self.product(codes, scale, dtype=x.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def product(self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Codes M × K and their scales (M × 1, or one value) -> M × N of `dtype`."""
-        y = torch.empty(len(codes), self.out_features, dtype=dtype, device=codes.device)
+        y = x.new_empty(len(codes), self.out_features)
         int8_product(codes, scale, self.weight, self.weight_scale, self.bias, y)
-        return y
+        return y.reshape(*x.shape[:-1], self.out_features)
 
 
 class WeightOnlyLinear(QuantizedLinear):
     """The weight as codes of either dtype, made whole at each call: half the memory, not faster."""
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, granularity: Granularity = "row", dtype: torch.dtype = FP8
-    ) -> Self:
-        return cls(*_codes(linear.weight.detach(), granularity, dtype), linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
@@ -190,39 +170,28 @@ class EmulatedLinear(QuantizedLinear):
     """
 
     keeps_dtype = ("weight_scale", "input_scale")
-
-    def __init__(
-        self,
-        weight: Tensor,
-        weight_scale: Tensor,
-        bias: nn.Parameter | None,
-        codes: torch.dtype = FP8,
-        activations: bool = True,
-        input_scale: Tensor | None = None,
-    ) -> None:
-        super().__init__(weight, weight_scale, bias, input_scale)
-        self.codes = codes
-        self.activations = activations
+    codes: torch.dtype
+    activations: bool
 
     @classmethod
     def from_linear(
         cls,
         linear: nn.Linear,
         granularity: Granularity = "row",
-        codes: torch.dtype = FP8,
-        activations: bool = True,
+        dtype: torch.dtype | None = None,
         amax: float | None = None,
+        activations: bool = True,
     ) -> Self:
-        """`amax`: as in `Fp8Linear.from_linear`."""
-        rounded, scale = _codes(linear.weight.detach(), granularity, codes)
-        weight = dequantize(rounded, scale, linear.weight.dtype)
-        return cls(weight, scale, linear.bias, codes, activations, _input_scale(amax, scale))
+        """As the other classes do; `activations`: whether they are rounded too."""
+        made = super().from_linear(linear, granularity, dtype, amax)
+        made.codes, made.activations = made.weight.dtype, activations
+        made.weight = dequantize(made.weight, made.weight_scale, linear.weight.dtype)
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
         if self.input_scale is not None:
-            codes = _codes_by(x, self.input_scale)
-            x = dequantize(codes, self.input_scale, x.dtype).reshape(x.shape)
+            x = dequantize(fp8_codes(x, self.input_scale), self.input_scale, x.dtype)
         elif self.activations:
             codes, scale = _codes(x, self.granularity, self.codes)
             x = dequantize(codes, scale, x.dtype).reshape(x.shape)
@@ -252,32 +221,44 @@ def quantized(linear: nn.Linear, recipe: Quantize, name: str = "") -> QuantizedL
     name: the linear's, under which a recipe with static scales has its largest input.
     """
     scheme, granularity = SCHEMES[recipe.scheme], recipe.granularity
-    codes = dtype_of(scheme)
     amax = None if recipe.amax is None else recipe.amax[name]
-    kind = linear_class(recipe)
-    if kind is EmulatedLinear:
-        return EmulatedLinear.from_linear(linear, granularity, codes, scheme.activations, amax)
-    if kind is WeightOnlyLinear:
-        return WeightOnlyLinear.from_linear(linear, granularity, codes)
-    if kind is Fp8Linear:
-        return Fp8Linear.from_linear(linear, granularity, amax)
-    return Int8Linear.from_linear(linear, granularity)
+    given = linear, granularity, dtype_of(scheme), amax
+    if recipe.emulate:
+        return EmulatedLinear.from_linear(*given, scheme.activations)
+    return linear_class(recipe).from_linear(*given)
+
+
+def fp8_product(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The FP8 product of codes M × K and N × K, M × N of `dtype`.
+
+    Args:
+        codes: Of the activations.
+        scale: Theirs: M × 1, or one value, as the weight's.
+        weight: Codes, too.
+        weight_scale: N × 1, or one value (0-dim).
+        bias: N values of any dtype.
+        out: Is written to where it is given; M × N of `dtype`, contiguous.
+        dtype: Of the result.
+    """
+    return torch._scaled_mm(
+        codes,
+        weight.t(),
+        scale_a=scale,
+        scale_b=weight_scale.t(),
+        bias=None if bias is None else bias.to(dtype),
+        out_dtype=dtype,
+        use_fast_accum=True,
+        out=out,
+    )
 
 
 def _codes(x: Tensor, granularity: Granularity, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return quantize_rows(x, dtype) if granularity == "row" else quantize_tensor(x, dtype)
-
-
-def _input_scale(amax: float | None, beside: Tensor) -> Tensor | None:
-    """The scale, on the device of `beside`, with which inputs up to `amax` just fit."""
-    if amax is None:
-        return None
-    largest = torch.tensor(amax, dtype=torch.float32, device=beside.device)
-    return largest.clamp(min=TINY) / LIMITS[FP8]
-
-
-def _codes_by(x: Tensor, scale: Tensor) -> Tensor:
-    """FP8 codes, M × K, of … × K by a given scale."""
-    limit = LIMITS[FP8]
-    rows = x.reshape(-1, x.shape[-1])
-    return (rows.to(torch.promote_types(x.dtype, scale.dtype)) / scale).clamp(-limit, limit).to(FP8)

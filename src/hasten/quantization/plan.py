@@ -24,6 +24,7 @@ __all__ = [
     "PLAIN_DTYPES",
     "LinearPlan",
     "Linears",
+    "adapted_layers",
     "plan_linears",
     "plan_problems",
     "special_weight",
@@ -65,7 +66,7 @@ def plan_linears(transformer: nn.Module, linears: Linears, recipe: Quantize) -> 
 
 def plan_problems(transformer: nn.Module, linears: Linears, recipe: Quantize) -> list[Problem]:
     """Why these linears cannot be quantised as the recipe asks; empty where they can."""
-    if adapted := _adapted(transformer):
+    if adapted := adapted_layers(transformer):
         return [
             Problem(
                 f"{len(adapted)} linears carry LoRA adapters ({adapted[0]}, …), which would be "
@@ -177,8 +178,8 @@ def _patterns_for(name: str) -> Iterable[str]:
         yield ".".join(["*", *words[length:]])
 
 
-def _adapted(transformer: nn.Module) -> list[str]:
-    """Linears that PEFT has wrapped: they keep the original as `base_layer`."""
+def adapted_layers(transformer: nn.Module) -> list[str]:
+    """Layers that PEFT has wrapped for LoRA: they keep the original as `base_layer`."""
     return [name for name, module in transformer.named_modules() if hasattr(module, "base_layer")]
 
 

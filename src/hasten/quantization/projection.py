@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hasten.kernels.int8_product import int8_product
 from hasten.kernels.quantize import FP8
 from hasten.kernels.streams import Streams
-from hasten.quantization.linear import Fp8Linear, Int8Linear
+from hasten.quantization.linear import Fp8Linear, Int8Linear, fp8_product
 from hasten.quantization.plan import special_weight
 
 __all__ = ["CODES", "Projection", "project", "same_kind"]
@@ -30,22 +30,20 @@ class Projection:
     (from nn.Linear).
     """
 
-    def __init__(self, linears: Sequence[nn.Module]) -> None:
+    def __init__(self, linears: Sequence[Any]) -> None:
         self.linears = tuple(linears)
         self.codes = CODES.get(type(linears[0]))
-        first: Any = linears[0]
-        if len(linears) == 1:
-            self.weight = first.weight.detach()
-        else:
-            weights = [_weight(linear) for linear in linears]
-            joined = _joined(weights)  # by an earlier pipeline over the same weights
-            self.weight = torch.cat(weights) if joined is None else joined
-            if joined is None:
-                self._share()
-        self.bias = _bias(self.linears)
+        weights = [linear.weight.detach() for linear in linears]
+        joined = _joined(weights)  # by an earlier pipeline over the same weights
+        self.weight = torch.cat(weights) if joined is None else joined
+        if joined is None:
+            parts = torch.split(self.weight, [len(weight) for weight in weights])
+            for linear, part in zip(linears, parts, strict=True):
+                linear.weight.data = part
+        self.bias = _bias(linears)
         self.scale: Tensor | None = None
         if self.codes is not None:
-            self.scale = torch.cat([_scale(linear) for linear in linears])
+            self.scale = torch.cat([linear.weight_scale for linear in linears])
         self.seen = [_state(linear) for linear in linears]
 
     def __call__(self, values: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
@@ -62,10 +60,7 @@ class Projection:
                 out = values.new_empty(len(values), len(self.weight), dtype=self.dtype)
             int8_product(values, scales, self.weight, self.scale, self.bias, out)
             return out
-        return torch._scaled_mm(
-            values, self.weight.t(), scale_a=scales, scale_b=self.scale.t(), bias=self.bias,
-            out_dtype=torch.bfloat16, use_fast_accum=True, out=out,
-        )  # fmt: skip
+        return fp8_product(values, scales, self.weight, self.scale, self.bias, out)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,17 +73,9 @@ class Projection:
         """Says so if a linear's weight or bias has been replaced since it was merged."""
         for linear, seen in zip(self.linears, self.seen, strict=True):
             if _state(linear) != seen:
-                rows, columns = _weight(linear).shape
+                rows, columns = linear.weight.shape
                 return f"weight or bias of a {rows}×{columns} {type(linear).__name__}"
         return None
-
-    def _share(self) -> None:
-        start = 0
-        for linear in self.linears:
-            weight = _weight(linear)
-            stop = start + len(weight)
-            linear.weight.data = self.weight[start:stop]
-            start = stop
 
 
 def project(
@@ -110,7 +97,7 @@ def project(
 
 
 def same_kind(
-    linears: Sequence[nn.Module],
+    linears: Sequence[Any],
     dtype: torch.dtype,
     to_be: Mapping[nn.Module, type] = MappingProxyType({}),
 ) -> list[str]:
@@ -125,22 +112,22 @@ def same_kind(
     if len(kinds) > 1:
         return [f"linears that read one input are of different kinds: {names}"]
     if kinds == {nn.Linear}:
-        special = [why for linear in linears if (why := _special(linear))]
+        special = [why for linear in linears if (why := special_weight(linear.weight))]
         return [f"a weight of its linears is {special[0]}"] if special else []
     if not kinds <= CODES.keys():
         known = " and ".join(kind.__name__ for kind in (nn.Linear, *CODES))
         return [f"its linears are {names}: the kernels know {known}"]
-    made = [linear for linear in linears if linear not in to_be]
     if kinds == {Fp8Linear} and dtype != torch.bfloat16:
         return [f"FP8 products give bfloat16, not {dtype}"]
+    made = [linear for linear in linears if linear not in to_be]
     return _foreign_scales(made)
 
 
-def _foreign_scales(linears: Sequence[nn.Module]) -> list[str]:
+def _foreign_scales(linears: Sequence[Any]) -> list[str]:
     """Why codes with a scale for each row cannot feed these quantised linears; empty where not."""
-    if any(_scale(linear).numel() != len(_weight(linear)) for linear in linears):
+    if any(linear.granularity == "tensor" for linear in linears):
         return ["its linears have one scale a tensor, the kernels want one a row"]
-    if any(_calibrated(linear) for linear in linears):
+    if any(linear.input_scale is not None for linear in linears):
         return ["its linears have calibrated scales, the kernels find one for each row"]
     return []
 
@@ -162,43 +149,20 @@ def _state(linear: Any) -> tuple[int, int, int]:
     """Where the weight and the bias are, and how often the bias, which is copied, was written."""
     bias = linear.bias
     return (
-        _weight(linear).data_ptr(),
+        linear.weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if bias is None or bias.is_inference() else bias._version,
     )
 
 
-def _weight(linear: Any) -> Tensor:
-    weight: Tensor = linear.weight
-    return weight.detach()
-
-
-def _special(linear: Any) -> str:
-    return special_weight(linear.weight)
-
-
-def _scale(linear: Any) -> Tensor:
-    scale: Tensor = linear.weight_scale
-    return scale
-
-
-def _calibrated(linear: Any) -> bool:
-    return linear.input_scale is not None
-
-
 def _bias(linears: Sequence[Any]) -> Tensor | None:
-    if all(linear.bias is None for linear in linears):
+    """The biases one after the other, zeros where one is missing; None where all are."""
+    given = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    if not given:
         return None
     return torch.cat(
         [
-            torch.zeros(len(linear.weight), dtype=_dtype(linears), device=linear.weight.device)
-            if linear.bias is None
-            else linear.bias.detach()
+            given[0].new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach()
             for linear in linears
         ]
     )
-
-
-def _dtype(linears: Sequence[Any]) -> torch.dtype:
-    dtype: torch.dtype = next(linear.bias.dtype for linear in linears if linear.bias is not None)
-    return dtype

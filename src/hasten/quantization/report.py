@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -117,13 +117,11 @@ def _measure(
 
 
 @contextmanager
-def watched(linears: Linears, hook_for: Callable[[str], Callable[..., None]]) -> Iterator[None]:
-    """Inside, each linear has the forward hook that `hook_for` makes for its name."""
-    hooks = []
-    try:
-        for name, linear in linears:
-            hooks.append(linear.register_forward_hook(hook_for(name)))
+def watched(
+    modules: Sequence[tuple[str, nn.Module]], hook_for: Callable[[str], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside, each module has the forward hook that `hook_for` makes for its name."""
+    with ExitStack() as hooks:
+        for name, module in modules:
+            hooks.callback(module.register_forward_hook(hook_for(name)).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -52,6 +52,14 @@ def amax_of(transformer: Any) -> dict[str, Amax]:
     return {
         name: Amax(4 + 0.37 * index, float(linear.weight.abs().max()))
         for index, (name, linear) in enumerate(FAMILY.quantizable(transformer))
+    }
+
+
+def values_of(amax: Mapping[str, Amax]) -> dict[str, Any]:
+    """A calibration as plain values, to compare."""
+    return {
+        name: (one.input, one.weight, None if one.smooth is None else one.smooth.tolist())
+        for name, one in amax.items()
     }
 
 

@@ -13,9 +13,9 @@ from hasten.engines.tensorrt import files
 from hasten.engines.tensorrt.files import (
     FileFacts,
     bytes_below,
+    damaged_files,
     default_root,
     facts_of_file,
-    fault_of_file,
     note_facts,
     read_regular,
     read_sealed,
@@ -52,7 +52,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_large_file_is_read_once(tmp_path: Path, reads: list[int]) -> None:
     path = tmp_path / "engine.plan"
     path.write_bytes(LARGE)
-    expected = (len(LARGE), hashlib.sha256(LARGE).hexdigest())
+    expected = FileFacts(bytes=len(LARGE), sha256=hashlib.sha256(LARGE).hexdigest())
     assert facts_of_file(path) == facts_of_file(path) == expected
     assert len(reads) == 1
     flip_a_bit(path)
@@ -132,11 +132,11 @@ def test_what_changes_while_it_is_read_is_not_remembered(
 def test_what_is_known_need_not_be_read(tmp_path: Path, reads: list[int]) -> None:
     path = tmp_path / "engine.plan"
     path.write_bytes(LARGE)
-    known = FileFacts(len(LARGE), hashlib.sha256(LARGE).hexdigest())
+    known = FileFacts(bytes=len(LARGE), sha256=hashlib.sha256(LARGE).hexdigest())
     note_facts(path, known)
     assert facts_of_file(path) == known
     assert not reads
-    note_facts(path, known._replace(bytes=7))
+    note_facts(path, known.model_copy(update={"bytes": 7}))
     flip_a_bit(path)
     assert facts_of_file(path) != known
 
@@ -224,12 +224,12 @@ def test_only_regular_files_within_the_folder_are_opened(
     folder = tmp_path / "export"
     folder.mkdir()
     monkeypatch.setattr(files, "facts_of_file", None)
-    for name, fault in devices(folder).items():
-        found = fault_of_file(folder, name, FileFacts(7, "0" * 64))
-        assert found is not None
-        assert found.startswith(fault), name
+    seven, expected = FileFacts(bytes=7, sha256="0" * 64), devices(folder)
     (folder / "large").write_bytes(b"x" * 8)
-    assert fault_of_file(folder, "large", FileFacts(7, "")) == "damaged (8 bytes instead of 7)"
+    expected["large"] = "damaged (8 bytes instead of 7)"
+    found = damaged_files(folder, dict.fromkeys(expected, seven))
+    for name, fault in expected.items():
+        assert found[name].startswith(fault), name
 
 
 def test_a_folder_may_itself_be_behind_a_link(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_folder_may_itself_be_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "true" / "inner" / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("true")
     facts = facts_of_file(tmp_path / "true" / "inner" / "file")
-    assert fault_of_file(tmp_path / "link", "inner/file", facts) is None
+    assert damaged_files(tmp_path / "link", {"inner/file": facts}) == {}
 
 
 def test_records_are_of_what_they_were_written_for(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from hasten.engines.tensorrt.folder import (
     remember,
     write_export,
 )
-from hasten.engines.tensorrt.manifest import MANIFEST, FileEntry, Manifest
+from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.store import StageStore
 from hasten.errors import EngineError, InputError
+from hasten.log import forward_log
 from tests.engines.tensorrt.mounts import with_mount
 from tests.engines.tensorrt.test_manifest import made
 from tests.engines.tensorrt.test_store import files_up_to, flip_a_bit
@@ -145,14 +146,14 @@ class Source:
         self.files = {name: place / name for name in names}
         for name, path in self.files.items():
             path.write_text(f"{name} of {model} " * 100)
-        entries = {name: FileEntry(**facts_of_file(p)._asdict()) for name, p in self.files.items()}
+        entries = {name: facts_of_file(path) for name, path in self.files.items()}
         precision = "fp8" if AMAX in names else "bf16"
         targets = ("sm89",) if ENGINE in names else ()
         self.manifest = made(model=model, precision=precision, targets=targets, files=entries)
 
     def write(self, out: Path | None, said: list[str] | None = None) -> Path:
-        store = StageStore(tell=(said if said is not None else []).append)
-        written = write_export(self.manifest, self.files, out, store)
+        with forward_log((said if said is not None else []).append, lambda _: None):
+            written = write_export(self.manifest, self.files, out, StageStore())
         assert written.folder is not None
         return written.folder
 

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, facts_of_file
 from hasten.engines.tensorrt.manifest import (
     MANIFEST,
-    FileEntry,
     Manifest,
     SizeErrors,
     Verification,
@@ -154,7 +153,7 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_damaged_files(tmp_path: Path) -> None:
     for name in ("whole", "longer", "flipped", "gone"):
         (tmp_path / name).write_bytes(b"content")
-    files = {p.name: FileEntry(**facts_of_file(p)._asdict()) for p in sorted(tmp_path.iterdir())}
+    files = {path.name: facts_of_file(path) for path in sorted(tmp_path.iterdir())}
     manifest = made(files=files)
     assert manifest.damaged(tmp_path) == {}
     (tmp_path / "longer").write_bytes(b"content!")

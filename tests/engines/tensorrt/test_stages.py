@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from hasten.engines.tensorrt.preflight import ExportOptions
 from hasten.engines.tensorrt.stages import export_tensorrt
 from hasten.errors import EngineError, HastenError
 from hasten.families.flux1 import FLUX1
+from hasten.log import forward_log
 from hasten.models.defaults import ModelDefaults
 from hasten.models.random_weights import build_shape
 from hasten.settings import Settings
@@ -40,19 +42,17 @@ def small_pipe() -> Any:
 
 
 def exported(out: Path | None, **changes: Any) -> tuple[Manifest, list[str]]:
+    """An export with changes of its options or other arguments, and the lines that are logged."""
     said: list[str] = []
-    asked: dict[str, Any] = {
-        "pipe": small_pipe(),
-        "precision": "bf16",
-        "targets": ("sm89",),
-        "max_size": (64, 64),
-        "max_sequence_length": 8,
-        "prompts": ["a red kite"],
-        "steps": 2,
-        "tell": said.append,
-        **changes,
-    }
-    return export_tensorrt(out=out, **asked), said
+    show = changes.pop("show", lambda _: None)
+    names = {one.name for one in fields(ExportOptions)}
+    options = replace(
+        ExportOptions("bf16", ("sm89",), (64, 64)),
+        **{name: changes.pop(name) for name in names & changes.keys()},
+    )
+    asked = {"max_sequence_length": 8, "prompts": ["a red kite"], "steps": 2, **changes}
+    with forward_log(said.append, show):
+        return export_tensorrt(asked.pop("pipe", None) or small_pipe(), out, options, **asked), said
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def quick_export(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in (GRAPH, DATA):
             shutil.copyfile(first / "engine" / name, given[-1] / name)
 
-    monkeypatch.setattr("hasten.engines.tensorrt.export.export_onnx", copy)
+    monkeypatch.setattr("hasten.engines.tensorrt.stages.export_onnx", copy)
 
 
 def test_an_engine_too_small_for_the_model_s_own_size_is_noted() -> None:
@@ -90,7 +90,8 @@ def test_an_engine_too_small_for_the_model_s_own_size_is_noted() -> None:
     said: list[str] = []
     for width in (64, 80):
         settings = Settings.of_model(ModelDefaults(width=width, height=64))
-        stages._note_own_size(asked, settings, said.append)
+        with forward_log(said.append, lambda _: None):
+            stages._note_own_size(asked, settings)
     (line,) = said
     assert "up to 64x64, and the model's own size is 80x64" in line
     assert "--max-size 80x64 (engine.max_size)" in line
@@ -398,8 +399,8 @@ def test_a_stage_that_runs_out_of_memory(
             ) from error
 
     shutil.rmtree(place / "cache" / "tensorrt" / stage)
-    name = {"export": "export.export_onnx", "verify": "verify.verify"}[stage]
-    monkeypatch.setattr(f"hasten.engines.tensorrt.{name}", broken)
+    name = {"export": "export_onnx", "verify": "verify"}[stage]
+    monkeypatch.setattr(stages, name, broken)
     error = failed(place / "new")
     assert isinstance(error, EngineError)
     assert error.faults == (f"{stage}: out of memory",)
@@ -416,7 +417,7 @@ def test_a_stage_that_fails_keeps_those_before_it(
         raise EngineError("the graph lies too far off", "report it")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hasten.engines.tensorrt.verify.verify", broken)
+        patch.setattr(stages, "verify", broken)
         assert failed(place / "new").faults == ("the graph lies too far off",)
     assert not (place / "new").exists()
     _, said = exported(place / "new")

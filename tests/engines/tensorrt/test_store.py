@@ -19,23 +19,27 @@ from typing import Any
 
 import pytest
 
-from hasten.engines.tensorrt.files import FileFacts, facts_of_file, write_sealed
+from hasten.engines.tensorrt.files import facts_of_file, write_sealed
 from hasten.engines.tensorrt.keys import content_key
 from hasten.engines.tensorrt.store import RECORD, StageStore, out_of_space
 from hasten.errors import EngineError, InputError
+from hasten.log import forward_log
 
 KEY = content_key({"weights": "abc"})
 EMPTY = hashlib.sha256().hexdigest()
 
 
 @pytest.fixture
-def said() -> list[str]:
-    return []
+def said() -> Iterator[list[str]]:
+    """The lines that are logged."""
+    lines: list[str] = []
+    with forward_log(lines.append, lambda _: None):
+        yield lines
 
 
 @pytest.fixture
-def store(tmp_path: Path, said: list[str]) -> StageStore:
-    return StageStore(tmp_path / "cache", said.append)
+def store(tmp_path: Path) -> StageStore:
+    return StageStore(tmp_path / "cache")
 
 
 class Maker:
@@ -65,7 +69,7 @@ def test_made_once(store: StageStore, said: list[str]) -> None:
     again = store.stage("export", KEY, make)
     assert make.times == 1
     assert (first.cached, again.cached) == (False, True)
-    assert again._replace(cached=False) == first
+    assert again.model_copy(update={"cached": False}) == first
     assert again.facts == {"peak_bytes": 7}
     assert again.files["a"] == facts_of_file(again.folder / "a")
     assert set(again.files) == {"a", "inner/b"}
@@ -231,7 +235,7 @@ def test_a_record_does_not_lead_out_of_its_folder(store: StageStore) -> None:
         shutil.rmtree(done.folder)
         done.folder.mkdir()
         (done.folder / "zero").symlink_to("/dev/zero")
-        record = {"facts": {}, "seconds": 0, "files": {name: FileFacts(0, EMPTY)._asdict()}}
+        record = {"facts": {}, "seconds": 0, "files": {name: {"bytes": 0, "sha256": EMPTY}}}
         write_sealed(done.folder / RECORD, record, stage="export", key=KEY)
         assert not store.stage("export", KEY, Maker()).cached, name
 
@@ -240,6 +244,7 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from hasten.engines.tensorrt.store import StageStore
+from hasten.log import forward_log
 
 root, key, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def make(folder):
@@ -249,7 +254,8 @@ def make(folder):
         time.sleep(60 if name == "slow" else 1)
     (folder / "whole").write_text(name)
     return {}
-done = StageStore(root, lambda line: print(line, flush=True)).stage("export", key, make)
+with forward_log(lambda line: print(line, flush=True), print):
+    done = StageStore(root).stage("export", key, make)
 print("cached" if done.cached else "made", flush=True)
 """
 
@@ -288,7 +294,7 @@ def test_two_processes_do_not_do_the_same_work(store: StageStore, said: list[str
 
 def test_importing_loads_nothing_heavy() -> None:
     code = (
-        "import sys, hasten.engines.tensorrt.stages\n"
+        "import sys, hasten.engines.tensorrt.folder, hasten.engines.tensorrt.preflight\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'tensorrt_rtx', 'modelopt', 'numpy'}\n"
         "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
     )

@@ -28,6 +28,7 @@ from hasten.engines.tensorrt.verify import (
     verify,
 )
 from hasten.errors import EngineError
+from hasten.log import forward_log
 from tests.engines.tensorrt.conftest import FAMILY, SHAPES, amax_of
 
 onnx = pytest.importorskip("onnx")
@@ -62,7 +63,6 @@ def run(transformer: Any, amax: dict[str, Amax], tmp_path: Path) -> Run:
             "transformer": transformer,
             "amax": amax if precision == "fp8" else None,
             "shapes": SHAPES,
-            "tell": lambda line: None,
             **changed,
         }
         return verify(
@@ -98,7 +98,8 @@ def negate_one(part: torch.Tensor) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_the_exporter_writes_passes(run: Run, exported: Export, precision: str) -> None:
     lines: list[str] = []
-    found = run(exported(precision), precision, tell=lines.append)
+    with forward_log(lambda _: None, lines.append):
+        found = run(exported(precision), precision)
     assert precision in found.what
     assert [(size.height, size.width) for size in found.sizes] == [(2, 2), (2, 3)]
     assert [line.split(":")[0] for line in lines] == ["2 × 2 tokens", "2 × 3 tokens"]
@@ -280,9 +281,7 @@ def test_the_bundled_model_in_fp8(tmp_path: Path) -> None:
     folder.mkdir()
     scratch.mkdir()
     export_onnx(model, FAMILY, "fp8", amax, shapes, folder)
-    found = verify(
-        model, FAMILY, folder / GRAPH, "fp8", amax, shapes, scratch, lambda line: print(line)
-    )
+    found = verify(model, FAMILY, folder / GRAPH, "fp8", amax, shapes, scratch)
     assert found.worst_block <= found.block_bar / 2
     for size in found.sizes:
         assert len(size.blocks) == 12

@@ -8,33 +8,33 @@ least, best and largest size. The result goes to the file descriptor FD as JSON.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from hasten.atomic import drafted
 from hasten.engines.tensorrt.manifest import Shapes
-from hasten.engines.tensorrt.packages import error_log
-from hasten.engines.tensorrt.store import FIX_SPACE, Tell
+from hasten.engines.tensorrt.packages import INSTALL, error_log
+from hasten.engines.tensorrt.store import FIX_SPACE
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import EngineError, InputError, UnsupportedError
+from hasten.log import logger
 from hasten.memory import status_bytes
-from hasten.process import how_it_ended, start_module
+from hasten.process import how_it_ended, run_module
 
-__all__ = ["Built", "build", "main"]
+__all__ = ["Built", "build"]
 
 BUILDER = "hasten.engines.tensorrt.build"
 NOISE = "cudaError 35"  # there is no driver: true, and no reason why anything failed
+FREE_MEMORY = (
+    "free some memory, it takes 2.5 times the weights; run it again: finished stages are kept"
+)
 EXPORT_AGAIN = "delete the graph's folder and export again"
 # What the builder says -> what that means, and what to do about it.
 REMEDIES = (
@@ -62,24 +62,20 @@ REMEDIES = (
     (
         r"OutOfMemory|out of memory|bad_alloc|Cannot allocate",
         "the builder ran out of memory",
-        "it takes 2.5 times the weights: free some memory and run it again, finished stages are "
-        "kept",
+        FREE_MEMORY,
     ),
 )
 
 
 class Built(NamedTuple):
-    """Seconds that the build took, its peak of memory, and the engine's size and sha256."""
+    """Seconds that the build took, its peak of memory, and the engine's size."""
 
     seconds: float
     peak_bytes: int | None
     bytes: int
-    sha256: str
 
 
-def build(
-    graph: Path, engine: Path, targets: Sequence[str], shapes: Shapes, tell: Tell = lambda _: None
-) -> Built:
+def build(graph: Path, engine: Path, targets: Sequence[str], shapes: Shapes) -> Built:
     """Build one engine for all targets from an exported graph.
 
     The same graph, targets, shapes and version of TensorRT for RTX give the same bytes.
@@ -89,7 +85,6 @@ def build(
         engine: Where the engine goes; one that is there stays until the new one is whole.
         targets: GPUs, such as sm89.
         shapes: The sizes that it is built for.
-        tell: Reports what the builder is at.
 
     Raises:
         InputError: No target, or an unknown one.
@@ -103,7 +98,7 @@ def build(
     if not graph.is_file():
         raise EngineError(f"{graph}: there is no such graph", EXPORT_AGAIN)
     start = time.perf_counter()
-    tell(f"building an engine for {', '.join(targets)}")
+    logger.debug(f"building an engine for {', '.join(targets)}")
     with drafted(engine) as part:
         request = {
             "graph": str(graph.absolute()),
@@ -116,7 +111,7 @@ def build(
         if part.stat().st_size != result["bytes"]:
             raise EngineError(f"{engine}: not written whole", FIX_SPACE)
     seconds = round(time.perf_counter() - start, 3)
-    return Built(seconds, result["peak_bytes"], result["bytes"], result["sha256"])
+    return Built(seconds, result["peak_bytes"], result["bytes"])
 
 
 def _tokens(shapes: Shapes) -> dict[str, list[int]]:
@@ -128,50 +123,23 @@ def _tokens(shapes: Shapes) -> dict[str, list[int]]:
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     """The builder's result. Whatever raises here ends the builder first."""
-    receive, send = os.pipe()
-    with os.fdopen(receive, encoding="utf-8") as pipe, tempfile.TemporaryFile() as output:
-        try:
-            child = _start(request, send, output)
-        finally:
-            os.close(send)
-        try:
-            text = pipe.read()
-            status = child.wait()
-        finally:
-            _end(child)
-        output.seek(0)
-        printed = output.read().decode("utf-8", "replace")
-    if status != 0:
-        raise _died(status, printed)
-    result: dict[str, Any] = json.loads(text)
-    return result
-
-
-def _start(request: dict[str, Any], send: int, output: BinaryIO) -> subprocess.Popen[bytes]:
-    return start_module(BUILDER, json.dumps(request), str(send), output=output, keep=send)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "builder.log")
+        status = run_module(BUILDER, json.dumps(request), log=log, on_message=results.append)
+        if status != 0:
+            raise _died(status, log.read_text("utf-8", "replace"))
+    return results[0]
 
 
 def _died(status: int, printed: str) -> EngineError | UnsupportedError:
     """The error for a builder that ended without a result."""
     last = next((line.strip() for line in reversed(printed.splitlines()) if line.strip()), "")
     if "No module named 'tensorrt_rtx'" in last:
-        return UnsupportedError(
-            "TensorRT for RTX is not installed", "pip install 'hasten[tensorrt]'"
-        )
+        return UnsupportedError("TensorRT for RTX is not installed", INSTALL)
     ended = f"the builder gave no result: {how_it_ended(status)}"
     if status < 0:
-        return EngineError(
-            ended,
-            "free some memory, it takes 2.5 times the weights; run it again: finished stages are "
-            "kept",
-        )
+        return EngineError(ended, FREE_MEMORY)
     return EngineError(
         f"{ended}: {last or 'it printed nothing'}",
         "run it again; if that changes nothing, report this line",
@@ -195,16 +163,16 @@ def _check(result: dict[str, Any], graph: Path, engine: Path) -> None:
     )
 
 
-def main(request: str, answer: int) -> None:
+def _main(request: str, answer: int) -> None:
     """Build, and write the result to the file descriptor `answer`. The program's side."""
     result = _build(json.loads(request))
     result["peak_bytes"] = status_bytes("VmHWM")
     with os.fdopen(answer, "w", encoding="utf-8") as file:
-        json.dump(result, file)
+        print(json.dumps(result), file=file)
 
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
-    """{"bytes", "sha256"} of the engine, or the builder's {"errors"}, or {"unwritten": reason}."""
+    """{"bytes"} of the engine, or the builder's {"errors"}, or {"unwritten": reason}."""
     import tensorrt_rtx as trt
 
     log = error_log(trt)
@@ -225,7 +193,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         return {"unwritten": os.strerror(writer.fault)}
     if not built:
         return {"errors": log.errors}
-    return {"bytes": writer.bytes, "sha256": writer.digest.hexdigest()}
+    return {"bytes": writer.bytes}
 
 
 def _set_targets(trt: Any, config: Any, targets: list[str]) -> None:
@@ -264,7 +232,6 @@ def _writer(trt: Any, file: BinaryIO) -> Any:
             trt.IStreamWriter.__init__(self)
             self.fault: int | None = None
             self.bytes = 0
-            self.digest = hashlib.sha256()
 
         def write(self, data: Any) -> int:
             if self.fault is not None:
@@ -274,7 +241,6 @@ def _writer(trt: Any, file: BinaryIO) -> Any:
             except OSError as error:
                 self.fault = error.errno
                 return 0
-            self.digest.update(data)
             self.bytes += len(data)
             return len(data)
 
@@ -282,4 +248,4 @@ def _writer(trt: Any, file: BinaryIO) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    _main(sys.argv[1], int(sys.argv[2]))

@@ -25,36 +25,34 @@ from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.preflight import METHODS
 from hasten.errors import EngineError, InputError, ModelError
 from hasten.families.family import Family
-from hasten.log import quiet
+from hasten.log import logger, quiet
 from hasten.structural_copy import structural_copy
 
-__all__ = ["calibrate", "load", "save"]
+__all__ = ["calibrate_fp8", "load_amax", "save_amax"]
 
 ALPHA = 0.5  # of SmoothQuant: how much of the outliers the weights take
 
 
 @torch.no_grad()
-def calibrate(
+def calibrate_fp8(
     pipe: Any,
     family: Family,
     prompts: Sequence[str],
     *,
     method: str = METHODS[0],
-    tell: Callable[[str], None] = lambda _: None,
     seed: int = 0,
     **arguments: Any,
 ) -> dict[str, Amax]:
     """The largest input per linear that `family.quantizable` names, over all steps of all prompts.
 
     Deterministic for a seed. Runs a structural copy, so the pipeline stays as it was, whatever
-    happens.
+    happens. Each prompt is logged at DEBUG as it begins.
 
     Args:
         pipe: A text-to-image pipeline.
         family: Its family.
         prompts: A few are enough.
         method: max or smoothquant.
-        tell: Reports one line per prompt.
         seed: Of the first prompt's noise.
         **arguments: Of the pipeline's calls. Calibrate at the number of steps that will be run: the
             noise levels matter.
@@ -81,7 +79,7 @@ def calibrate(
     def draw(model: nn.Module) -> None:
         plain.transformer = model
         for index, prompt in enumerate(prompts):
-            tell(f"calibrating: prompt {index + 1} of {len(prompts)}")
+            logger.debug(f"calibrating: prompt {index + 1} of {len(prompts)}")
             noise = torch.Generator().manual_seed(seed + index)
             plain(prompt=prompt, output_type="latent", generator=noise, **arguments)
 
@@ -89,7 +87,7 @@ def calibrate(
     return {name: _found(name, watched.get_submodule(name), method) for name in names}
 
 
-def save(amax: Mapping[str, Amax], path: Path) -> None:
+def save_amax(amax: Mapping[str, Amax], path: Path) -> None:
     """Write a calibration as safetensors: NAME.input and NAME.weight, 0-dim, and NAME.smooth."""
     from safetensors.torch import save_file
 
@@ -102,8 +100,8 @@ def save(amax: Mapping[str, Amax], path: Path) -> None:
     save_file(tensors, path)
 
 
-def load(path: Path) -> dict[str, Amax]:
-    """Read what `save` wrote, by name in alphabetical order.
+def load_amax(path: Path) -> dict[str, Amax]:
+    """Read what `save_amax` wrote, by name in alphabetical order.
 
     Raises:
         InputError: The file is anything else.

@@ -8,7 +8,9 @@ scales and the versions of torch and onnxscript, and on nothing else: repeats ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from hasten.engines.tensorrt.files import DATA, GRAPH
-from hasten.engines.tensorrt.graph import hide, label, place
 from hasten.engines.tensorrt.manifest import Shapes
-from hasten.engines.tensorrt.nodes import Amax, QdqLinear, swap, translation
+from hasten.engines.tensorrt.nodes import Amax, scales_of, swap, translation, weight_codes
 from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.step import INPUTS, OUTPUT, Watched, sample
 from hasten.errors import EngineError
 from hasten.families.family import Family
 from hasten.log import quiet
-from hasten.structural_copy import share_weights
+from hasten.quantization.plan import adapted_layers
+from hasten.structural_copy import replace_tensors, share_weights
 
-__all__ = [
-    "DATA",
-    "DTYPES",
-    "GRAPH",
-    "export_onnx",
-    "in_float32",
-    "in_precision",
-    "refuse_adapters",
-]
+__all__ = ["DTYPES", "export_onnx", "in_dtype", "in_precision", "refuse_adapters"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """A precision's dtype of everything that is not FP8 or, as norms' insides are, float32."""
@@ -70,44 +64,37 @@ def export_onnx(
         OSError: The folder cannot be written.
     """
     _refuse(transformer, family, precision, amax)
-    model = _graph(transformer, family, precision, amax or {}, shapes)
-    weights = _Weights(transformer, DTYPES[precision], amax or {})
-    written = _write_weights(model, weights, folder / DATA)
-    _simplify(model, written)
-    hide(model)
+    model, states = _graph(transformer, family, precision, amax or {}, shapes)
+    _simplify(model, _fill_in(model, _tensors(transformer), DTYPES[precision], amax or {}))
+    _hide(model, states)
     _strip(model)
-    needed("onnx_ir").save(model, folder / GRAPH)
+    needed("onnx_ir").save(model, folder / GRAPH, external_data=DATA)
 
 
 def in_precision(
     transformer: Any, precision: str, amax: Mapping[str, Amax] | None = None
 ) -> nn.Module:
-    """The transformer that a graph of this precision computes, in torch.
+    """The transformer that a graph of this precision computes, in torch on the CPU.
 
-    A structural copy in the precision's dtype with FP8 linears where `amax` names them. Tensors
-    that are in that dtype already are shared with the original. `.float()` of the copy changes no
-    value: it is what the graph's float32 twin computes.
+    A structural copy in the precision's dtype with FP8 linears where `amax` names them. `.float()`
+    of the copy changes no value: it is what the graph's float32 twin computes.
     """
-    dtype = DTYPES[precision]
-    twin: nn.Module = _rebuilt(transformer, lambda tensor: tensor.detach().to(_kept(tensor, dtype)))
+    twin = in_dtype(transformer, DTYPES[precision])
     swap(twin, amax or {})
     return twin
 
 
-def in_float32(transformer: Any) -> nn.Module:
-    """A structural copy in float32 on the CPU; tensors that are both already are shared."""
+def in_dtype(transformer: Any, dtype: torch.dtype) -> nn.Module:
+    """A structural copy in a dtype on the CPU; tensors that are both already are shared."""
     twin: nn.Module = _rebuilt(
-        transformer, lambda tensor: tensor.detach().to("cpu", _kept(tensor, torch.float32))
+        transformer, lambda tensor: tensor.detach().to("cpu", _kept(tensor, dtype))
     )
     return twin
 
 
 def refuse_adapters(transformer: nn.Module) -> None:
     """EngineError where layers carry adapters (LoRA) that are not part of their weights."""
-    adapted = [
-        name for name, module in transformer.named_modules() if hasattr(module, "base_layer")
-    ]
-    if adapted:
+    if adapted := adapted_layers(transformer):
         raise EngineError(
             f"{len(adapted)} layers carry LoRA adapters ({adapted[0]}, …), which an engine would "
             "lose",
@@ -140,9 +127,9 @@ def _refuse(
 
 def _graph(
     transformer: Any, family: Family, precision: str, amax: Mapping[str, Amax], shapes: Shapes
-) -> Any:
+) -> tuple[Any, Sequence[str]]:
     """The step as an onnx_ir.Model whose weights have shapes and no values, and whose outputs are
-    the velocity and what each block gives."""
+    the velocity and what each block gives, and the names that the latter are to have."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     needed("onnx_ir")
@@ -169,8 +156,7 @@ def _graph(
         except torch.onnx.OnnxExporterError as error:
             raise _cannot_export(error) from error
     assert program is not None
-    label(program.model, step.names)
-    return program.model
+    return program.model, step.names
 
 
 def _cannot_export(error: BaseException) -> EngineError:
@@ -188,19 +174,12 @@ def _cannot_export(error: BaseException) -> EngineError:
 
 def _rebuilt(transformer: Any, make: Callable[[Tensor], Tensor]) -> Any:
     """A structural copy with `make(tensor)` for every tensor; what was shared is shared again."""
-    twin = share_weights(transformer)
-    made: dict[int, Tensor] = {}
-    for module in twin.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    new = make(tensor)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(new, False) if is_parameter else new
-                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
-    return twin
+
+    def rebuild(tensor: Tensor) -> Tensor:
+        made = make(tensor)
+        return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+
+    return replace_tensors(share_weights(transformer), rebuild)
 
 
 def _hollow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,9 +189,7 @@ def _hollow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _hollow_amax(amax: Amax) -> Amax:
     """Under fake tensors: one whose factors have no values."""
-    if amax.smooth is None:
-        return amax
-    return Amax(amax.input, amax.weight, torch.empty(amax.smooth.shape))
+    return replace(amax, smooth=None if amax.smooth is None else torch.empty(amax.smooth.shape))
 
 
 def _kept(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -220,36 +197,44 @@ def _kept(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 
-class _Weights:
-    """The values of a graph's initialisers by name, made on access, as `in_precision` has them.
+def _fill_in(
+    model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, amax: Mapping[str, Amax]
+) -> frozenset[str]:
+    """Give the hollow initialisers their values, each made when it is written; their names."""
+    from torch._subclasses.fake_tensor import FakeTensor
 
-    The tensors of one linear are made together and kept until another linear's are accessed.
-    """
+    ir = needed("onnx_ir")
+    adapters = needed("onnx_ir.tensor_adapters")
 
-    def __init__(
-        self, transformer: nn.Module, dtype: torch.dtype, amax: Mapping[str, Amax]
-    ) -> None:
-        self.tensors = _tensors(transformer)
-        self.dtype = dtype
-        self.amax = amax
-        self.linear: tuple[str, QdqLinear] | None = None
+    def values(name: str) -> Any:
+        tensor = _weight(name.removeprefix(PREFIX), tensors, dtype, amax)
+        return adapters.TorchTensor(tensor, name)
 
-    def __getitem__(self, name: str) -> Tensor:
-        name = name.removeprefix(PREFIX)
-        owner, _, leaf = name.rpartition(".")
-        if owner not in self.amax:
-            return self._cast(name)
-        if self.linear is None or self.linear[0] != owner:
-            self.linear = None  # before the next is made
-            self.linear = owner, QdqLinear(self._cast(f"{owner}.weight"), None, self.amax[owner])
-        if leaf == "bias":
-            return self._cast(name)
-        tensor: Tensor = getattr(self.linear[1], leaf)
+    filled = set()
+    for name, value in model.graph.initializers.items():
+        hollow = value.const_value
+        if isinstance(getattr(hollow, "raw", None), FakeTensor):
+            value.const_value = ir.LazyTensor(
+                partial(values, name), dtype=hollow.dtype, shape=hollow.shape, name=name
+            )
+            filled.add(name)
+    return frozenset(filled)
+
+
+def _weight(
+    name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, amax: Mapping[str, Amax]
+) -> Tensor:
+    """A parameter or buffer of the transformer, as `in_precision` has it."""
+    owner, _, leaf = name.rpartition(".")
+    scales = scales_of(amax[owner], dtype, torch.device("cpu")) if owner in amax else {}
+    if leaf in scales:
+        tensor: Tensor = scales[leaf]
         return tensor
-
-    def _cast(self, name: str) -> Tensor:
-        tensor = self.tensors[name].detach()
-        return tensor.to("cpu", _kept(tensor, self.dtype))
+    tensor = tensors[name].detach()
+    tensor = tensor.to("cpu", _kept(tensor, dtype))
+    if not scales or leaf == "bias":
+        return tensor
+    return weight_codes(tensor, scales["weight_scale"], scales["smooth"])
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -258,38 +243,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
-
-
-def _write_weights(model: Any, weights: _Weights, path: Path) -> frozenset[str]:
-    """Write the values of the hollow initialisers to a file alongside the graph; their names."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    ir = needed("onnx_ir")
-    hollow = {
-        name: value
-        for name, value in model.graph.initializers.items()
-        if isinstance(getattr(value.const_value, "raw", None), FakeTensor)
-    }
-    with path.open("wb") as file:
-        for name, value in hollow.items():
-            values = _bytes(weights[name])
-            assert len(values) == value.const_value.nbytes, name
-            offset = place(file, len(values))
-            file.write(values)
-            value.const_value = ir.ExternalTensor(
-                path.name,
-                offset,
-                len(values),
-                value.const_value.dtype,
-                shape=value.shape,
-                name=name,
-                base_dir=str(path.parent),
-            )
-    return frozenset(hollow)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _simplify(model: Any, weights: frozenset[str]) -> None:
@@ -305,15 +258,21 @@ def _simplify(model: Any, weights: frozenset[str]) -> None:
         )
 
 
+def _hide(model: Any, states: Sequence[str]) -> None:
+    """Make what the blocks give inner values under these names; nodes that only they needed go.
+
+    As outputs, they have stayed separate tensors through all simplification.
+    """
+    for value, name in zip(model.graph.outputs[1:], states, strict=True):
+        value.name = name
+    del model.graph.outputs[1:]
+    needed("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
+
+
 def _strip(model: Any) -> None:
     """Remove notes about where in the source each node came from: they hold absolute paths."""
-    model.metadata_props.clear()
-    for graph in (model.graph, *model.functions.values()):
-        graph.metadata_props.clear()
-        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
-            value.metadata_props.clear()
-        for node in graph.all_nodes():
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
+    needed("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    outputs = (value for node in graph.all_nodes() for value in node.outputs)
+    for noted in (model, *graph.inputs, *graph.initializers.values(), *outputs):
+        noted.metadata_props.clear()

@@ -13,16 +13,18 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from hasten.atomic import write_text
 from hasten.errors import InputError
 from hasten.sealed import DamagedError, seal, unseal
 
 __all__ = [
-    "AMAX", "DATA", "ENGINE", "GRAPH", "RUNTIME_CACHE", "FileFacts", "bytes_below",
-    "default_root", "facts_of_file", "fault_of_file", "note_facts", "read_regular", "read_sealed",
-    "write_sealed",
+    "AMAX", "DATA", "ENGINE", "GRAPH", "RUNTIME_CACHE", "FileFacts", "Record", "Sha256",
+    "bytes_below", "damaged_files", "default_root", "facts_of_file", "note_facts", "read_regular",
+    "read_sealed", "write_sealed",
 ]  # fmt: skip
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"  # the second holds the weights of the first
@@ -34,11 +36,20 @@ TICK, COARSE_TICK = 0.05, 2.5  # seconds: two changes within one could leave the
 LARGEST_RECORD = 2**24  # bytes of a JSON file that hasten reads back
 
 
-class FileFacts(NamedTuple):
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Base of what is written to be read back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileFacts(Record):
     """Size and sha256 (hexadecimal) of a file."""
 
-    bytes: int
-    sha256: str
+    bytes: NonNegativeInt
+    sha256: Sha256
 
 
 def default_root() -> Path:
@@ -107,17 +118,23 @@ def write_sealed(path: Path, content: Mapping[str, Any], **identity: Any) -> Non
     write_text(path, seal({**content, **identity}, indent=1))
 
 
-def fault_of_file(folder: Path, name: str, expected: FileFacts, *, read: bool = True) -> str | None:
-    """What is wrong with a file of a folder, in a few words; None where nothing is.
+def damaged_files(
+    folder: Path, files: Mapping[str, FileFacts], *, read: bool = True
+) -> dict[str, str]:
+    """The files that are not in a folder as they were, by name, and what is wrong with each.
 
     Nothing outside of the folder is opened, and no file whose size is already wrong.
 
     Args:
-        folder: Where the file belongs.
-        name: Its path in the folder.
-        expected: What it was when it was written.
-        read: Whether to compare its content too, not its size alone.
+        folder: Where the files belong.
+        files: What they were when they were written, by their paths in the folder.
+        read: Whether to compare their contents too, not their sizes alone.
     """
+    faults = {name: _fault(folder, name, facts, read) for name, facts in files.items()}
+    return {name: fault for name, fault in faults.items() if fault is not None}
+
+
+def _fault(folder: Path, name: str, expected: FileFacts, read: bool) -> str | None:
     path = folder / name
     outside = os.path.isabs(name) or ".." in Path(name).parts
     try:
@@ -142,11 +159,13 @@ def facts_of_file(path: Path) -> FileFacts:
     times of change are as they were then.
     """
     before = _settled(path)
-    if (known := _noted(path, before)) is not None:
-        return known
+    with suppress(InputError):  # there is no cache to note it in
+        if note := read_sealed(_note_path(path), identity=_identity(before)):
+            return FileFacts(bytes=before.st_size, sha256=note["sha256sum"])
     with path.open("rb") as file:
-        facts = FileFacts(before["bytes"], hashlib.file_digest(file, "sha256").hexdigest())
-    if _identity(path) == before:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = FileFacts(bytes=before.st_size, sha256=sha256)
+    if _identity(os.stat(path)) == _identity(before):
         _note(path, before, facts)
     return facts
 
@@ -154,51 +173,36 @@ def facts_of_file(path: Path) -> FileFacts:
 def note_facts(path: Path, facts: FileFacts) -> None:
     """Remember what `facts_of_file` would find, of a file that was just made or moved."""
     with suppress(OSError):  # it has been removed meanwhile
-        if (identity := _settled(path))["bytes"] == facts.bytes:
-            _note(path, identity, facts)
+        if (now := _settled(path)).st_size == facts.bytes:
+            _note(path, now, facts)
 
 
-def _identity(path: Path) -> dict[str, int]:
-    facts = os.stat(path)
-    return {
-        "device": facts.st_dev,
-        "inode": facts.st_ino,
-        "bytes": facts.st_size,
-        "modified": facts.st_mtime_ns,
-        "changed": facts.st_ctime_ns,
-    }
+def _identity(now: os.stat_result) -> list[int]:
+    return [now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns]
 
 
-def _settled(path: Path) -> dict[str, int]:
-    """The identity of a large file, once a further change is sure to give it another one."""
-    identity = _identity(path)
-    if identity["bytes"] >= WORTH_IT and (wait := TICK - _age(identity)) > 0:
+def _settled(path: Path) -> os.stat_result:
+    """The state of a large file, once a further change is sure to give it another identity."""
+    now = os.stat(path)
+    if now.st_size >= WORTH_IT and (wait := TICK - _age(now)) > 0:
         time.sleep(min(wait, TICK))
-        identity = _identity(path)
-    return identity
+        now = os.stat(path)
+    return now
 
 
-def _age(identity: Mapping[str, int]) -> float:
-    return time.time() - max(identity["modified"], identity["changed"]) / 1e9
+def _age(now: os.stat_result) -> float:
+    return time.time() - max(now.st_mtime, now.st_ctime)
 
 
-def _note(path: Path, identity: dict[str, int], facts: FileFacts) -> None:
-    whole_seconds = identity["modified"] % 10**9 == 0  # as some disks keep time
+def _note(path: Path, now: os.stat_result, facts: FileFacts) -> None:
+    whole_seconds = now.st_mtime_ns % 10**9 == 0  # as some disks keep time
     tick = COARSE_TICK if whole_seconds else TICK
-    if identity["bytes"] < WORTH_IT or _age(identity) < tick:
+    if now.st_size < WORTH_IT or _age(now) < tick:
         return
     with suppress(OSError, InputError):  # it is read again then
         note = _note_path(path)
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(note, {"sha256sum": facts.sha256}, identity=identity)
-
-
-def _noted(path: Path, identity: dict[str, int]) -> FileFacts | None:
-    try:
-        note = read_sealed(_note_path(path), identity=identity)
-    except InputError:  # there is no cache
-        return None
-    return None if note is None else FileFacts(identity["bytes"], note["sha256sum"])
+        write_sealed(note, {"sha256sum": facts.sha256}, identity=_identity(now))
 
 
 def _note_path(path: Path) -> Path:

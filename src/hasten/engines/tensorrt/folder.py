@@ -23,7 +23,6 @@ from hasten.engines.tensorrt.files import (
     ENGINE,
     GRAPH,
     RUNTIME_CACHE,
-    FileFacts,
     note_facts,
     read_sealed,
     write_sealed,
@@ -32,6 +31,7 @@ from hasten.engines.tensorrt.keys import content_key
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.store import FIX_SPACE, StageStore, out_of_space
 from hasten.errors import EngineError, InputError
+from hasten.log import logger
 
 __all__ = [
     "OURS", "SCRATCH", "check_folder", "finished", "nearest", "remember", "resolved",
@@ -112,45 +112,42 @@ def write_export(
         try:
             missing = manifest.damaged(folder)
             if before := _export_in(folder):
-                _tell_of(before, manifest, missing, store)
+                _log_changes(before, manifest, missing)
             wanted = {name: files[name] for name in missing}
             _put(folder, manifest, wanted, shared=out is None)
         except OSError as error:
             if out_of_space(error):
                 raise EngineError(f"{folder}: no space left for the export", FIX_SPACE) from error
             raise _unwritable(folder, error) from error
-        for name, entry in manifest.files.items():  # copies and second names have new identities
+        for name, facts in manifest.files.items():  # copies and second names have new identities
             for path in (folder / name, files[name]):
-                note_facts(path, FileFacts(entry.bytes, entry.sha256))
+                note_facts(path, facts)
     return manifest.model_copy(update={"folder": folder})
 
 
 def finished(store: StageStore, key: str, out: Path) -> Manifest | None:
     """The export in `out` if a request with this key wrote it and its files are as they were."""
-    identity = {"request": key, "out": str(out.absolute())}
-    if (memo := read_sealed(_memo(store, key), **identity)) is None:
-        return None
-    manifest = _export_in(out)
-    if manifest is None or _digest(manifest) != memo.get("manifest") or manifest.damaged(out):
+    memo = read_sealed(_memo(store, key), request=key, out=str(out.absolute()))
+    manifest = None if memo is None else _export_in(out)
+    if memo is None or manifest is None or memo != _known_by(manifest) or manifest.damaged(out):
         return None
     return manifest
 
 
 def remember(store: StageStore, key: str, out: Path, manifest: Manifest) -> None:
     """Keep what a request led to, for `finished`. Without it a repeat takes longer."""
-    identity = {"request": key, "out": str(out.absolute())}
     memo = _memo(store, key)
     with suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(memo, {"manifest": _digest(manifest)}, **identity)
+        write_sealed(memo, _known_by(manifest), request=key, out=str(out.absolute()))
 
 
 def _memo(store: StageStore, key: str) -> Path:
     return store.root / "finished" / f"{key}.json"
 
 
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(manifest.text().encode()).hexdigest()
+def _known_by(manifest: Manifest) -> dict[str, str]:
+    return {"manifest": hashlib.sha256(manifest.text().encode()).hexdigest()}
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:
@@ -243,15 +240,13 @@ def _place(source: Path, target: Path, *, shared: bool) -> None:
         shutil.copyfile(source, draft)
 
 
-def _tell_of(
-    before: Manifest, manifest: Manifest, missing: Mapping[str, str], store: StageStore
-) -> None:
-    """Report what happens to an export that is there already, unless it stays."""
+def _log_changes(before: Manifest, manifest: Manifest, missing: Mapping[str, str]) -> None:
+    """What happens to an export that is there already, unless it stays."""
     if before.files != manifest.files:
         what = f"engine for {', '.join(before.targets)}" if before.targets else "graph"
-        store.tell(
+        logger.info(
             f"write: the {before.precision} {what} of {before.model} in {before.folder} is replaced"
         )
     elif missing:
         faults = ", ".join(f"{name} {fault}" for name, fault in missing.items())
-        store.tell(f"write: {faults} in {before.folder}, so it is written again")
+        logger.info(f"write: {faults} in {before.folder}, so it is written again")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ __all__ = [
     "weights_digest",
 ]  # fmt: skip
 
-STAGES = 3  # raise it when what a stage makes of the same input changes
+STAGES = 4  # raise it when what a stage makes of the same input changes
 LIBRARIES = {
     "calibrate": ("torch", "diffusers", "transformers", "nvidia-modelopt"),
     "export": ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"),
@@ -80,14 +81,9 @@ def weights_digest(model: Any, dtype: torch.dtype | None = None, what: str = "tr
     """
     import torch
 
-    kept = dtype or torch.bfloat16
-    tensors: Mapping[str, Tensor] = model.state_dict()
-
-    def digest(name: str) -> str:
-        return _digest(name, tensors[name], kept, what)
-
+    digest = partial(_digest, dtype=dtype or torch.bfloat16, what=what)
     with ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads())) as threads:
-        digests = threads.map(digest, sorted(tensors))
+        digests = threads.map(digest, sorted(model.state_dict().items()))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -128,9 +124,10 @@ def _tokenizer(component: Any) -> dict[str, Any]:
     }
 
 
-def _digest(name: str, tensor: Tensor, dtype: torch.dtype, what: str) -> str:
+def _digest(named: tuple[str, Tensor], dtype: torch.dtype, what: str) -> str:
     import torch
 
+    name, tensor = named
     if tensor.is_meta:
         raise EngineError(
             f"the tensor {name} of the {what} has no values",

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from hasten.atomic import write_text
 from hasten.engines.tensorrt.files import (
@@ -15,39 +21,26 @@ from hasten.engines.tensorrt.files import (
     GRAPH,
     LARGEST_RECORD,
     FileFacts,
-    fault_of_file,
+    Record,
+    Sha256,
+    damaged_files,
     read_regular,
 )
 from hasten.engines.tensorrt.targets import Precision
 from hasten.errors import InputError
-from hasten.sealed import DamagedError, parse_json, seal, unseal
+from hasten.sealed import DamagedError, first_fault, parse_json, seal, unseal
 
 __all__ = [
-    "MANIFEST", "SCHEMA", "CalibrationFacts", "FileEntry", "Manifest", "Shapes", "SizeErrors",
-    "Stage", "Verification",
+    "MANIFEST", "SCHEMA", "CalibrationFacts", "Manifest", "Shapes", "SizeErrors", "Stage",
+    "Verification",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
 MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond any profile
 SCHEMA: Literal[2] = 2  # 1 had no checksum
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Record):
-    """Size in bytes and sha256 of a file of the export."""
-
-    bytes: Count
-    sha256: Sha256
-
-
-class Stage(_Record):
+class Stage(Record):
     """A stage of the export.
 
     Attributes:
@@ -58,12 +51,12 @@ class Stage(_Record):
     """
 
     name: str
-    seconds: Annotated[float, Field(ge=0)]
-    peak_bytes: Count | None
+    seconds: NonNegativeFloat
+    peak_bytes: NonNegativeInt | None
     cached: bool
 
 
-class Shapes(_Record):
+class Shapes(Record):
     """The sizes that an engine is built for.
 
     Attributes:
@@ -103,16 +96,16 @@ class Shapes(_Record):
         return {"latents": {1: image}, "text": None, "row": None, "cos": tokens, "sin": tokens}
 
 
-class CalibrationFacts(_Record):
+class CalibrationFacts(Record):
     """How the scales of FP8 were found."""
 
     method: str
-    prompts: Positive
-    steps: Positive
+    prompts: PositiveInt
+    steps: PositiveInt
     sha256: Sha256
 
 
-class SizeErrors(_Record):
+class SizeErrors(Record):
     """Relative errors at one size.
 
     Attributes:
@@ -138,7 +131,7 @@ class SizeErrors(_Record):
         return max(self.blocks, key=self.blocks.__getitem__)
 
 
-class Verification(_Record):
+class Verification(Record):
     """What was compared, the errors and their limits; without `whole_bar` the whole has none."""
 
     what: str
@@ -158,7 +151,7 @@ class Verification(_Record):
         return max(size.blocks[size.worst] for size in self.sizes)
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """What was exported, from what, how, and how well the graph agrees with torch.
 
     Attributes:
@@ -177,12 +170,12 @@ class Manifest(_Record):
     precision: Precision
     targets: tuple[str, ...]
     shapes: Shapes
-    channels: Positive
-    text_dim: Positive
-    row_width: Positive
-    head_dim: Positive
+    channels: PositiveInt
+    text_dim: PositiveInt
+    row_width: PositiveInt
+    head_dim: PositiveInt
     calibration: CalibrationFacts | None
-    files: dict[str, FileEntry]
+    files: dict[str, FileFacts]
     stages: tuple[Stage, ...]
     verification: Verification | None
     versions: dict[str, str | None]
@@ -219,23 +212,15 @@ class Manifest(_Record):
             raise InputError(
                 f"{folder}: a file, not the folder of an export", "check the path"
             ) from None
-        except (OSError, ValueError) as error:
-            fix = f"delete the folder, then export again: {export}"
-            raise InputError(f"{path}: {_reason(error)}", fix) from None
+        except OSError as error:
+            raise _unusable(path, f"cannot be read: {error.strerror or error}", export) from None
+        except ValueError as error:
+            raise _unusable(path, first_fault(error), export) from None
         return manifest
 
     def damaged(self, folder: Path, *, read: bool = True) -> dict[str, str]:
-        """Its files that are not in a folder as they were, by name, and what is wrong with each.
-
-        Args:
-            folder: Where the files should be.
-            read: Whether to compare contents too, not sizes alone.
-        """
-        faults = {
-            name: fault_of_file(folder, name, FileFacts(entry.bytes, entry.sha256), read=read)
-            for name, entry in self.files.items()
-        }
-        return {name: fault for name, fault in faults.items() if fault is not None}
+        """Its files that are not in a folder as they were: see `damaged_files`."""
+        return damaged_files(folder, self.files, read=read)
 
 
 def _check_schema(text: bytes) -> None:
@@ -255,11 +240,5 @@ def _check_files(manifest: Manifest) -> None:
         raise DamagedError(f"{kind} entry in its list of files: {odd[0]!r:.80}")
 
 
-def _reason(error: Any) -> str:
-    """An error in one line."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror or error}"
-    return " ".join(str(error).split())
+def _unusable(path: Path, reason: str, export: str) -> InputError:
+    return InputError(f"{path}: {reason}", f"delete the folder, then export again: {export}")

@@ -24,7 +24,7 @@ torch.onnx has them, all logits of FLUX.1 (d = 128) are 0.3 % too small. The pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from hasten.engines.tensorrt.packages import needed
 from hasten.errors import EngineError
-from hasten.kernels.quantize import FP8, LIMITS, TINY, dequantize
+from hasten.kernels.quantize import FP8, dequantize, fp8_codes, fp8_scale
+from hasten.quantization.linear import QuantizedLinear
 
-__all__ = ["Amax", "QdqLinear", "factors", "swap", "translation"]
+__all__ = ["Amax", "QdqLinear", "factors", "scales_of", "swap", "translation", "weight_codes"]
 
-LIMIT = LIMITS[FP8]
 BITS = {"BFLOAT16": 8, "FLOAT16": 11}  # significant ones, the hidden one among them
 ROWS_AT_ONCE = 1024  # of a weight, in float32: bounds the memory that codes are made in
 
@@ -55,87 +55,74 @@ class Amax:
     weight: float
     smooth: Tensor | None = None
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Amax):
-            return NotImplemented
-        if (self.input, self.weight) != (other.input, other.weight):
-            return False
-        if self.smooth is None or other.smooth is None:
-            return self.smooth is other.smooth
-        return torch.equal(self.smooth, other.smooth)
 
-    __hash__ = None  # type: ignore[assignment]
+def scales_of(amax: Amax, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The buffers of a `QdqLinear` besides its codes, for a weight of this dtype."""
+
+    def scale(largest: float) -> Tensor:
+        return fp8_scale(largest, device).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+
+    def zero() -> Tensor:
+        return torch.zeros((), dtype=dtype, device=device).to(FP8)
+
+    return {
+        "smooth": None if amax.smooth is None else amax.smooth.to(device, dtype),
+        "weight_scale": scale(amax.weight),
+        "weight_zero": zero(),
+        "input_scale": scale(amax.input),
+        "input_zero": zero(),
+    }
 
 
-class QdqLinear(nn.Module):
+def weight_codes(weight: Tensor, scale: Tensor, smooth: Tensor | None) -> Tensor:
+    """FP8 codes of a weight, N × K, by the scale and factors that `scales_of` gives for it."""
+    codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    for first in range(0, len(weight), ROWS_AT_ONCE):
+        rows = weight[first : first + ROWS_AT_ONCE].float()
+        if smooth is not None:
+            rows = rows / smooth.float()
+        codes[first : first + ROWS_AT_ONCE] = fp8_codes(rows, scale.float())
+    return codes
+
+
+class QdqLinear(QuantizedLinear):
     """Stands in for a linear. `weight` is N × K codes; the scales and zeros are 0-dim.
 
     `input_scale`, `weight_scale` and `smooth` (K, or None) have the original weight's dtype.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
     weight_zero: Tensor
-    input_scale: Tensor
     input_zero: Tensor
     smooth: Tensor | None
-    bias: nn.Parameter | None
-
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, amax: Amax) -> None:
-        """weight: N × K, floating-point, left as it is; the bias is shared."""
-        super().__init__()
-        weight = weight.detach()
-        self.out_features, self.in_features = weight.shape
-        smooth = amax.smooth
-        if smooth is not None:
-            smooth = torch.empty_like(weight[0]).copy_(smooth)
-        self.register_buffer("smooth", smooth)
-        for side, largest in (("weight", amax.weight), ("input", amax.input)):
-            self.register_buffer(f"{side}_scale", _scale(largest, weight))
-            zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-            self.register_buffer(f"{side}_zero", zero.to(FP8))
-        self.register_buffer("weight", self._weight_codes(weight))
-        self.register_parameter("bias", bias)
+    keeps_dtype = ("weight", "weight_zero", "input_zero")
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, amax: Amax) -> Self:
-        return cls(linear.weight, linear.bias, amax)
+    def calibrated(cls, linear: nn.Linear, amax: Amax) -> Self:
+        """Leaves the weight, of any floating-point dtype, as it is; the bias is shared."""
+        weight = linear.weight.detach()
+        scales = scales_of(amax, weight.dtype, weight.device)
+        codes = weight_codes(weight, scales["weight_scale"], scales["smooth"])
+        made = cls(codes, scales["weight_scale"], linear.bias, scales["input_scale"])
+        for name in ("smooth", "weight_zero", "input_zero"):
+            made.register_buffer(name, scales[name])
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
+        input_scale = self.input_scale
+        assert input_scale is not None  # it always has one
         if self.smooth is not None:
             x = x * self.smooth
         if torch.onnx.is_in_onnx_export():
-            scale, zero = self.input_scale, self.input_zero
-            codes = _node("QuantizeLinear", x, scale, zero, FP8)
-            x = _node("DequantizeLinear", codes, scale, zero, x.dtype)
+            codes = _node("QuantizeLinear", x, input_scale, self.input_zero, FP8)
+            x = _node("DequantizeLinear", codes, input_scale, self.input_zero, x.dtype)
             weight = _node(
                 "DequantizeLinear", self.weight, self.weight_scale, self.weight_zero, x.dtype
             )
         else:
-            x = dequantize(_codes(x, self.input_scale), self.input_scale.float(), x.dtype)
+            x = dequantize(fp8_codes(x, input_scale.float()), input_scale.float(), x.dtype)
             weight = dequantize(self.weight, self.weight_scale.float(), x.dtype)
         return nn.functional.linear(x, weight, self.bias)
-
-    def _weight_codes(self, weight: Tensor) -> Tensor:
-        codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
-        for first in range(0, len(weight), ROWS_AT_ONCE):
-            rows = weight[first : first + ROWS_AT_ONCE].float()
-            if self.smooth is not None:
-                rows = rows / self.smooth.float()
-            codes[first : first + ROWS_AT_ONCE] = _codes(rows, self.weight_scale)
-        return codes
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Codes move with the model and keep their dtype under `.to(dtype)`."""
-
-        def apply(tensor: Tensor) -> Tensor:
-            if tensor.dtype != FP8:
-                return fn(tensor)
-            return fn(tensor.view(torch.int8)).view(FP8)  # integers are only moved
-
-        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 def swap(module: nn.Module, amax: Mapping[str, Amax]) -> None:
@@ -143,7 +130,7 @@ def swap(module: nn.Module, amax: Mapping[str, Amax]) -> None:
 
     Raises EngineError where a name is no plain linear of the module, before any is replaced.
     """
-    linears = dict(module.named_modules())
+    linears: dict[str, Any] = dict(module.named_modules())
     wrong = [name for name in amax if type(linears.get(name)) is not nn.Linear]
     if wrong:
         raise EngineError(
@@ -151,26 +138,8 @@ def swap(module: nn.Module, amax: Mapping[str, Amax]) -> None:
             f"{wrong[0]}",
             "calibrate this model; load it in bfloat16 or float32, not quantised",
         )
-    del linears
     for name, largest in amax.items():
-        module.set_submodule(name, QdqLinear.from_linear(_linear(module, name), largest))
-
-
-def _linear(module: nn.Module, name: str) -> nn.Linear:
-    linear = module.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
-def _scale(amax: float, like: Tensor) -> Tensor:
-    """The scale with which values up to `amax` just fit, 0-dim, rounded to the dtype of `like`."""
-    scale = torch.tensor(max(amax, TINY) / LIMIT, dtype=torch.float32, device=like.device)
-    return scale.to(like.dtype).clamp(min=torch.finfo(like.dtype).tiny)
-
-
-def _codes(x: Tensor, scale: Tensor) -> Tensor:
-    """What lies beyond 448 · scale becomes ±448; what is not a number stays so."""
-    return (x.float() / scale.float()).clamp(-LIMIT, LIMIT).to(FP8)
+        module.set_submodule(name, QdqLinear.calibrated(linears.pop(name), largest))
 
 
 def _node(op: str, x: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:

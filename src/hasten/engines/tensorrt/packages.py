@@ -9,7 +9,9 @@ from typing import Any
 from hasten.errors import UnsupportedError
 from hasten.log import disable_telemetry
 
-__all__ = ["error_log", "is_installed", "needed"]
+__all__ = ["INSTALL", "error_log", "is_installed", "needed"]
+
+INSTALL = "pip install 'hasten[tensorrt]'"
 
 
 def is_installed(module: str) -> bool:
@@ -33,7 +35,7 @@ def needed(module: str) -> Any:
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             f"the Python module {error.name} is not installed, which TensorRT export needs",
-            "pip install 'hasten[tensorrt]'",
+            INSTALL,
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from hasten.check import empty_weights
 from hasten.engines.tensorrt.folder import check_folder, nearest
-from hasten.engines.tensorrt.packages import is_installed
+from hasten.engines.tensorrt.packages import INSTALL, is_installed
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import Faults, InputError, UnsupportedError
 from hasten.machine import Machine
@@ -19,13 +19,8 @@ from hasten.memory import format_bytes, status_bytes
 from hasten.recipe import Engine, parse_size
 
 __all__ = [
-    "METHODS",
-    "ExportOptions",
-    "check_draws",
-    "check_exportable",
-    "check_request",
-    "graph_bytes",
-]
+    "METHODS", "ExportOptions", "check_draws", "check_exportable", "check_request", "graph_bytes",
+]  # fmt: skip
 
 METHODS: tuple[str, ...] = get_args(Engine.model_fields["calibration"].annotation)
 LARGEST = (2048, 2048)  # pixels of the largest image, by default
@@ -66,11 +61,9 @@ class ExportOptions:
 
 def check_request(options: ExportOptions, out: Path | None, faults: Faults) -> None:
     """Note what is wrong with the request, whatever the model. Loads neither torch nor packages."""
-    for check in (_check_system, _check_packages, _check_size, _check_method):
+    for check in (_check_system, _check_packages, _check_size, _check_method, _check_targets):
         with faults.gather():
             check(options)
-    with faults.gather():
-        check_targets(options.targets, options.precision)
     if out is not None:
         with faults.gather():
             check_folder(out)
@@ -179,11 +172,9 @@ def _check_packages(options: ExportOptions) -> None:
         "tensorrt_rtx": bool(options.targets),
         "modelopt": options.precision == "fp8",
     }
-    missing = [name for name, needed in wanted.items() if needed and not is_installed(name)]
+    missing = [name for name, wants in wanted.items() if wants and not is_installed(name)]
     if missing:
-        raise UnsupportedError(
-            f"not installed: {', '.join(missing)}", "pip install 'hasten[tensorrt]'"
-        )
+        raise UnsupportedError(f"not installed: {', '.join(missing)}", INSTALL)
 
 
 def _check_size(options: ExportOptions) -> None:
@@ -203,6 +194,10 @@ def _check_method(options: ExportOptions) -> None:
         )
 
 
+def _check_targets(options: ExportOptions) -> None:
+    check_targets(options.targets, options.precision)
+
+
 def _check_memory(options: ExportOptions, weights: int, parameters: int, machine: Machine) -> None:
     if machine.ram_bytes is None:
         return
@@ -212,16 +207,16 @@ def _check_memory(options: ExportOptions, weights: int, parameters: int, machine
         needs["building"] = ours + int(BUILD_FACTOR * weights) + BUILD_BASE
     if options.verify:
         needs["checking the graph"] = ours + 2 * SINGLE * parameters
-    what = max(needs, key=lambda name: needs[name])
+    what = max(needs, key=needs.__getitem__)
     if needs[what] <= machine.ram_bytes:
         return
-    fewer = ""
+    fix = "use a machine with more memory, or the model in bfloat16 (--dtype)"
     if what == "checking the graph":
-        fewer = ", or leave the check out: --no-verify (engine.verify = false)"
+        fix += ", or leave the check out: --no-verify (engine.verify = false)"
     raise UnsupportedError(
         f"{what} takes about {format_bytes(needs[what])} of memory, "
         f"this machine has {format_bytes(machine.ram_bytes)}",
-        f"use a machine with more memory, or the model in bfloat16 (--dtype){fewer}",
+        fix,
     )
 
 

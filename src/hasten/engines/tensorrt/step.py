@@ -15,8 +15,8 @@ S, the number of image tokens, is free within the engine's profile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from hasten.engines.tensorrt.manifest import Shapes
 from hasten.families.family import Family
+from hasten.quantization.report import watched
 from hasten.step.modulations import Modulations, RowReaders
 
 __all__ = [
-    "INPUTS", "OUTPUT", "STATE", "Step", "Watched", "block_of", "graph_sizes", "hooked",
-    "sample", "state_name",
+    "INPUTS", "OUTPUT", "STATE", "Step", "Watched", "block_of", "graph_sizes",
+    "most_square", "sample", "state_name",
 ]  # fmt: skip
 
 INPUTS = ("latents", "text", "row", "cos", "sin")
@@ -74,27 +75,11 @@ def block_of(state: str) -> str:
     return state.removeprefix(STATE).rpartition("/")[0]
 
 
-@contextmanager
-def hooked(
-    blocks: Sequence[tuple[str, nn.Module]], seen: Callable[[str, Any], Any]
-) -> Iterator[None]:
-    """Call `seen(name, output)` after each block; unless None, its result replaces the output."""
-    with ExitStack() as hooks:
-        for name, block in blocks:
-
-            def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
-                return seen(name, output)
-
-            hooks.callback(block.register_forward_hook(hook).remove)
-        yield
-
-
 class Watched(Step):
     """A step for the exporter: returns the velocity, then all outputs of all blocks.
 
     `names` are those of the latter, known once it has run. Exported with them as graph outputs,
-    the tensors stay separate through optimisation and a finished graph can be read block by block;
-    `hasten.engines.tensorrt.graph.hide` makes them inner values again.
+    the tensors stay separate through optimisation and a finished graph can be read block by block.
     """
 
     names: tuple[str, ...] = ()
@@ -105,13 +90,20 @@ class Watched(Step):
         """The velocity, 1×S×C, then the outputs of each block; inputs as those of `Step`."""
         found: dict[str, Tensor] = {}
 
-        def seen(name: str, output: tuple[Tensor, ...]) -> None:
+        def keep(name: str, _: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
             found.update({state_name(name, at): tensor for at, tensor in enumerate(output)})
 
-        with hooked(self.family.repeated_blocks(self.transformer), seen):
+        blocks = self.family.repeated_blocks(self.transformer)
+        with watched(blocks, lambda name: partial(keep, name)):
             velocity = super().forward(latents, text, row, cos, sin)
         self.names = tuple(found)
         return velocity, *found.values()
+
+
+def most_square(tokens: int) -> tuple[int, int]:
+    """Two sides, the shorter one first, of the most square image with so many tokens."""
+    short = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
+    return short, tokens // short
 
 
 def graph_sizes(transformer: Any, family: Family) -> dict[str, int]:

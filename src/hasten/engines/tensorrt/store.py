@@ -14,24 +14,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
+
+from pydantic import Field, ValidationError
 
 from hasten.atomic import sync
 from hasten.engines.tensorrt.files import (
     FileFacts,
+    Record,
+    damaged_files,
     default_root,
     facts_of_file,
-    fault_of_file,
     note_facts,
     read_sealed,
     write_sealed,
 )
 from hasten.errors import EngineError, HastenError, InputError
+from hasten.log import logger
 
-__all__ = ["FIX_SPACE", "Done", "StageStore", "Tell", "out_of_space"]
-
-Tell = Callable[[str], None]
-"""Reports one line to whoever waits."""
+__all__ = ["FIX_SPACE", "Done", "StageStore", "out_of_space"]
 
 RECORD = "stage.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,30 +42,29 @@ FIX_SPACE = (
 )
 
 
-class Done(NamedTuple):
+class Done(Record):
     """A finished stage.
 
     Attributes:
-        folder: Where its files are.
         facts: What `make` returned.
-        cached: Whether it was there already.
         seconds: What making it took, then or now.
         files: By their names in the folder.
+        folder: Where its files are.
+        cached: Whether it was there already.
     """
 
-    folder: Path
     facts: dict[str, Any]
-    cached: bool
     seconds: float
     files: dict[str, FileFacts]
+    folder: Path = Field(exclude=True)
+    cached: bool = Field(exclude=True)
 
 
 class StageStore:
-    """Stages below `root`; `tell` reports damaged files and waiting for another process."""
+    """Stages below `root`. Damaged files and waiting for another process are logged."""
 
-    def __init__(self, root: Path | None = None, tell: Tell = lambda _: None) -> None:
+    def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_root()
-        self.tell = tell
 
     def stage(self, name: str, key: str, make: Callable[[Path], dict[str, Any]]) -> Done:
         """What `make` writes into the empty folder that it is given, made once for each key.
@@ -97,10 +97,12 @@ class StageStore:
     def locked(self, name: str, key: str) -> Iterator[None]:
         """One process at a time; the system frees the lock of one that was killed."""
         path = self._place(name) / f".{key}.lock"
-        with _lockable(path) as file:
-            if not _lock(file, path, wait=False):
-                self.tell(f"{name}: another process is at it, waiting for that to end")
-                _lock(file, path, wait=True)
+        file = _lock(path, wait=False)
+        if file is None:
+            logger.info(f"{name}: another process is at it, waiting for that to end")
+            file = _lock(path, wait=True)
+        assert file is not None  # it was waited for
+        with file:
             yield
 
     def _place(self, name: str) -> Path:
@@ -125,31 +127,33 @@ class StageStore:
     def _found(self, folder: Path) -> Done | None:
         if not os.path.lexists(folder):
             return None
-        identity = {"stage": folder.parent.name, "key": folder.name}
-        done = _read_done(folder, read_sealed(folder / RECORD, **identity))
-        fault = _fault(folder, done)
-        if done is not None and fault is None:
+        if folder.is_symlink() or not folder.is_dir():
+            fault = "it is not a folder"
+        elif (done := _read_done(folder)) is None:
+            fault = f"{RECORD} is not what was written"
+        elif faults := damaged_files(folder, done.files):
+            fault = " is ".join(next(iter(faults.items())))
+        else:
             return done
-        self.tell(f"{folder.parent.name}: {fault}, so it is made again")
+        logger.info(f"{folder.parent.name}: {fault}, so it is made again")
         _remove(folder)
         return None
 
     def _made(self, place: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> Done:
-        draft = place / f".{key}.tmp"
+        draft, folder = place / f".{key}.tmp", place / key
         start = time.perf_counter()
         draft.mkdir()
         try:
             facts = make(draft)
             seconds = round(time.perf_counter() - start, 3)
-            done = Done(place / key, facts, False, seconds, _files(draft))
-            files = {name: known._asdict() for name, known in done.files.items()}
-            record = {"facts": facts, "seconds": seconds, "files": files}
-            write_sealed(draft / RECORD, record, stage=place.name, key=key)
-            os.replace(draft, place / key)
+            files = _files(draft)
+            done = Done(facts=facts, seconds=seconds, files=files, folder=folder, cached=False)
+            write_sealed(draft / RECORD, done.model_dump(mode="json"), stage=place.name, key=key)
+            os.replace(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        for name, known in done.files.items():
-            note_facts(done.folder / name, known)
+        for name, known in files.items():
+            note_facts(folder / name, known)
         return done
 
 
@@ -160,13 +164,12 @@ def out_of_space(error: BaseException) -> bool:
     return any(f"(os error {number})" in str(error) for number in NO_SPACE)
 
 
-def _read_done(folder: Path, record: dict[str, Any] | None) -> Done | None:
-    """A stage by its record; None where the record is not one."""
+def _read_done(folder: Path) -> Done | None:
+    """A stage by its record; None where that is not the record of this stage."""
+    record = read_sealed(folder / RECORD, stage=folder.parent.name, key=folder.name)
     try:
-        assert record is not None
-        files = {name: FileFacts(**facts) for name, facts in record["files"].items()}
-        return Done(folder, record["facts"], True, record["seconds"], files)
-    except (AssertionError, AttributeError, KeyError, TypeError):
+        return Done.model_validate({**(record or {}), "folder": folder, "cached": True})
+    except ValidationError:
         return None
 
 
@@ -176,18 +179,6 @@ def _files(folder: Path) -> dict[str, FileFacts]:
     for path in paths:
         sync(path)
     return {path.relative_to(folder).as_posix(): facts_of_file(path) for path in paths}
-
-
-def _fault(folder: Path, done: Done | None) -> str | None:
-    """What is wrong with a stage's files; None where nothing is."""
-    if folder.is_symlink() or not folder.is_dir():
-        return "it is not a folder"
-    if done is None:
-        return f"{RECORD} is not what was written"
-    for name, facts in done.files.items():
-        if fault := fault_of_file(folder, name, facts):
-            return f"{name} is {fault}"
-    return None
 
 
 def _remove(path: Path) -> None:
@@ -201,35 +192,27 @@ def _remove(path: Path) -> None:
 def _remove_leftovers(place: Path) -> None:
     """Remove what killed processes left of other keys; a folder whose lock is held is at work."""
     for draft in place.glob(".*.tmp"):
-        lock = place / f"{draft.stem}.lock"
-        with _lockable(lock) as file:
-            if _lock(file, lock, wait=False):
+        if file := _lock(place / f"{draft.stem}.lock", wait=False):
+            with file:
                 _remove(draft)
 
 
-@contextmanager
-def _lockable(path: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise _unusable(path, error) from None
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _lock(file: int, path: Path, *, wait: bool) -> bool:
-    """Take the lock of an open file; False where another has it and we do not wait."""
+def _lock(path: Path, *, wait: bool) -> BinaryIO | None:
+    """A file that is locked until it is closed; None where another has it and we do not wait."""
     import fcntl  # not on Windows, where preflight refuses
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BaseException:
+            file.close()
+            raise
     except BlockingIOError:
-        return False
+        return None
     except OSError as error:  # some network disks have no locks
         raise _unusable(path, error) from None
-    return True
+    return file
 
 
 def _unusable(path: Path, error: OSError) -> InputError:

@@ -7,16 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from hasten.errors import Faults, HastenError, InputError, UnsupportedError
+from hasten.errors import Faults, InputError, UnsupportedError
 
 __all__ = [
-    "PRECISIONS",
-    "TARGETS",
-    "Precision",
-    "capability_of",
-    "check_targets",
-    "parse_targets",
-]
+    "PRECISIONS", "TARGETS", "Precision", "capability_of", "check_targets", "parse_targets",
+]  # fmt: skip
 
 Precision = Literal["bf16", "fp16", "fp8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -80,19 +75,14 @@ def _check(target: str, precision: str) -> None:
         )
     if target not in TARGETS:
         raise InputError(f"there is no target {target}", _nearest(target))
-    first = FIRST.get(precision)
-    if first is not None and capability_of(target) < first:
-        raise _too_old(target, precision)
-
-
-def _too_old(target: str, precision: str) -> HastenError:
-    works = [name for name in TARGETS if capability_of(name) >= FIRST[precision]]
-    other = "bf16" if capability_of(target) >= FIRST["bf16"] else "fp16"
-    return UnsupportedError(
-        f"target {target} ({TARGETS[target]}) has no {precision}",
-        f"leave {target} out ({precision} works on {', '.join(works)}), or export it apart in "
-        f"{other}",
-    )
+    if precision in FIRST and capability_of(target) < FIRST[precision]:
+        works = [name for name in TARGETS if capability_of(name) >= FIRST[precision]]
+        other = "bf16" if capability_of(target) >= FIRST["bf16"] else "fp16"
+        raise UnsupportedError(
+            f"target {target} ({TARGETS[target]}) has no {precision}",
+            f"leave {target} out ({precision} works on {', '.join(works)}), or export it apart in "
+            f"{other}",
+        )
 
 
 def _nearest(word: str) -> str:

@@ -17,30 +17,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hasten.engines.load import OnnxRuntime
-from hasten.engines.tensorrt.export import in_float32, in_precision
-from hasten.engines.tensorrt.graph import float32_twin, opened
+from hasten.engines.onnxruntime import OnnxRuntime
+from hasten.engines.tensorrt.export import in_dtype, in_precision
+from hasten.engines.tensorrt.files import GRAPH
+from hasten.engines.tensorrt.graph import float32_twin
 from hasten.engines.tensorrt.manifest import Shapes, SizeErrors, Verification
 from hasten.engines.tensorrt.nodes import Amax
-from hasten.engines.tensorrt.step import OUTPUT, Step, block_of, hooked, sample, state_name
+from hasten.engines.tensorrt.step import (
+    OUTPUT,
+    Step,
+    block_of,
+    most_square,
+    sample,
+    state_name,
+)
 from hasten.errors import EngineError
 from hasten.families.family import Family
+from hasten.log import logger
+from hasten.quantization.report import watched
 
-__all__ = [
-    "BLOCK_BARS",
-    "WHOLE_BARS",
-    "relative_distance",
-    "sizes",
-    "verify",
-]
+__all__ = ["BLOCK_BARS", "WHOLE_BARS", "relative_distance", "sizes", "verify"]
 
 WHOLE_BARS = {"bf16": 0.002, "fp16": 0.002}
 BLOCK_BARS = {"bf16": 0.001, "fp16": 0.01, "fp8": 0.01}
@@ -61,9 +66,10 @@ def verify(
     amax: Mapping[str, Amax] | None,
     shapes: Shapes,
     scratch: Path,
-    tell: Callable[[str], None],
 ) -> Verification:
     """Compare an exported graph with the transformer that it was exported from.
+
+    The errors at each size are logged at DEBUG.
 
     Args:
         transformer: It is left as it is.
@@ -73,7 +79,6 @@ def verify(
         amax: Of every quantised linear.
         shapes: Sizes of the profile.
         scratch: An empty folder for a copy of the graph.
-        tell: Reports one line per size.
 
     Raises:
         EngineError: The graph cannot be read or run, or an error is over its limit; the block with
@@ -83,13 +88,17 @@ def verify(
     began = time.perf_counter()
     quantised = precision == "fp8"
     runs = _run(transformer, family, graph, precision, shapes, scratch)
-    exact = _unquantised(transformer, family, runs) if quantised else [None] * len(runs)
-    twin = in_precision(transformer, precision, amax).eval().cpu()
+    exact: list[Tensor | None] = [None] * len(runs)
+    if quantised:
+        original = Step(in_dtype(transformer, torch.float32).eval(), family)
+        exact = [original(**run.inputs) for run in runs]
+        del original
+    twin = in_precision(transformer, precision, amax).eval()
     step = Step(twin if precision == "fp16" else twin.float(), family)
     found = []
     for run, velocity in zip(runs, exact, strict=True):
         found.append(_compare(run, step, velocity))
-        tell(_line(found[-1]))
+        logger.debug(_line(found[-1]))
     verification = Verification(
         what=f"{precision} graph in onnxruntime against torch, both on the CPU in "
         f"{'float16' if precision == 'fp16' else 'float32'}",
@@ -106,7 +115,7 @@ def sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
     """Two sizes within the profile, height × width in tokens: the fewest tokens, and half as many
     again where that is allowed, each as square as can be; else the fewest in one row."""
     larger = min(shapes.most, shapes.least * 3 // 2)
-    return _square(shapes.least), _square(larger) if larger > shapes.least else (1, larger)
+    return most_square(shapes.least), most_square(larger) if larger > shapes.least else (1, larger)
 
 
 def relative_distance(found: Tensor, expected: Tensor) -> float:
@@ -133,10 +142,10 @@ def _run(
     transformer: Any, family: Family, graph: Path, precision: str, shapes: Shapes, scratch: Path
 ) -> list[_Run]:
     """The graph at both sizes. Its session, and so its copy of the weights, is gone afterwards."""
-    path, names = opened(float32_twin(graph, scratch))
+    names = float32_twin(graph, scratch, with_states=True)
     _check_complete(graph, family.repeated_blocks(transformer), names)
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    driver, runs = OnnxRuntime(path), []
+    driver, runs = OnnxRuntime(scratch / GRAPH), []
     try:
         for height, width in sizes(shapes):
             drawn = sample(transformer, family, shapes, height, width, dtype, SEED)
@@ -162,12 +171,6 @@ def _check_complete(graph: Path, blocks: list[tuple[str, nn.Module]], names: lis
         )
 
 
-def _unquantised(transformer: Any, family: Family, runs: list[_Run]) -> list[Tensor]:
-    """Velocities of the model as it was given, in float32."""
-    step = Step(in_float32(transformer).eval(), family)
-    return [step(**run.inputs) for run in runs]
-
-
 def _compare(run: _Run, step: Step, exact: Tensor | None) -> SizeErrors:
     """Torch against what onnxruntime made: free-running, and block by block."""
     velocity = step(**run.inputs)
@@ -190,18 +193,14 @@ def _block_errors(run: _Run, step: Step) -> dict[str, float]:
     takes its place before the next one runs."""
     errors: dict[str, float] = {}
 
-    def seen(name: str, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        labels = [state_name(name, at) for at in range(len(output))]
-        errors[name] = max(
-            relative_distance(run.states[label], tensor)
-            for label, tensor in zip(labels, output, strict=True)
-            if label in run.states
-        )
-        return tuple(
-            run.states.get(label, tensor) for label, tensor in zip(labels, output, strict=True)
-        )
+    def compare(name: str, _: nn.Module, __: Any, output: tuple[Tensor, ...]) -> Any:
+        states = [run.states.get(state_name(name, at)) for at in range(len(output))]
+        pairs = list(zip(states, output, strict=True))
+        errors[name] = max(relative_distance(a, b) for a, b in pairs if a is not None)
+        return tuple(tensor if state is None else state for state, tensor in pairs)
 
-    with hooked(step.family.repeated_blocks(step.transformer), seen):
+    blocks = step.family.repeated_blocks(step.transformer)
+    with watched(blocks, lambda name: partial(compare, name)):
         velocity = step(**run.inputs)
     errors[AFTER] = relative_distance(run.velocity, velocity)
     return errors
@@ -245,9 +244,3 @@ def _line(size: SizeErrors) -> str:
         f"{text}; torch against itself, nudged, {size.control:.2g}; to the unquantised model "
         f"{size.unquantised:.2g}"
     )
-
-
-def _square(tokens: int) -> tuple[int, int]:
-    """Height × width = tokens, as square as can be."""
-    height = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
-    return height, tokens // height

@@ -1,0 +1,56 @@
+"""A graph file on the CPU, by onnxruntime: the images of the engine, without its speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.engines.tensorrt.packages import needed
+from hasten.engines.tensorrt.step import OUTPUT
+from hasten.errors import EngineError
+
+__all__ = ["OnnxRuntime"]
+
+ONNX_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+
+
+class OnnxRuntime:
+    """One session of a graph file.
+
+    onnxruntime has no bfloat16 products on a CPU, so a graph in bfloat16 runs as its float32 twin:
+    the same nodes and values, FP8 codes and scales included, with less rounding in between.
+    """
+
+    def __init__(self, graph: Path) -> None:
+        ort = needed("onnxruntime")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4  # what is wrong comes as an exception
+        try:
+            self.session: Any = ort.InferenceSession(
+                str(graph), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its classes share no base but Exception
+            raise EngineError(
+                f"onnxruntime cannot load {graph.name}: {str(error).splitlines()[0][:200]}",
+                "delete the folder that it is in, then export it again",
+            ) from error
+        self.dtypes = {one.name: ONNX_DTYPES[one.type] for one in self.session.get_inputs()}
+        self.what = f"onnxruntime {ort.__version__} on the CPU, for its images and not for speed"
+
+    def run(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The velocity, 1×S×C, in the graph's dtype."""
+        if self.session is None:
+            raise EngineError("the engine was closed", "optimise the pipeline again")
+        given = {
+            name: tensor.detach().to("cpu", self.dtypes[name]).contiguous().numpy()
+            for name, tensor in inputs.items()
+        }
+        (velocity,) = self.session.run([OUTPUT], given)
+        return torch.from_numpy(velocity)
+
+    def close(self) -> None:
+        self.session = None
