@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-from studies.peers.record import Record, settings_toml
+from studies.peers.record import Record, recipe_toml
 from studies.peers.remote import Clock, Lost, Remote
 
 __all__ = ["Room", "prepare"]
@@ -59,4 +59,4 @@ def _note(rows: Sequence[Record], variants: Sequence[str], applied: dict[str, An
     rows[0].setup_seconds = applied["setup_seconds"]
     for row, variant in zip(rows, variants, strict=True):
         asked = {**applied["recipe"], **({"variant": variant} if variant else {})}
-        row.settings = settings_toml(asked)
+        row.settings = recipe_toml(asked)

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import tomli_w
 from studies.peers.rows import BASE
+from studies.settings import settings_toml
 
 from hasten.results import BASELINE, Role, Row, StepsComputed, summarize_quality, summarize_seconds
 
-__all__ = ["Record", "Timing", "distance", "settings_toml"]
+__all__ = ["Record", "Timing", "distance", "recipe_toml"]
 
 GIB = 2**30
 IN_TURNS = "the rows took turns, image by image"
@@ -122,22 +122,13 @@ def _sum(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one + other
 
 
-def settings_toml(recipe: Mapping[str, Any]) -> str:
+def recipe_toml(recipe: Mapping[str, Any]) -> str:
     """What was asked of a row: hasten's recipe as it is, a peer's settings as a TOML document."""
     others = {name: value for name, value in recipe.items() if name != "hasten.optimize"}
     own = recipe.get("hasten.optimize", "")
     if own and not any(others.values()):
         return str(own)
-    return str(own) + tomli_w.dumps({"settings": _plain(others)})
-
-
-def _plain(value: Any) -> Any:
-    """As TOML can have it: without nulls, and as text what is neither number, list nor table."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items() if one is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value if one is not None]
-    return value if isinstance(value, bool | int | float | str) else str(value)
+    return str(own) + settings_toml(others)
 
 
 def distance(values: Sequence[float], base: Sequence[float]) -> float | None:

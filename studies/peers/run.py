@@ -7,7 +7,7 @@
     python -m studies.peers.run --device cpu --model tiny --sizes 64 128 --steps 4 --rounds 1
 
 Each row has a process of its own. DIR/SIZE/results.json is whole after every stage; at the end the
-report of `hasten report` is written beside it. DIR/logs has what the rows' libraries said. Exit
+report of a benchmark is written beside it. DIR/logs has what the rows' libraries said. Exit
 status 1 where not every row is measured.
 """
 

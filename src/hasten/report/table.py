@@ -147,7 +147,7 @@ def common_quality_reason(results: Results) -> str | None:
 def drift_line(results: Results) -> str:
     drift, last = results.drift, results.rows[-1].seconds_per_image
     if not _any_timed(results):
-        return "Nothing was timed: these images were drawn for their quality alone."
+        return "No speed-ups: no row has seconds per image."
     if drift is None or last is None or results.uncertainty is None:
         return (
             "Drift: not measured, the baseline was not rendered a second time. "

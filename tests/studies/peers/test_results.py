@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from studies.peers.record import IN_TURNS, Record, distance, settings_toml
+from studies.peers.record import IN_TURNS, Record, distance, recipe_toml
 from studies.peers.results import all_results, write_all, write_reports
 from studies.peers.workload import Workload
 
@@ -97,9 +97,9 @@ def test_images_that_are_not_finite_are_noted(records: list[Record]) -> None:
 
 def test_settings_are_toml_and_summaries_its_comments(records: list[Record]) -> None:
     recipe = Recipe.from_dict({"cache": {"kind": "interval", "interval": 2}}).to_toml()
-    own = settings_toml({"hasten.optimize": recipe, "compiler settings changed": {}})
+    own = recipe_toml({"hasten.optimize": recipe, "compiler settings changed": {}})
     assert own == recipe
-    peer = settings_toml({"attention": {"chosen": "native", "x": [(1, None)]}, "mode": None})
+    peer = recipe_toml({"attention": {"chosen": "native", "x": [(1, None)]}, "mode": None})
     assert tomllib.loads(peer)["settings"] == {"attention": {"chosen": "native", "x": [[1]]}}
     records[1].settings, records[1].summary = peer, "steps:\n  18 computed"
     toml = records[1].row(512, 50).toml or ""
