@@ -77,7 +77,10 @@ def _table(budgets: Budgets) -> Iterator[str]:
     yield "| evaluations | package | " + " | ".join(f"≤ {one}" for one in budgets) + " |"
     yield "|---|---|" + "---:|" * len(budgets)
     rows = _by_name(budgets)
-    best = [min(lpips_of(row[one]) for row in rows.values() if one in row) for one in budgets]
+    best = [
+        min((lpips_of(row[one]) for row in rows.values() if one in row), default=None)
+        for one in budgets
+    ]
     for name, row in rows.items():
         cells = []
         for one, least in zip(budgets, best, strict=True):

@@ -33,3 +33,8 @@ def test_plot_and_table_are_written_beside_the_results(folder: Path) -> None:
     write_figure(folder, "tiny")
     assert (folder / "tiny.png").read_bytes().startswith(b"\x89PNG")
     assert "tiny.png" in (folder / "tiny.md").read_text("utf-8")
+
+
+def test_a_budget_that_nothing_was_measured_at_is_a_column_of_dashes(folder: Path) -> None:
+    put(folder / "tiny-10", WORKLOAD, ENVIRONMENT, [failed_row("MagCache", "killed")])
+    assert "| MagCache | diffusers | **0.02000** | – | – |" in markdown(read_budgets(folder, "tiny"))
