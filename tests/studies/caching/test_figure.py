@@ -37,4 +37,5 @@ def test_plot_and_table_are_written_beside_the_results(folder: Path) -> None:
 
 def test_a_budget_that_nothing_was_measured_at_is_a_column_of_dashes(folder: Path) -> None:
     put(folder / "tiny-10", WORKLOAD, ENVIRONMENT, [failed_row("MagCache", "killed")])
-    assert "| MagCache | diffusers | **0.02000** | – | – |" in markdown(read_budgets(folder, "tiny"))
+    text = markdown(read_budgets(folder, "tiny"))
+    assert "| MagCache | diffusers | **0.02000** | – | – |" in text
