@@ -216,7 +216,14 @@ def broken(path: str, value: object) -> dict[str, Any]:
     [
         ("rows.0.seconds_per_image.median", 1.5, "the samples give 2.0"),
         ("rows.0.seconds_per_image.n", 2, "3 samples"),
-        ("rows.0.seconds_per_image", None, "seconds_per_image is null"),
+        ("rows.0.seconds_per_image", None, "speedup 1.0, but the samples give None"),
+        (
+            "rows.0",
+            {"recipe": "baseline", "role": "baseline", "status": "ok"},
+            "seconds_per_image and steps_computed are null",
+        ),
+        ("rows.0.extra", {"held GiB": 1e16}, "less than or equal to"),
+        ("rows.0.extra", {"": 1.0}, "at least 1 character"),
         ("rows.1.reason", None, "no reason"),
         ("rows.1.status", "skipped", "unsupported"),
         ("rows.1", {**CONTRACT["rows"][0], "speedup": 1.0}, "more than one row"),

@@ -49,6 +49,7 @@ Lpips = Annotated[float, Field(ge=0, le=1e3)]
 Ssim = Annotated[float, Field(ge=-1.001, le=1.001)]
 Psnr = Annotated[float, Field(ge=0, le=100)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+Extra = Annotated[float, Field(ge=-1e15, le=1e15)]
 MOST_ROWS = 200
 SHORTEST = 1e-9  # seconds: no speed-up is computed from less
 
@@ -98,7 +99,10 @@ class Workload(_Record):
 
 
 class Environment(_Record):
-    """Where it was measured: versions as the libraries print them, `date` in ISO 8601."""
+    """Where it was measured: versions as the libraries print them, `date` in ISO 8601.
+
+    `packages` has the versions of other libraries that rows used, by name.
+    """
 
     device: str
     torch: str
@@ -115,6 +119,7 @@ class Environment(_Record):
     gpu: str | None = None
     gpu_memory_bytes: Count | None = None
     driver: str | None = None
+    packages: dict[str, str] = Field(default_factory=dict)
 
 
 class Seconds(_Record):
@@ -199,13 +204,15 @@ class Row(_Record):
             speed (`graph`), or another library (`peer`).
         rival_of: Names of the rows with a cache that this row is the rival of. It can be a recipe
             that was given, if that recipe happens to be a rival.
+        seconds_per_image: None where images were scored, but not timed.
         speedup: Seconds of the baseline (`Results.baseline_seconds`) over this row's median.
         transformer_ms_per_step: Milliseconds per step of the sampling loop alone.
         setup_seconds: Loading, optimising and compiling.
         first_image_seconds: The first call, warm-up included.
         calibrated: Whether the schedule was learned on this model; None without a schedule.
         images: One path per prompt, in order, relative to the results file.
-        toml: The recipe as it was run.
+        toml: The recipe as it was run; of a peer, its settings.
+        extra: Further numbers, by the name that heads their column, with its unit.
     """
 
     recipe: Name
@@ -226,11 +233,12 @@ class Row(_Record):
     quality: tuple[Quality, ...] = ()
     images: tuple[str, ...] = ()
     toml: str | None = None
+    extra: dict[Name, Extra] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _is_explained(self) -> Self:
-        if self.status == "ok" and self.seconds_per_image is None:
-            raise ValueError("status is ok, but seconds_per_image is null")
+        if self.status == "ok" and not (self.seconds_per_image or self.steps_computed):
+            raise ValueError("status is ok, but seconds_per_image and steps_computed are null")
         if self.status != "ok" and not self.reason:
             raise ValueError(f"status is {self.status}, but there is no reason")
         if self.status != "ok" and self.seconds_per_image is not None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from studies.caching.jobs import Job, empty_row, job_end
+from studies.caching.jobs import Job, name_of
 from studies.caching.pool import Ended
-from studies.caching.results import failed_part
+from studies.caching.results import failed_row
 
 from hasten.process import python_command, python_environment
+from hasten.results import Row
 
 __all__ = ["Launcher"]
 
@@ -26,44 +25,37 @@ LOGS = Path(__file__).resolve().parents[2] / "out" / "caching" / "logs"
 class Launcher:
     """Starts a job in a process of its own and reads what it left behind."""
 
-    def __init__(self, processes: Any, folder: Path, slots: int, end: float | None) -> None:
+    def __init__(self, processes: Any, folder: Path) -> None:
         self.processes = processes
         self.folder = folder
-        self.slots = slots
-        self.end = end
         self.numbers = count()
         self.files: dict[int, tuple[Path, Path]] = {}
 
-    def start(self, job: Job, unfinished: Sequence[Job]) -> Any:
+    def start(self, job: Job) -> Any:
         number = next(self.numbers)
         job_file = self.folder / f"{number}.job.json"
         row_file = self.folder / f"{number}.row.json"
         LOGS.mkdir(parents=True, exist_ok=True)
         log = LOGS / _log_name(job)
         self.files[id(job)] = row_file, log
-        until = job_end(job, unfinished, self.slots, self.end, time.time())
-        job_file.write_text(json.dumps(asdict(replace(job, until=until))), "utf-8")
+        job_file.write_text(json.dumps(asdict(job)), "utf-8")
         process = self.processes.Process(target=forked, args=(job_file, row_file, log, job.device))
         process.start()
         return process
 
-    def part(self, ended: Ended[Job]) -> tuple[dict[str, Any], str | None]:
-        """(the job's part of its row, why some of it is missing)."""
+    def rows(self, ended: Ended[Job]) -> tuple[dict[float, Row], str | None]:
+        """(the job's rows by budget, why some of them failed)."""
         job, code, stopped = ended
+        row_file, log = self.files.get(id(job), (None, None))
+        part: dict[str, Any] = {"rows": [], "fault": None}
+        if row_file is not None and row_file.is_file():
+            part = json.loads(row_file.read_text("utf-8"))
+        rows = {budget: Row.model_validate(row) for budget, row in part["rows"]}
         if code == 0:
-            return self._left(job), None
-        part = self._left(job)
-        log = self.files[id(job)][1] if id(job) in self.files else None
-        lost = stopped or part.pop("fault", None) or f"{_status(code)}; see {log}"
-        return failed_part(part, job.budgets, lost), lost
-
-    def _left(self, job: Job) -> dict[str, Any]:
-        """What its row file holds: all of it, as much as there was, or nothing."""
-        row_file = self.files[id(job)][0] if id(job) in self.files else None
-        if row_file is None or not row_file.is_file():
-            return empty_row(job)
-        part: dict[str, Any] = json.loads(row_file.read_text("utf-8"))
-        return part
+            return rows, None
+        lost = stopped or part["fault"] or f"{_status(code)}; see {log}"
+        missing = {budget: failed_row(name_of(job), lost) for budget in job.budgets}
+        return missing | rows, lost
 
 
 def forked(job_file: Path, row_file: Path, log: Path, device: str) -> None:

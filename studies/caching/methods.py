@@ -8,9 +8,10 @@ sampling steps of the call; everything else is the method's own vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -378,43 +379,23 @@ def mask_settings(computed: int) -> list[Setting]:
 # --- the table ------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Table:
-    rows: dict[str, Method] = field(default_factory=dict)
-
-    def add(self, *arguments: Any, **options: Any) -> None:
-        method = Method(*arguments, **options)
-        self.rows[method.name] = method
-
-
-def _methods() -> dict[str, Method]:
-    table = _Table()
+def _hasten_methods() -> Iterator[Method]:
     for predictor in ("reuse", "linear"):
-        table.add(
-            f"interval, {predictor}",
-            "hasten",
-            _apply_cache,
-            lambda computed, predictor=predictor: interval_settings(computed, predictor),
-        )
-    table.add(
-        "residual",
-        "hasten",
-        _apply_cache,
-        lambda _: [
-            {
-                "kind": "residual",
-                "predictor": predictor,
-                "warmup_steps": first,
-                "max_consecutive": 1000,
-            }
-            for predictor, first in product(("reuse", "linear", "damped"), (1, 4))
-        ],
-        knob=Knob("threshold", 0.003, 3),
-        single=True,
-    )
-    table.add("fewer steps, Euler", "diffusers", _call, lambda computed: [{"steps": computed}])
-    table.add("fewer steps, UniPC", "diffusers", _apply_unipc, _unipc_settings)
-    table.add("fewer steps, DPM++", "diffusers", _apply_dpm, _dpm_settings)
+        settings = partial(interval_settings, predictor=predictor)
+        yield Method(f"interval, {predictor}", "hasten", _apply_cache, settings)
+    residual = [
+        {"kind": "residual", "predictor": name, "warmup_steps": first, "max_consecutive": 1000}
+        for name, first in product(("reuse", "linear", "damped"), (1, 4))
+    ]
+    knob = Knob("threshold", 0.003, 3)
+    yield Method("residual", "hasten", _apply_cache, lambda _: residual, knob, single=True)
+
+
+def _fewer_steps() -> Iterator[Method]:
+    name = "fewer steps, {}".format
+    yield Method(name("Euler"), "diffusers", _call, lambda computed: [{"steps": computed}])
+    yield Method(name("UniPC"), "diffusers", _apply_unipc, _unipc_settings)
+    yield Method(name("DPM++"), "diffusers", _apply_dpm, _dpm_settings)
     for scheduler, why in (
         ("FlowMatchHeunDiscreteScheduler", "its set_timesteps takes no sigmas"),
         ("IPNDMScheduler", "its set_timesteps takes no sigmas"),
@@ -422,47 +403,39 @@ def _methods() -> dict[str, Method]:
         ("DEISMultistepScheduler", "it stops at the last sigma above 0 and leaves noise"),
     ):
         refuse = _refused_by_pipeline(scheduler, why)
-        table.add(f"fewer steps, {scheduler}", "diffusers", refuse, lambda computed: [{}])
-    table.add(
-        "FirstBlockCache",
-        "diffusers",
-        _apply_first_block,
-        lambda _: [{}],
-        knob=Knob("threshold", 0.003, 3),
-        single=True,
+        yield Method(name(scheduler), "diffusers", refuse, lambda _: [{}])
+
+
+def _diffusers_caches() -> Iterator[Method]:
+    knob = Knob("threshold", 0.003, 3)
+    yield Method(
+        "FirstBlockCache", "diffusers", _apply_first_block, lambda _: [{}], knob, single=True
     )
-    table.add("TaylorSeer", "diffusers", _apply_taylorseer, taylorseer_settings)
-    table.add(
-        "MagCache",
-        "diffusers",
-        _apply_mag,
-        lambda _: [
-            {"retention_ratio": first, "max_skip_steps": most}
-            for first, most in product((0.04, 0.1, 0.2), (3, 9))
-        ],
-        knob=Knob("threshold", 0.001, 10, static=True),
-        calibrate=_calibrate_mag,
+    yield Method("TaylorSeer", "diffusers", _apply_taylorseer, taylorseer_settings)
+    magnitudes = [
+        {"retention_ratio": first, "max_skip_steps": most}
+        for first, most in product((0.04, 0.1, 0.2), (3, 9))
+    ]
+    knob = Knob("threshold", 0.001, 10, static=True)
+    yield Method(
+        "MagCache", "diffusers", _apply_mag, lambda _: magnitudes, knob, calibrate=_calibrate_mag
     )
-    table.add(
-        "SeaCache",
-        "diffusers",
-        _apply_sea,
-        _sea_settings,
-        knob=Knob("threshold", 0.003, 10),
-        single=True,
-        note="with an adapter for FLUX written here: Diffusers has none",
-    )
+    note = "with an adapter for FLUX written here: Diffusers has none"
+    knob = Knob("threshold", 0.003, 10)
+    yield Method("SeaCache", "diffusers", _apply_sea, _sea_settings, knob, single=True, note=note)
+
+
+def _cache_dit_caches() -> Iterator[Method]:
+    knob = Knob("residual_diff_threshold", 0.003, 0.99)
     for label, calibrators in (("", (None,)), (" + TaylorSeer", ("taylor1", "taylor2"))):
-        table.add(
-            f"DBCache{label}",
-            "cache-dit",
-            _apply_cache_dit,
-            _db_settings(calibrators),
-            knob=Knob("residual_diff_threshold", 0.003, 0.99),
-            single=True,
-        )
-    table.add("step masks", "cache-dit", _apply_cache_dit, mask_settings)
-    return table.rows
+        settings = _db_settings(calibrators)
+        name = f"DBCache{label}"
+        yield Method(name, "cache-dit", _apply_cache_dit, settings, knob, single=True)
+    yield Method("step masks", "cache-dit", _apply_cache_dit, mask_settings)
 
 
-METHODS = _methods()
+METHODS = {
+    method.name: method
+    for methods in (_hasten_methods, _fewer_steps, _diffusers_caches, _cache_dit_caches)
+    for method in methods()
+}

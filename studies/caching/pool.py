@@ -24,14 +24,13 @@ class Ended(NamedTuple, Generic[Task]):
 def run_all(
     tasks: Sequence[Task],
     slots: int,
-    start: Callable[[Task, Sequence[Task]], Any],
+    start: Callable[[Task], Any],
     deadline: float | None = None,
 ) -> Iterator[Ended[Task]]:
     """Run the tasks in order, at most `slots` at a time; each is yielded as it ends.
 
-    `start(task, unfinished)` begins one and returns its process; `unfinished` are all tasks that
-    have not ended, this one included. At `deadline` (seconds since 1970) what runs is killed and
-    the rest is not begun. Leaving the iterator kills what runs.
+    `start(task)` begins one and returns its process. At `deadline` (seconds since 1970) what runs
+    is killed and the rest is not begun. Leaving the iterator kills what runs.
     """
     waiting = deque(tasks)
     running: dict[Any, tuple[Any, Task]] = {}
@@ -41,8 +40,7 @@ def run_all(
             if left is not None and left <= 0:
                 break
             while waiting and len(running) < slots:
-                busy = [task for _, task in running.values()]
-                process = start(waiting[0], [*busy, *waiting])
+                process = start(waiting[0])
                 running[process.sentinel] = (process, waiting.popleft())
             for sentinel in wait([*running], left):
                 process, task = running.pop(sentinel)

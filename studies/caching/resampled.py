@@ -1,32 +1,36 @@
 """A learned schedule away from where it was learned: other steps, other noise levels, other sizes.
 
-    python -m studies.caching.resampled [--last 24] [--out FILE.json]
-    python -m studies.caching.resampled --report FILE.json      # the table once more
+    python -m studies.caching.resampled [--last 24] [--out DIR]
 
 The bundled model's schedule for 17 of 50 steps, against caches and fewer steps that compute as
 many steps in the same run; each against the full run under the same settings. Settings of the
 others are searched for every run anew, the schedule is taken as it ships. A few minutes on two
-cores; writes FILE.json and, beside it, FILE.md.
+cores; writes DIR/resampled-RUN/results.json for each kind of run and their table, DIR/resampled.md.
+Runs whose results are there are kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from studies.caching.figure import lpips_of
 from studies.caching.methods import METHODS, Method, interval_settings, schedule_method
-from studies.caching.row import Bench, point_of
+from studies.caching.results import put, scored_row, workload_of
+from studies.caching.row import Bench
 from studies.caching.run import RESULTS, SHIPPED
 from studies.caching.workload import Frame, Model, Prompt, prompts
 
-__all__ = ["RUNS", "Run", "carried", "markdown", "methods_for"]
+from hasten.benchmark.environment import look_in_process
+from hasten.report import write_report
+from hasten.results import BASELINE, Results, Row
+from hasten.results_file import read_results
+
+__all__ = ["RUNS", "Run", "carried", "markdown", "methods_for", "read_runs"]
 
 SCHEDULE = "tiny-50-17"
 SEARCH = 2
@@ -44,7 +48,7 @@ COLUMNS = (
 """Methods, and what heads their column."""
 HEAD = """# Away from where it was learned: `{schedule}`
 
-{prompts}, float32,
+{source}, float32,
 {device}. Mean LPIPS, and below dB of PSNR, against the full run under the same settings. All
 columns of a line compute as many steps, unless a number in brackets says how many.
 """
@@ -52,8 +56,12 @@ columns of a line compute as many steps, unless a number in brackets says how ma
 
 @dataclass(frozen=True)
 class Run:
-    """A kind of full run, and the schedule that ships for just that, if there is one."""
+    """A kind of full run, and the schedule that ships for just that, if there is one.
 
+    key: names its folder; name: heads its line in the table.
+    """
+
+    key: str
     name: str
     frame: Frame
     learned: str | None = None
@@ -68,12 +76,12 @@ def shift_at(side: int) -> float:
 
 
 RUNS = (
-    Run("as learned: 50 steps, 128×128, shift 1.5", Frame(), SCHEDULE),
-    Run("40 steps", Frame(steps=40)),
-    Run("30 steps", Frame(steps=30)),
-    Run("28 steps", Frame(steps=28), "tiny-28-9"),
-    Run("shift 3", Frame(shift=3.0)),
-    Run("192×192, FLUX's shift for it", Frame(side=192, shift=round(shift_at(192), 3))),
+    Run("as-learned", "as learned: 50 steps, 128×128, shift 1.5", Frame(), SCHEDULE),
+    Run("40-steps", "40 steps", Frame(steps=40)),
+    Run("30-steps", "30 steps", Frame(steps=30)),
+    Run("28-steps", "28 steps", Frame(steps=28), "tiny-28-9"),
+    Run("shift-3", "shift 3", Frame(shift=3.0)),
+    Run("192", "192×192, FLUX's shift for it", Frame(side=192, shift=round(shift_at(192), 3))),
 )
 
 
@@ -121,111 +129,104 @@ def methods_for(run: Run) -> list[Method]:
     return [*learned, *carried, interval("reuse"), interval("linear"), *others]
 
 
-def measured(run: Run, search: Sequence[Prompt], last: Sequence[Prompt]) -> dict[str, Any]:
-    """A run's row: every column's best setting on `search`, scored on `last`."""
-    started = time.monotonic()
+def measured(run: Run, search: Sequence[Prompt], last: Sequence[Prompt]) -> Iterator[Row]:
+    """Every column's best setting on `search`, scored on `last`."""
     model = Model("tiny", frame=run.frame)
     model.references([*search, *last], BATCH)
     compute, fitted = carried(run.frame, model.plain.scheduler.config.shift)
-    points = {}
     for method in methods_for(run):
         bench = Bench(model, method, BATCH)
         offered = method.settings(len(compute))
         best = offered[0]
         if len(offered) > 1:
             best = min(offered, key=lambda one, bench=bench: bench.error(one, search))
-        point = point_of(None, best, bench.score(best, last)) | {"tried": len(offered)}
-        del point["budget"]
-        point["setting"] = {k: v for k, v in best.items() if k != "toml"}
-        points[method.name] = point
-    seconds = round(time.monotonic() - started, 1)
-    about = {"name": run.name, **asdict(run.frame), "learned": run.learned}
-    return {**about, "compute": compute, "fitted": fitted, "seconds": seconds, "points": points}
+        notes = run_notes(run)
+        if best == shipped(SCHEDULE):
+            notes.append(steps_note(compute, fitted))
+        score = bench.score(best, last)
+        yield scored_row(method.name, best, score, last, len(offered), notes)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The results as tables: a line a run, mean LPIPS and, below, PSNR."""
-    head = HEAD.format(
-        schedule=results["schedule"],
-        prompts=results["workload"]["prompts"],
-        device=results["environment"].get("cpu", "a CPU"),
-    )
-    return "\n".join([head, *_table(results, "lpips"), "", "## PSNR", "", *_table(results, "psnr")])
+def run_notes(run: Run) -> list[str]:
+    """What the workload has no field for."""
+    shift = run.frame.shift
+    return [] if shift is None else [f"noise levels of shift {shift:g}"]
 
 
-def _table(results: dict[str, Any], measure: str) -> Iterator[str]:
+def steps_note(compute: Sequence[int], fitted: bool) -> str:
+    """Which steps the schedule computes, and what fills the others."""
+    filled = "its fitted weights fill" if fitted else "damped fills"
+    return f"computes the steps {' '.join(map(str, compute))}; {filled} the others"
+
+
+def folder_of(out: Path, run: Run) -> Path:
+    return out / f"resampled-{run.key}"
+
+
+def read_runs(out: Path) -> dict[str, Results]:
+    """The results that there are, by the name of their run."""
+    paths = {run.name: folder_of(out, run) / "results.json" for run in RUNS}
+    return {name: read_results(path) for name, path in paths.items() if path.is_file()}
+
+
+def markdown(runs: Mapping[str, Results]) -> str:
+    """The results as tables: one line per run, mean LPIPS and, below, PSNR."""
+    first = next(iter(runs.values()))
+    device = first.environment.cpu or "a CPU"
+    head = HEAD.format(schedule=SCHEDULE, source=first.workload.prompt_source, device=device)
+    tables = [*_table(runs, "lpips"), "", "## PSNR", "", *_table(runs, "psnr"), ""]
+    return "\n".join([head, *tables])
+
+
+def _table(runs: Mapping[str, Results], measure: str) -> Iterator[str]:
     yield "| run | computed | " + " | ".join(title for _, title in COLUMNS) + " |"
     yield "|---|---:|" + "---:|" * len(COLUMNS)
-    for run in results["runs"]:
-        cells = [_cell(run, name, measure) for name, _ in COLUMNS]
-        yield f"| {run['name']} | {len(run['compute'])} of {run['steps']} | {' | '.join(cells)} |"
+    for name, results in runs.items():
+        rows = {row.recipe: row for row in results.rows}
+        count = _computed(rows.get(CARRIED) or rows[LEARNED])
+        cells = [_cell(rows.get(column), measure, count) for column, _ in COLUMNS]
+        yield f"| {name} | {count} of {results.workload.steps} | {' | '.join(cells)} |"
 
 
-def _cell(run: dict[str, Any], name: str, measure: str) -> str:
-    point = run["points"].get(name)
-    if point is None:
+def _cell(row: Row | None, measure: str, expected: int) -> str:
+    quality = row.quality_against(BASELINE) if row else None
+    if row is None or quality is None:
         return "–"
-    value = f"{point[measure]:.5f}" if measure == "lpips" else f"{point[measure]:.1f}"
-    count = round(point["computed"])
-    return value if count == len(run["compute"]) else f"{value} ({count})"
+    value = f"{lpips_of(row):.5f}" if measure == "lpips" else f"{quality.psnr:.1f}"
+    count = _computed(row)
+    return value if count == expected else f"{value} ({count})"
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """The results and, beside them, their table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    path.with_suffix(".md").write_text(markdown(results) + "\n", "utf-8")
+def _computed(row: Row) -> int:
+    assert row.steps_computed is not None
+    return round(row.steps_computed.mean)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--last", type=int, default=24, help="prompts to measure on")
-    parser.add_argument("--out", type=Path, default=RESULTS / "resampled.json")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="only write its table anew")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that FILE has")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
-    if options.report:
-        write(json.loads(options.report.read_text("utf-8")), options.report)
-        return
-    results = _about(options.last)
-    if options.resume:
-        results = _begun(options.out, results["workload"])
-    done = {run["name"] for run in results["runs"]}
     search, last = prompts(SEARCH, options.last)
-    with torch.inference_mode():
-        for run in (run for run in RUNS if run.name not in done):
-            results["runs"].append(measured(run, search, last))
-            write(results, options.out)
-            print(f"{run.name}: {results['runs'][-1]['seconds']} s", flush=True)
-
-
-def _begun(path: Path, workload: dict[str, Any]) -> dict[str, Any]:
-    """The results of an earlier start of the same workload."""
-    begun: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    if begun["workload"] != workload:
-        raise SystemExit(f"{path} has another workload ({begun['workload']}): start without it")
-    return begun
-
-
-def _about(last: int) -> dict[str, Any]:
-    from hasten.benchmark.environment import look_in_process
-
-    environment = look_in_process("cpu", "float32").environment.model_dump(exclude_none=True)
-    environment["threads"] = torch.get_num_threads()
-    return {
-        "schema": 1,
-        "schedule": SCHEDULE,
-        "workload": {
-            "model": "tiny",
-            "dtype": "float32",
-            "prompts": f"The last {last} prompts of the bundled set, settings of the others "
-            f"searched on the first {SEARCH}",
-            "seeds": "the prompt's number in the set",
-        },
-        "environment": environment,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "runs": [],
-    }
+    source = (
+        f"The last {options.last} prompts of the bundled set, settings of the others searched on "
+        f"the first {SEARCH}"
+    )
+    environment = look_in_process("cpu", "float32").environment
+    environment = environment.model_copy(update={"threads": torch.get_num_threads()})
+    there = read_runs(options.out)
+    for run in RUNS:
+        workload = workload_of("tiny", last, source, steps=run.frame.steps, side=run.frame.side)
+        folder = folder_of(options.out, run)
+        if run.name in there:
+            if there[run.name].workload != workload:
+                raise SystemExit(f"{folder} has another workload: name another --out")
+            continue
+        with torch.inference_mode():
+            put(folder, workload, environment, [*measured(run, search, last)])
+        write_report(folder / "results.json", folder)
+        (options.out / "resampled.md").write_text(markdown(read_runs(options.out)), "utf-8")
+        print(run.name, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,53 +9,34 @@ import json
 import math
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from studies.caching.jobs import REFERENCES, Job, empty_row, limit_of, method_of
+from studies.caching.jobs import REFERENCES, Job, limit_of, method_of, name_of
 from studies.caching.methods import Method, UnsupportedError
+from studies.caching.results import Score, failed_row, scored_row
 from studies.caching.search import gentlest, geometric
 from studies.caching.workload import Model, Prompt, prompts
 
 from hasten.quality import lpips, psnr, ssim
+from hasten.results import Row
 
-__all__ = ["Bench", "Score", "perform", "point_of", "run_row"]
+__all__ = ["Bench", "perform", "run_row"]
 
 STEPS = 50
 KNOB_VALUES = 48
 FINE_VALUES = 8
 CHUNK = 25
-LEAST = 0.8  # of the steps that a budget pays for
-TIMED_PROMPTS = 5
+LEAST = 0.8  # of what a budget pays for
 RETRIES = 4
 BATCH = {"cuda": 100, "cpu": 4}
 
 Setting = dict[str, Any]
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Per prompt: distance and likeness to the reference, and cost."""
-
-    lpips: list[float]
-    ssim: list[float]
-    psnr: list[float]
-    evaluations: list[float]
-    computed: list[float]
-
-    def __add__(self, other: Score) -> Score:
-        mine, theirs = asdict(self), asdict(other)
-        return Score(**{name: mine[name] + theirs[name] for name in mine})
-
-    @property
-    def cost(self) -> float:
-        return statistics.mean(self.evaluations)
+Part = dict[str, Any]
+"""What a job leaves behind: `rows`, pairs of a budget and a row, and `fault` where it broke off."""
 
 
 class Bench:
@@ -87,17 +68,15 @@ class Bench:
     def apply(self, setting: Setting) -> Any:
         return self.method.apply(self.model.pipeline(), dict(setting))
 
-    def measure(
-        self, setting: Setting, chosen: Sequence[Prompt], limit: float, until: float | None
-    ) -> Score:
+    def measure(self, setting: Setting, chosen: Sequence[Prompt], limit: float) -> Score:
         """`score`; of a method that gets one image at a time, on fewer prompts where the first ones
-        cost more than `limit` or the clock has passed `until`."""
+        cost more than `limit`."""
         if not self.method.single:
             return self.score(setting, chosen)
         call = self.apply(setting)
         score = self.score(setting, chosen[:CHUNK], call)
         for start in range(CHUNK, len(chosen), CHUNK):
-            if score.cost > limit or (until and time.time() > until):
+            if score.cost > limit:
                 break
             score = score + self.score(setting, chosen[start : start + CHUNK], call)
         return score
@@ -126,90 +105,85 @@ def _worst(chosen: Sequence[Prompt], evaluations: list[float]) -> Score:
     return Score(infinite, infinite, infinite, evaluations, evaluations)
 
 
-def run_row(job: Job, keep: Callable[[Row], None] = lambda _: None) -> Row:
-    """The row: points, or the reason why there are none. `keep` gets it after every point, and with
-    a `fault` where an exception ends it."""
-    started = time.monotonic()
-    row = empty_row(job)
+def run_row(job: Job, keep: Callable[[Part], None] = lambda _: None) -> Part:
+    """The job's rows. `keep` gets them after every budget, and with a `fault` where an exception
+    ends it."""
+    name = name_of(job)
+    part: Part = {"rows": [], "fault": None}
     try:
         bench = Bench(
             Model(job.model, job.device, job.blocks), method_of(job), job.batch or _batch_for(job)
         )
-        for point in _all_points(bench, job, *prompts(job.search, job.last)):
-            row["points"].append(point)
-            row["seconds"] = round(time.monotonic() - started, 1)
-            keep(row)
+        for budget, row in _rows(bench, job, name, *prompts(job.search, job.last)):
+            part["rows"].append([budget, row.model_dump(mode="json")])
+            keep(part)
     except UnsupportedError as error:
-        return {**row, "points": [], "reason": str(error)}
+        row = failed_row(name, str(error), unsupported=True)
+        part["rows"] = [[budget, row.model_dump(mode="json")] for budget in job.budgets]
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
-        keep({**row, "fault": f"{type(error).__name__}: {line}"})
+        keep({**part, "fault": f"{type(error).__name__}: {line}"})
         raise
-    return row
+    return part
 
 
-def render_references(job: Job) -> Row:
+def render_references(job: Job) -> Part:
     """Make or check the full runs on disk, for all other jobs of this model."""
     model = Model(job.model, job.device)
     model.check_references()
     search, measured = prompts(job.search, job.last)
     model.references([*search, *measured], job.batch or _batch_for(job))
-    return {"method": REFERENCES, "points": [], "reason": None}
+    return {"rows": [], "fault": None}
+
+
+def _rows(
+    bench: Bench, job: Job, name: str, search: Sequence[Prompt], measured: Sequence[Prompt]
+) -> Iterator[tuple[float, Row]]:
+    if job.method.endswith(".toml"):
+        yield from _recipe_rows(bench, job, name, measured)
+        return
+    finder: Any = _Stored(job.stored) if job.stored else _finder(bench, search)
+    for budget in job.budgets:
+        yield budget, _best_row(bench, job, name, finder, budget, measured)
+        print(f"{name}: budget {budget} done", file=sys.stderr, flush=True)
+
+
+def _recipe_rows(
+    bench: Bench, job: Job, name: str, measured: Sequence[Prompt]
+) -> Iterator[tuple[float, Row]]:
+    """A recipe has one setting, which serves every budget that it fits."""
+    setting = bench.method.settings(0)[0]
+    score = bench.score(setting, measured)
+    for budget in job.budgets:
+        if LEAST * budget < score.cost <= limit_of(budget):
+            yield budget, scored_row(name, setting, score, measured, notes=job.notes)
+        else:
+            yield budget, failed_row(name, f"it costs {score.cost:.2f} evaluations")
+
+
+def _best_row(
+    bench: Bench, job: Job, name: str, finder: Any, budget: float, measured: Sequence[Prompt]
+) -> Row:
+    """The method's best setting within the budget, or why there is none."""
+    target = limit = limit_of(budget)
+    bound = math.inf if job.stored else limit
+    for _ in range(RETRIES):
+        setting, tried = finder.best(budget, target)
+        if setting is None:
+            return failed_row(name, tried)
+        score = bench.measure(setting, measured, bound)
+        if not math.isfinite(sum(score.lpips)):
+            return failed_row(name, "its images are not finite")
+        if score.cost <= bound:
+            notes = [*([bench.method.note] if bench.method.note else []), *job.notes]
+            over = ["over budget on these prompts"] if score.cost > limit else []
+            return scored_row(name, setting, score, measured, tried, [*notes, *over])
+        target *= 0.998 * limit / score.cost
+    return failed_row(name, "no setting stayed within budget")
 
 
 def _batch_for(job: Job) -> int:
     return BATCH[torch.device(job.device).type]
-
-
-def _all_points(
-    bench: Bench, job: Job, search: Sequence[Prompt], measured: Sequence[Prompt]
-) -> Iterator[Row]:
-    if job.timed:
-        yield from _timed(bench, job, measured)
-    elif job.method.endswith(".toml"):
-        setting = bench.method.settings(0)[0]
-        yield point_of(None, setting, bench.score(setting, measured))
-    else:
-        yield from _points(bench, job, search, measured)
-
-
-def _points(
-    bench: Bench, job: Job, search: Sequence[Prompt], measured: Sequence[Prompt]
-) -> Iterator[Row]:
-    found: Any = _Stored(job.stored) if job.stored else _finder(bench, search)
-    for budget in job.budgets:
-        target = limit = limit_of(budget)
-        for _ in range(RETRIES):
-            setting, tried = found.best(budget, target)
-            if setting is None:
-                yield {"budget": budget, "setting": None, "reason": tried}
-                break
-            bound = math.inf if job.stored else limit
-            score = bench.measure(setting, measured, bound, job.until)
-            if not math.isfinite(sum(score.lpips)):
-                yield {"budget": budget, "setting": None, "reason": "its images are not finite"}
-                break
-            point = {**point_of(budget, setting, score), "tried": tried}
-            if score.cost <= bound:
-                over = {"reason": "over budget on these prompts"} if score.cost > limit else {}
-                yield point | over
-                break
-            target *= 0.998 * limit / score.cost
-        else:
-            yield {"budget": budget, "setting": None, "reason": "no setting stayed within budget"}
-        print(f"{bench.method.name}: budget {budget} done", file=sys.stderr, flush=True)
-
-
-def point_of(budget: float | None, setting: Setting, score: Score) -> Row:
-    """A measured setting as the results file has it: means, and every prompt's values."""
-    means = {name: statistics.mean(values) for name, values in asdict(score).items()}
-    per_prompt = {
-        name: [round(value, 6) for value in values] for name, values in asdict(score).items()
-    }
-    if len(set(per_prompt["evaluations"])) == 1:  # a static plan
-        del per_prompt["evaluations"], per_prompt["computed"]
-    point = {"budget": budget, "setting": setting, **means, "n": len(score.lpips)}
-    return {**point, "per_prompt": per_prompt}
 
 
 class _Stored:
@@ -308,33 +282,12 @@ def _finder(bench: Bench, search: Sequence[Prompt]) -> _ListFinder | _KnobFinder
     return _KnobFinder(bench, search) if bench.method.knob else _ListFinder(bench, search)
 
 
-def _timed(bench: Bench, job: Job, measured: Sequence[Prompt]) -> Iterator[Row]:
-    """Median seconds an image, one at a time, beside the plain pipeline's on the same prompts."""
-    plain = _median_seconds(bench.model, bench.model.pipeline(), STEPS, measured)
-    for budget, setting in (job.stored or {}).items():
-        call = bench.apply(setting)
-        seconds = _median_seconds(bench.model, call, setting.get("steps", STEPS), measured)
-        yield {"budget": budget, "seconds": seconds, "plain_seconds": plain}
-
-
-def _median_seconds(model: Model, call: Any, steps: int, measured: Sequence[Prompt]) -> float:
-    model.draw(call, measured[:1], steps)  # warm-up
-    seconds = []
-    for prompt in measured[:TIMED_PROMPTS]:
-        model.synchronize()
-        started = time.perf_counter()
-        model.draw(call, [prompt], steps)
-        model.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
 def perform(job_file: Path, row_file: Path) -> None:
-    """Do a job file's job; the row file holds what there is of the row, after every point."""
+    """Do a job file's job; the row file holds its rows so far, after every one."""
 
-    def keep(row: Row) -> None:
+    def keep(part: Part) -> None:
         temporary = row_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(row), "utf-8")
+        temporary.write_text(json.dumps(part), "utf-8")
         temporary.replace(row_file)
 
     job = Job(**json.loads(job_file.read_text("utf-8")))

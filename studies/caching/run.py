@@ -6,11 +6,11 @@
     python -m studies.caching.run --recipes learned/       # MODEL-50-*.toml as row `schedule`
     python -m studies.caching.run --recipes a.toml b.toml  # rows of your own
     python -m studies.caching.run --stored --last 200      # known settings on more prompts
-    python -m studies.caching.run --time                   # their wall time, on an idle machine
     python -m studies.caching.run --blocks 57              # as in a model as deep as FLUX.1-dev
     python -m studies.caching.run --plan                   # print the jobs, run nothing
 
-Rows are added to (or replaced in) RESULTS/MODEL.json as their jobs finish; the report follows.
+Rows are added to (or replaced in) RESULTS/MODEL-BUDGET/results.json as their jobs finish; reports,
+table and plot follow.
 Exit status 1 where a job failed or the deadline came first; what there is has been written.
 """
 
@@ -24,17 +24,30 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from studies.caching.jobs import GENERIC, REFERENCES, SCHEDULE, Job, in_order, jobs_for, seconds
+from studies.caching.figure import lpips_of, write_figure
+from studies.caching.jobs import (
+    GENERIC,
+    REFERENCES,
+    SCHEDULE,
+    Job,
+    in_order,
+    jobs_for,
+    name_of,
+)
 from studies.caching.launch import Launcher
 from studies.caching.methods import METHODS
 from studies.caching.pool import run_all
-from studies.caching.report import write_report
-from studies.caching.results import Results, settings_of
+from studies.caching.results import folder_of, put, setting_of, workload_of
+from studies.caching.workload import prompts
+
+from hasten.benchmark.environment import look_in_process
+from hasten.report import write_report
+from hasten.results import Environment, Results, Row, Workload
+from hasten.results_file import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "studies" / "results" / "caching"
@@ -49,36 +62,56 @@ def main(arguments: list[str] | None = None) -> None:
     begun = time.time()
     options = _parser().parse_args(arguments)
     options.end = begun + options.deadline if options.deadline else None
-    results = {
-        name: Results(options.results / f"{name}.json", timed=options.time)
-        for name in options.model
-    }
-    jobs = in_order(_jobs(options, results), options.model)
+    _check_workloads(options)
+    jobs = in_order(_jobs(options))
     if options.plan:
         print("\n".join(_planned(jobs)))
         return
-    missing = _run(jobs, options, results)
-    for one in results.values():
-        try:
-            write_report(one.path)
-        except (ImportError, OSError) as error:  # the results are there, and can be drawn elsewhere
-            print(f"no report of {one.path}: {error}", flush=True)
+    missing = _run(jobs, options)
+    for model in options.model:
+        for path in [_folder(options, model, budget) for budget in options.budgets]:
+            write_report(path / "results.json", path)
+        if not options.blocks:
+            write_figure(options.results, model)
     print(f"{len(jobs)} jobs, {time.time() - begun:.0f} s", flush=True)
     if missing:
         raise SystemExit("\n".join(["missing:", *missing]))
 
 
-def _jobs(options: argparse.Namespace, results: dict[str, Results]) -> Iterator[Job]:
+def _folder(options: argparse.Namespace, model: str, budget: float) -> Path:
+    return folder_of(options.results, model, budget, options.blocks)
+
+
+def _known(options: argparse.Namespace, model: str) -> dict[float, Results]:
+    """What there is of the model's results by budget."""
+    paths = {one: _folder(options, model, one) / "results.json" for one in options.budgets}
+    return {budget: read_results(path) for budget, path in paths.items() if path.is_file()}
+
+
+def _workload(options: argparse.Namespace, model: str) -> Workload:
+    source = (
+        f"bundled set tiny: settings searched on the first {options.search}, "
+        f"measured on the last {options.last}"
+    )
+    return workload_of(model, prompts(options.search, options.last)[1], source)
+
+
+def _check_workloads(options: argparse.Namespace) -> None:
+    """Rows of different prompts do not go into one file."""
+    for model in options.model:
+        for budget, results in _known(options, model).items():
+            if results.workload != _workload(options, model):
+                place = _folder(options, model, budget)
+                raise SystemExit(f"{place} has another workload: name other --results")
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[Job]:
     files = [str(path.resolve()) for path in options.recipes if path.is_file()]
     folders = [str(path.resolve()) for path in options.recipes if not path.is_file()]
     every = PARTIAL if options.blocks else EVERY
     for model in options.model:
+        known = _known(options, model) if options.stored else {}
         for name in options.methods or files or every:
-            known = None
-            if options.stored or options.time:
-                known = settings_of(results[model].data, name, options.blocks)
-                if options.time and not known:
-                    continue
             whole = Job(
                 model=model,
                 method=name,
@@ -87,17 +120,20 @@ def _jobs(options: argparse.Namespace, results: dict[str, Results]) -> Iterator[
                 last=options.last,
                 device=options.device,
                 batch=options.batch,
-                stored=known or None,
-                timed=options.time,
                 blocks=options.blocks,
                 recipes=[*folders, str(LEARNED), str(SHIPPED)],
             )
-            yield from jobs_for(whole)
+            settings = _settings(known, name_of(whole))
+            yield from jobs_for(replace(whole, stored=settings or None))
 
 
-def _run(
-    jobs: Sequence[Job], options: argparse.Namespace, results: dict[str, Results]
-) -> list[str]:
+def _settings(known: dict[float, Results], name: str) -> dict[str, dict[str, Any]]:
+    """A row's settings found so far, by budget."""
+    rows = {budget: row for budget, one in known.items() for row in one.rows if row.recipe == name}
+    return {str(budget): found for budget, row in rows.items() if (found := setting_of(row))}
+
+
+def _run(jobs: Sequence[Job], options: argparse.Namespace) -> list[str]:
     """Run all jobs, the models' full runs before the others; return a line for each one lost."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -105,49 +141,34 @@ def _run(
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["studies.caching.preload"])
     multiprocessing.forkserver.ensure_running()  # it imports while we look around
-    device, about = _surroundings(options)
-    jobs = [replace(job, device=device) for job in jobs]
+    device, environment = _surroundings(options)
+    place = environment.gpu or environment.cpu
+    jobs = [replace(job, device=device, notes=[f"measured on {place}"]) for job in jobs]
     full = [replace(jobs[0], model=model, method=REFERENCES) for model in options.model]
     missing = []
     with tempfile.TemporaryDirectory() as folder:
-        launcher = Launcher(processes, Path(folder), options.jobs, options.end)
+        launcher = Launcher(processes, Path(folder))
         for job, code, stopped in run_all(full, options.jobs, launcher.start, options.end):
             missing += [f"{job.model}: {job.method}: {stopped or code}"] if stopped or code else []
         for ended in run_all(jobs, options.jobs, launcher.start, options.end):
-            part, lost = launcher.part(ended)
-            results[ended.task.model].add(part, {"model": ended.task.model, **about})
-            missing += [f"{ended.task.model}: {part['method']}: {lost}"] if lost else []
-            print(f"{ended.task.model}: {_brief(part)}", flush=True)
+            rows, lost = launcher.rows(ended)
+            model = ended.task.model
+            for budget, row in rows.items():
+                workload = _workload(options, model)
+                put(_folder(options, model, budget), workload, environment, [row])
+                print(f"{model}, {budget}: {_brief(row)}", flush=True)
+            missing += [f"{model}: {name_of(ended.task)}: {lost}"] if lost else []
     return missing
 
 
-def _surroundings(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """(the device that `auto` or `cuda` means, what a results file says besides its rows)."""
-    from hasten.benchmark.environment import look_in_process
-
+def _surroundings(options: argparse.Namespace) -> tuple[str, Environment]:
+    """(the device that `auto` or `cuda` means, where it is measured)."""
     here = look_in_process(options.device, "float32")
     if here.fault:
         raise SystemExit(f"{here.fault}: {here.fix}")
-    environment = here.environment.model_dump(exclude_none=True)
-    environment["threads"] = options.threads
-    environment["packages"] = {
-        name: metadata.version(name)
-        for name in ("torch", "diffusers", "transformers", "cache-dit")
-        if _installed(name)
-    }
-    return here.device, {
-        "workload": {
-            "steps": 50,
-            "size": "128x128",
-            "dtype": "float32",
-            "prompts": f"bundled set tiny: settings searched on the first {options.search}, "
-            f"measured on the last {options.last}",
-            "seeds": "the prompt's number in the set",
-        },
-        "budgets": options.budgets,
-        "environment": environment,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    packages = {"cache-dit": metadata.version("cache-dit")} if _installed("cache-dit") else {}
+    update = {"threads": options.threads, "packages": packages}
+    return here.device, here.environment.model_copy(update=update)
 
 
 def _installed(package: str) -> bool:
@@ -159,22 +180,16 @@ def _installed(package: str) -> bool:
 
 
 def _planned(jobs: Sequence[Job]) -> Iterator[str]:
-    """A line a job, in the order in which they would begin, and the guess of their times."""
+    """One line per job, in the order in which they would begin."""
     for job in jobs:
         budgets = " ".join(f"{budget:g}" for budget in job.budgets)
-        yield f"{seconds(job):6.1f} s  {job.model:8} {job.method} ({budgets})"
-    yield f"{sum(map(seconds, jobs)):6.1f} s  {len(jobs)} jobs, each alone on an H100: a guess"
+        yield f"{job.model:8} {name_of(job)} ({budgets})"
 
 
-def _brief(part: dict[str, Any]) -> str:
-    points = "; ".join(map(_brief_point, part["points"]))
-    return f"{part['method']}: {part['reason'] or points} ({part.get('seconds', 0):.0f} s)"
-
-
-def _brief_point(point: dict[str, Any]) -> str:
-    if point.get("lpips") is None:
-        return f"{point['budget']}: {point.get('reason') or point.get('seconds')}"
-    return f"{point['budget']}: {point['evaluations']:.1f} evaluations, LPIPS {point['lpips']:.4f}"
+def _brief(row: Row) -> str:
+    if row.status != "ok":
+        return f"{row.recipe}: {row.reason}"
+    return f"{row.recipe}: {row.extra['evaluations']:.1f} evaluations, LPIPS {lpips_of(row):.4f}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,7 +206,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="end by then")
     parser.add_argument("--stored", action="store_true", help="known settings, no search")
-    parser.add_argument("--time", action="store_true", help="only time the known settings")
     parser.add_argument("--blocks", type=int, help="charge early leavers as in so deep a model")
     parser.add_argument("--plan", action="store_true", help="print the jobs, run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)

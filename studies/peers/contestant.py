@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from studies.peers.record import Row, distance, summarize
+from studies.peers.record import Record, distance
 from studies.peers.remote import Clock, Lost, Remote
 
 __all__ = ["Contestant"]
@@ -13,11 +11,10 @@ __all__ = ["Contestant"]
 class Contestant:
     """Renders timed images on demand and keeps its row up to date."""
 
-    def __init__(self, remote: Remote, variant: str, row: Row) -> None:
+    def __init__(self, remote: Remote, variant: str, row: Record) -> None:
         self.remote = remote
         self.variant = variant
         self.row = row
-        self.samples: dict[int, list[dict[str, Any]]] = {}
 
     def render(self, number: int, size: int, clock: Clock, limit: float) -> None:
         """Time image `number` at `size`; the row says why where that fails."""
@@ -27,22 +24,19 @@ class Contestant:
         except Lost as lost:
             self._lose(lost)
             return
-        self.samples.setdefault(size, []).append(sample)
-        steps = self.remote.workload.steps
-        self.row["sizes"][str(size)].update(summarize(self.samples[size], steps))
-        if all(entry["seconds"] for entry in self.row["sizes"].values()):
-            self.row.update(status="ok", reason=None)
+        self.row.add(size, sample)
 
     def compare(self, base: Contestant, size: int) -> None:
         """Note how far the first image's final latents lie from the base's, given the same."""
-        if self.samples.get(size) and base.samples.get(size):
-            found = distance(self.samples[size][0]["probe"], base.samples[size][0]["probe"])
-            self.row["sizes"][str(size)]["latent_distance"] = found
+        own, other = self.row.timings[size], base.row.timings[size]
+        if own.samples and other.samples:
+            probes = own.samples[0]["probe"], other.samples[0]["probe"]
+            own.latent_distance = distance(*probes)
 
     def _lose(self, lost: Lost) -> None:
         """End what may still run. Measured at every size is measured, if on fewer images."""
         self.remote.end()
-        if self.row["status"] == "ok":
-            self.row["reason"] = f"fewer images than planned: {lost}"
+        if self.row.status == "ok":
+            self.row.reason = f"fewer images than planned: {lost}"
         else:
-            self.row.update(status=lost.status, reason=lost.reason)
+            self.row.status, self.row.reason = lost.status, lost.reason

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-from studies.peers.record import Row
+from studies.peers.record import Record, recipe_toml
 from studies.peers.remote import Clock, Lost, Remote
 
 __all__ = ["Room", "prepare"]
@@ -26,7 +26,7 @@ class Room(NamedTuple):
 
 
 def prepare(
-    remote: Remote, rows: Sequence[Row], clock: Clock, limit: float, save: Callable[[], None]
+    remote: Remote, rows: Sequence[Record], clock: Clock, limit: float, save: Callable[[], None]
 ) -> Room:
     """Build, apply, and the first image at every size, noted in `rows`, one for each variant.
 
@@ -34,7 +34,7 @@ def prepare(
     shared: what it took to start stands in the first of them. Raises Lost.
     """
     built = remote.ask("build", clock, BUILD_SECONDS)
-    rows[0]["load_seconds"] = built["load_seconds"]
+    rows[0].load_seconds = built["load_seconds"]
     start = monotonic()
     try:
         applied = remote.ask("apply", clock, limit)
@@ -45,7 +45,7 @@ def prepare(
             left = limit - (monotonic() - start)
             what = {"number": WARM_UP + place, "size": size, "variant": remote.spec.variants[0]}
             image = remote.ask("image", clock, left, **what)
-            rows[0]["sizes"][str(size)]["first_image_seconds"] = image["seconds"]
+            rows[0].timings[size].first_image_seconds = image["seconds"]
             after = image["free_bytes"]
             save()
     except Lost as lost:
@@ -55,8 +55,8 @@ def prepare(
     return Room(built["free_before"], built["free_bytes"], after)
 
 
-def _note(rows: Sequence[Row], variants: Sequence[str], applied: dict[str, Any]) -> None:
-    rows[0]["setup_seconds"] = applied["setup_seconds"]
+def _note(rows: Sequence[Record], variants: Sequence[str], applied: dict[str, Any]) -> None:
+    rows[0].setup_seconds = applied["setup_seconds"]
     for row, variant in zip(rows, variants, strict=True):
-        row["recipe"] = {**applied["recipe"], **({"variant": variant} if variant else {})}
-        row["allocated_bytes"] = applied["allocated_bytes"]
+        asked = {**applied["recipe"], **({"variant": variant} if variant else {})}
+        row.settings = recipe_toml(asked)

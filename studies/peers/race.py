@@ -19,7 +19,7 @@ from typing import Any
 
 from studies.peers.contestant import Contestant
 from studies.peers.preparation import prepare
-from studies.peers.record import Row, new_row
+from studies.peers.record import Record
 from studies.peers.remote import Clock, Lost, Remote
 from studies.peers.rows import BASE, Spec
 from studies.peers.workload import Workload
@@ -65,7 +65,7 @@ class Race:
         self.clock = clock
         self.save = save
         self.say = say
-        self.rows: list[Row] = []
+        self.rows: list[Record] = []
         self.base: Contestant | None = None
         self.need = self.need_loaded = 0
         self.free: int | None = None
@@ -85,7 +85,9 @@ class Race:
                 if not waiting:
                     break
             if self.base is not None:
-                self._ask_held(self.base.remote, [row for row in self.rows if row["row"] == BASE])
+                self._ask_held(
+                    self.base.remote, [row for row in self.rows if row.role == "baseline"]
+                )
         finally:
             for remote in [*self._alive]:
                 self._end(remote)
@@ -93,7 +95,7 @@ class Race:
 
     # --- processes ---
 
-    def _begin(self, specs: Sequence[Spec]) -> deque[tuple[Remote, list[Row]]]:
+    def _begin(self, specs: Sequence[Spec]) -> deque[tuple[Remote, list[Record]]]:
         """A process and its rows for each. They import together, before anything is timed."""
         begun = deque((self._start(spec), self._new_rows(spec)) for spec in specs)
         for _, rows in begun:
@@ -126,19 +128,18 @@ class Race:
         remote.end()
         self._alive.remove(remote)
 
-    def _new_rows(self, spec: Spec) -> list[Row]:
-        package = spec.kind if spec.kind == "hasten" else "peer"
-        names = [spec.name(variant) for variant in spec.variants]
-        return [new_row(name, package, None, self.workload.sizes) for name in names]
+    def _new_rows(self, spec: Spec) -> list[Record]:
+        sizes = self.workload.sizes
+        return [Record.new(spec.kind, spec.name(variant), sizes) for variant in spec.variants]
 
     # --- stages ---
 
-    def _set_up_base(self, remote: Remote, rows: list[Row]) -> None:
+    def _set_up_base(self, remote: Remote, rows: list[Record]) -> None:
         racers = self._set_up(remote, rows)
         self._plain_row = deepcopy(rows[0])
         self.base = racers[0] if racers else None
 
-    def _fill(self, waiting: deque[tuple[Remote, list[Row]]], group: int) -> list[Contestant]:
+    def _fill(self, waiting: deque[tuple[Remote, list[Record]]], group: int) -> list[Contestant]:
         """Set up rows for as long as there is room for one more."""
         members: list[Contestant] = []
         while waiting and self._has_room(waiting[0][0].spec, members):
@@ -146,10 +147,10 @@ class Race:
             members += self._set_up(remote, rows)
             lost = remote.lost
             if lost is not None and lost.status == "out of memory" and members:
-                waiting.appendleft((self._start_again(remote.spec), self._anew(rows)))
+                waiting.appendleft((self._start_again(remote.spec), self._anew(remote.spec, rows)))
                 break
         for one in members:
-            one.row["group"] = group
+            one.row.group = group
         return members
 
     def _has_room(self, spec: Spec, members: list[Contestant]) -> bool:
@@ -161,7 +162,7 @@ class Race:
         need = self.need_loaded if spec.eight_bits else self.need
         return self.free is None or self.free >= need
 
-    def _set_up(self, remote: Remote, rows: list[Row]) -> list[Contestant]:
+    def _set_up(self, remote: Remote, rows: list[Record]) -> list[Contestant]:
         """The contestants of a process, none where it was lost, which its rows then say."""
         try:
             room = prepare(remote, rows, self.clock, self.options.setup_limit, self.save)
@@ -175,9 +176,9 @@ class Race:
             self.need = _taken(room.before, room.after)
             self.need_loaded = _taken(room.before, room.loaded)
         self.free = room.after
-        firsts = [entry["first_image_seconds"] for entry in rows[0]["sizes"].values()]
-        seconds = rows[0]["setup_seconds"] + sum(firsts)
-        self.say(f"{remote.spec.text}: loaded in {rows[0]['load_seconds']:.1f} s, then warm in "
+        firsts = [timing.first_image_seconds or 0.0 for timing in rows[0].timings.values()]
+        seconds = (rows[0].setup_seconds or 0.0) + sum(firsts)
+        self.say(f"{remote.spec.text}: loaded in {rows[0].load_seconds:.1f} s, then warm in "
                  f"{seconds:.1f} s")  # fmt: skip
         pairs = zip(remote.spec.variants, rows, strict=True)
         return [Contestant(remote, variant, row) for variant, row in pairs]
@@ -203,10 +204,10 @@ class Race:
             return None
         if group:
             row = deepcopy(self._plain_row)
-            place = next(i for i, other in enumerate(self.rows) if other["group"] == group)
+            place = next(i for i, other in enumerate(self.rows) if other.group == group)
             self.rows.insert(place, row)
             self.base = Contestant(self.base.remote, "", row)
-        self.base.row["group"] = group
+        self.base.row.group = group
         return self.base
 
     def _finish(self, members: list[Contestant]) -> None:
@@ -216,43 +217,46 @@ class Race:
             rows = [one.row for one in members if one.remote is remote]
             self._ask_held(remote, rows)
             self._end(remote)
-            if self.options.warm and rows[0]["status"] == "ok" and self.clock.left() > 0:
-                rows[0]["warm_start"] = self._warm_start(remote)
+            if self.options.warm and rows[0].status == "ok" and self.clock.left() > 0:
+                self._warm_start(remote, rows[0])
             self.save()
 
-    def _ask_held(self, remote: Remote, rows: list[Row]) -> None:
+    def _ask_held(self, remote: Remote, rows: list[Record]) -> None:
         try:
             answer = remote.ask("held", self.clock, self.options.image_limit)
         except Lost:
             return  # the images are measured; the row says enough
         for row in rows:
-            row.update(answer)
+            row.held_bytes, row.summary = answer["held_bytes"], answer["summary"]
 
-    def _warm_start(self, before: Remote) -> dict[str, Any]:
-        """Setup and first images of a new process that finds the first one's compile caches."""
+    def _warm_start(self, before: Remote, row: Record) -> None:
+        """Note setup and first images of a new process that finds the first one's caches."""
         remote = self._start_again(before.spec, before.caches)
         rows = self._new_rows(before.spec)
         try:
             prepare(remote, rows, self.clock, self.options.setup_limit, self.save)
         except Lost as lost:
-            return {"reason": str(lost)}
+            self.say(f"{before.spec.text}: no warm start: {lost}")
+            return
         finally:
             self._end(remote)
-        firsts = {size: entry["first_image_seconds"] for size, entry in rows[0]["sizes"].items()}
-        self.say(f"{before.spec.text}: warm start, first images {firsts}")
-        return {"setup_seconds": rows[0]["setup_seconds"], "first_image_seconds": firsts}
+        row.warm_setup_seconds = rows[0].setup_seconds
+        for size, timing in rows[0].timings.items():
+            row.timings[size].warm_image_seconds = timing.first_image_seconds
+        self.say(f"{before.spec.text}: started with warm caches")
 
-    def _anew(self, rows: list[Row]) -> list[Row]:
-        """The same places in `rows`, as if nothing had happened."""
-        for row in rows:
-            row.update(new_row(row["row"], row["package"], None, self.workload.sizes))
-        return rows
+    def _anew(self, spec: Spec, rows: list[Record]) -> list[Record]:
+        """New rows in the places of `rows`, as if nothing had happened."""
+        fresh = self._new_rows(spec)
+        place = next(index for index, row in enumerate(self.rows) if row is rows[0])
+        self.rows[place : place + len(rows)] = fresh
+        return fresh
 
 
 def _taken(before: int | None, after: int | None) -> int:
     return 0 if before is None or after is None else before - after + MARGIN
 
 
-def _refuse(rows: list[Row], lost: Lost) -> None:
+def _refuse(rows: list[Record], lost: Lost) -> None:
     for row in rows:
-        row.update(status=lost.status, reason=lost.reason)
+        row.status, row.reason = lost.status, lost.reason

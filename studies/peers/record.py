@@ -1,70 +1,134 @@
-"""What is kept of a row: plain data, written as it is."""
+"""What is kept of a row in the race, and the rows of `results.json` that it makes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from hasten.results import summarize_seconds
+from studies.peers.rows import BASE
+from studies.settings import settings_toml
 
-__all__ = ["distance", "new_row", "refused", "summarize"]
+from hasten.results import BASELINE, Role, Row, StepsComputed, summarize_quality, summarize_seconds
 
-Row = dict[str, Any]
+__all__ = ["Record", "Timing", "distance", "recipe_toml"]
+
+GIB = 2**30
+IN_TURNS = "the rows took turns, image by image"
+UNSCORED = summarize_quality(BASELINE, (), "random text embeddings: pictures were not scored")
 
 
-def new_row(name: str, package: str, group: int | None, sizes: Sequence[int]) -> Row:
-    """A row before anything is known of it.
+@dataclass
+class Timing:
+    """A row's images at one size. `warm_image_seconds` is a first image with warm compile caches;
+    `latent_distance` is to the base's final latents of the same image."""
 
-    group: rows of one group ran in turns; a row's ratios are to the base of its own group.
+    first_image_seconds: float | None = None
+    warm_image_seconds: float | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    latent_distance: float | None = None
+
+
+@dataclass
+class Record:
+    """A row of the race at all its sizes.
+
+    Rows of one group ran in turns, and ratios are to the base of their group. A row is measured
+    where its status is "ok", and at every size with samples.
     """
-    return {
-        "row": name,
-        "package": package,
-        "group": group,
-        "status": "stopped",
-        "reason": "never begun",
-        "recipe": None,
-        "summary": None,
-        "load_seconds": None,
-        "setup_seconds": None,
-        "allocated_bytes": None,
-        "held_bytes": None,
-        "sizes": {str(size): _new_size() for size in sizes},
-        "warm_start": None,
-    }
+
+    name: str
+    role: Role
+    timings: dict[int, Timing]
+    group: int | None = None
+    status: str = "stopped"
+    reason: str | None = "never begun"
+    settings: str | None = None
+    load_seconds: float | None = None
+    setup_seconds: float | None = None
+    warm_setup_seconds: float | None = None
+    held_bytes: int | None = None
+    summary: str = ""
+
+    @classmethod
+    def new(cls, kind: str, name: str, sizes: Sequence[int]) -> Record:
+        """A row before anything is known of it."""
+        roles: dict[str, Role] = {BASE: "baseline", "hasten": "recipe"}
+        own_name = BASELINE if kind == BASE else name
+        return cls(own_name, roles.get(kind, "peer"), {size: Timing() for size in sizes})
+
+    def add(self, size: int, sample: dict[str, Any]) -> None:
+        """Keep a timed image; a row that has one at every size is measured."""
+        self.timings[size].samples.append(sample)
+        if all(timing.samples for timing in self.timings.values()):
+            self.status, self.reason = "ok", None
+
+    def row(self, size: int, steps: int) -> Row:
+        """The row of the results at `size`; what was measured stays, whatever came later."""
+        timing = self.timings[size]
+        start = {
+            "setup_seconds": _sum(self.load_seconds, self.setup_seconds),
+            "first_image_seconds": timing.first_image_seconds,
+            "toml": self._toml(),
+            "extra": _known(self._extra(timing)),
+        }
+        if not timing.samples:
+            status = "unsupported" if self.status == "unsupported" else "failed"
+            reason = self.reason if status == self.status else f"{self.status}: {self.reason}"
+            return Row(recipe=self.name, role=self.role, status=status, reason=reason, **start)
+        computed = [sample["computed"] for sample in timing.samples]
+        loop = summarize_seconds([sample["loop_seconds"] for sample in timing.samples])
+        return Row(
+            recipe=self.name,
+            role=self.role,
+            status="ok",
+            notes=tuple(self._notes(timing)),
+            quality=() if self.role == "baseline" else (UNSCORED,),
+            seconds_per_image=summarize_seconds([one["seconds"] for one in timing.samples]),
+            transformer_ms_per_step=1000 * loop.median / steps,
+            steps_computed=StepsComputed(
+                mean=sum(computed) / len(computed), min=min(computed), max=max(computed)
+            ),
+            peak_memory_bytes=max(sample["peak_bytes"] for sample in timing.samples),
+            **start,
+        )
+
+    def _toml(self) -> str | None:
+        """The settings, and as comments what hasten or the peer reports it did."""
+        lines = [f"# {line}".rstrip() for line in self.summary.splitlines()]
+        return "\n".join([self.settings or "", *lines]) if lines else self.settings
+
+    def _extra(self, timing: Timing) -> dict[str, float | None]:
+        return {
+            "load s": self.load_seconds,
+            "held GiB": None if self.held_bytes is None else self.held_bytes / GIB,
+            "latent distance": timing.latent_distance,
+            "warm setup s": self.warm_setup_seconds,
+            "warm first image s": timing.warm_image_seconds,
+        }
+
+    def _notes(self, timing: Timing) -> list[str]:
+        notes = [IN_TURNS, *([self.reason] if self.reason else [])]
+        finite = all(sample["finite"] for sample in timing.samples)
+        return notes if finite else [*notes, "its images are not finite"]
 
 
-def _new_size() -> Row:
-    return {
-        "first_image_seconds": None,
-        "seconds": None,
-        "loop_seconds": None,
-        "ms_per_step": None,
-        "computed": None,
-        "peak_bytes": None,
-        "latent_distance": None,
-        "finite": None,
-    }
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def refused(row: Row, status: str, reason: str) -> None:
-    """The row did not get so far; what it measured before stays."""
-    row["status"], row["reason"] = status, reason
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
-def summarize(samples: Sequence[dict[str, Any]], steps: int) -> Row:
-    """What a size's entry says of its timed images (at least one)."""
-    loops = [sample["loop_seconds"] for sample in samples]
-    loop = summarize_seconds(loops)
-    return {
-        "seconds": summarize_seconds([sample["seconds"] for sample in samples]).model_dump(),
-        "loop_seconds": loop.model_dump(),
-        "ms_per_step": 1000 * loop.median / steps,
-        "computed": samples[-1]["computed"],
-        "peak_bytes": max(sample["peak_bytes"] for sample in samples),
-        "finite": all(sample["finite"] for sample in samples),
-    }
+def recipe_toml(recipe: Mapping[str, Any]) -> str:
+    """What was asked of a row: hasten's recipe as it is, a peer's settings as a TOML document."""
+    others = {name: value for name, value in recipe.items() if name != "hasten.optimize"}
+    own = recipe.get("hasten.optimize", "")
+    if own and not any(others.values()):
+        return str(own)
+    return str(own) + settings_toml(others)
 
 
 def distance(values: Sequence[float], base: Sequence[float]) -> float | None:

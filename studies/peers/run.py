@@ -6,8 +6,9 @@
     python -m studies.peers.run --warm                 # each row once more, compile caches warm
     python -m studies.peers.run --device cpu --model tiny --sizes 64 128 --steps 4 --rounds 1
 
-Each row has a process of its own. DIR/peers.json is whole after every stage, DIR/peers.md the table
-made from it, DIR/logs what the rows' libraries said. Exit status 1 where not every row is measured.
+Each row has a process of its own. DIR/SIZE/results.json is whole after every stage; at the end the
+report of a benchmark is written beside it. DIR/logs has what the rows' libraries said. Exit
+status 1 where not every row is measured.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from studies.peers.race import Options, Race
+from studies.peers.record import Record
 from studies.peers.remote import Clock
-from studies.peers.report import write_report
+from studies.peers.results import all_results, write_all, write_reports
 from studies.peers.rows import KINDS, Spec, read_spec
-from studies.peers.store import Store
 from studies.peers.workload import Workload
 
 from hasten.benchmark.environment import Surroundings, look_in_process
 from hasten.errors import HastenError
 from hasten.models.defaults import check_model, defaults_for
 from hasten.recipe import preset_names
+from hasten.report import table
+from hasten.results import Environment, Results
 
 __all__ = ["main"]
 
@@ -46,7 +49,7 @@ PEERS = [  # rows of eight bits side by side: two of them fit beside the base in
 PRESETS = ["lossless", "fp8", "balanced", "max"]
 LAST = ["flux-fast"]  # may take its whole setup limit
 PACKAGES = (
-    "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "torchao", "mslk",
+    "triton", "accelerate", "peft", "torchao", "mslk",
     "cache-dit", "flash-attn", "nvidia-cudnn-cu13",
 )  # fmt: skip
 
@@ -56,27 +59,40 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     clock = Clock(options.deadline)
     try:
-        specs = [read_spec(text, options.computed) for text in options.rows or _default_rows()]
+        rows = dict.fromkeys(options.rows or _default_rows())
+        specs = [read_spec(text, options.computed) for text in rows]
         _check(options)
         here = _surroundings(options)
         workload = _workload(options, here)
     except (ValueError, HastenError) as error:
         raise SystemExit(str(error)) from None
-    store = Store(options.out / "peers.json", _header(workload, here, arguments))
-    rows = _race(specs, workload, options, store, clock)
-    print(write_report(store.path), flush=True)
-    if any(row["status"] != "ok" for row in rows):
+    environment = _environment(here)
+    command = shlex.join(["python", "-m", "studies.peers.run", *arguments])
+
+    def written(records: Sequence[Record]) -> dict[str, Results]:
+        found = all_results(records, workload, environment, command)
+        write_all(found, options.out)
+        return found
+
+    records = _race(specs, workload, options, written, clock)
+    found = written(records)
+    write_reports(found, options.out)
+    print("\n".join(table.to_markdown(one) for one in found.values()), flush=True)
+    if any(record.status != "ok" for record in records):
         raise SystemExit(1)
 
 
 def _race(
-    specs: Sequence[Spec], workload: Workload, options: Any, store: Store, clock: Clock
-) -> list[dict[str, Any]]:
+    specs: Sequence[Spec],
+    workload: Workload,
+    options: argparse.Namespace,
+    write: Callable[[Sequence[Record]], object],
+    clock: Clock,
+) -> list[Record]:
     limits = Options(options.setup_limit, options.image_limit, options.resident, options.warm)
-    finished = False
 
     def save() -> None:
-        store.save(race.rows, clock.spent(), finished=finished)
+        write(race.rows)
 
     def say(line: str) -> None:
         print(f"{clock.spent():6.1f} s  {line}", flush=True)
@@ -88,8 +104,6 @@ def _race(
             race.run(specs, Path(scratch), options.out / "logs")
     finally:
         signal.signal(signal.SIGTERM, before)
-    finished = True
-    save()
     return race.rows
 
 
@@ -123,14 +137,9 @@ def _workload(options: argparse.Namespace, here: Surroundings) -> Workload:
     )
 
 
-def _header(workload: Workload, here: Surroundings, arguments: list[str]) -> dict[str, Any]:
-    environment = here.environment.model_dump(exclude_none=True)
-    environment["packages"] = {name: _version(name) for name in PACKAGES}
-    return {
-        "workload": workload.to_json(),
-        "environment": environment,
-        "command": shlex.join(["python", "-m", "studies.peers.run", *arguments]),
-    }
+def _environment(here: Surroundings) -> Environment:
+    versions = {name: version for name in PACKAGES if (version := _version(name))}
+    return here.environment.model_copy(update={"packages": versions})
 
 
 def _version(package: str) -> str | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from studies.caching.figure import lpips_of
+from studies.caching.results import package_of
 
 from hasten.recipe import Recipe
-from studies.caching import report, resampled
+from hasten.results import BASELINE, Row
+from studies.caching import figure, resampled
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "caching.md"
@@ -34,15 +35,18 @@ def test_its_tables_are_the_committed_ones(name: str, shown: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "teacher", "resampled"])
 def test_the_reports_are_those_of_the_measurements(name: str) -> None:
-    written = (RESULTS / f"{name}.md").read_text("utf-8").rstrip("\n")
-    make = resampled.markdown if name == "resampled" else report.markdown
-    assert written == make(_results(name)).rstrip("\n")
+    written = (RESULTS / f"{name}.md").read_text("utf-8")
+    if name == "resampled":
+        assert written == resampled.markdown(resampled.read_runs(RESULTS))
+    else:
+        assert written == figure.markdown(figure.read_budgets(RESULTS, name))
 
 
 def test_every_point_is_of_as_many_prompts() -> None:
     for model in MODELS.values():
-        rows = _results(model)["rows"]
-        assert {point["n"] for row in rows for point in row["points"]} == {100}
+        for results in figure.read_budgets(RESULTS, model).values():
+            scored = [row.quality_against(BASELINE) for row in results.rows]
+            assert {quality.n for quality in scored if quality} == {100}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -81,10 +85,13 @@ def test_what_it_says_of_carried_over_schedules() -> None:
         re.DOTALL,
     )
     assert said
-    runs = [run["points"] for run in _results("resampled")["runs"][1:]]  # the first is as learned
+    runs = [
+        {row.recipe: row for row in results.rows}
+        for results in resampled.read_runs(RESULTS).values()
+    ][1:]  # the first is as learned
 
     def ratios(method: str) -> list[float]:
-        return [run["schedule"]["lpips"] / run[method]["lpips"] for run in runs]
+        return [lpips_of(run["schedule"]) / lpips_of(run[method]) for run in runs]
 
     fewer = ratios("fewer steps, Euler") + ratios("fewer steps, UniPC")
     *steps, shift, size = ratios("interval, linear")
@@ -93,29 +100,22 @@ def test_what_it_says_of_carried_over_schedules() -> None:
     assert [int(number) for number in said.groups()[6:]] == [_nearer(run) for run in runs[-2:]]
 
 
-def _nearer(run: dict[str, Any]) -> int:
+def _nearer(run: dict[str, Row]) -> int:
     """On how many prompts the schedule is nearer than the interval with `linear`."""
-    own, other = (run[name]["per_prompt"]["lpips"] for name in ("schedule", "interval, linear"))
+    both = [run[name].quality_against(BASELINE) for name in ("schedule", "interval, linear")]
+    own, other = ([entry.lpips for entry in one.per_prompt] for one in both if one)
     return sum(mine < theirs for mine, theirs in zip(own, other, strict=True))
 
 
 def _ratios(model: str) -> list[tuple[float, float]]:
     """For each budget, LPIPS of `schedule` over that of `interval, reuse`, and of the best peer."""
-    results = _results(model)
-    rows = {row["method"]: row for row in results["rows"]}
     found = []
-    for budget in results["budgets"]:
-        points = {name: report.at_budget(row, budget) for name, row in rows.items()}
-        lpips = {name: point["lpips"] for name, point in points.items() if point}
-        peers = [value for name, value in lpips.items() if rows[name]["package"] != "hasten"]
+    for results in figure.read_budgets(RESULTS, model).values():
+        lpips = {row.recipe: lpips_of(row) for row in results.rows[1:] if row.status == "ok"}
+        peers = [value for name, value in lpips.items() if package_of(name) != "hasten"]
         own = lpips["schedule"]
         found.append((own / lpips["interval, reuse"], own / min(peers)))
     return found
-
-
-def _results(name: str) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-    return results
 
 
 def test_its_recipes_are_valid() -> None:

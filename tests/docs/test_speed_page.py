@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
-from studies.peers.card import card
+from studies.peers.card import card, measured, median_of
 
 from hasten.recipe import Recipe, preset_names
+from hasten.results import Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "speed.md"
 TEXT = PAGE.read_text("utf-8")
@@ -46,17 +45,19 @@ def test_its_tables_come_from_the_results() -> None:
 
 
 def test_what_compiling_the_decoder_brings_comes_from_the_results() -> None:
-    results = PAGE.parents[1] / "studies" / "results" / "peers" / "h100-fp8-peer.json"
-    rows = {row["row"]: row for row in json.loads(results.read_text("utf-8"))["rows"]}
-    plain = rows["hasten:balanced"]
-    decoder = rows["hasten:benchmarks/peers/recipes/balanced-decoder.toml"]
+    names = "hasten:balanced", "hasten:benchmarks/peers/recipes/balanced-decoder.toml"
 
     def saved(size: str) -> float:
-        one, other = (row["sizes"][size]["seconds"]["median"] for row in (plain, decoder))
-        return 1e3 * float(one - other)
+        plain, decoder = (measured("h100-fp8-peer", size)[name] for name in names)
+        return 1e3 * (median_of(plain) - median_of(decoder))
 
-    def first(row: dict[str, Any]) -> float:
-        return float(row["setup_seconds"] + row["sizes"]["512"]["first_image_seconds"])
+    def first(row: Row) -> float:
+        """From weights on the device to the first image."""
+        assert row.setup_seconds is not None
+        assert row.first_image_seconds is not None
+        return row.setup_seconds - row.extra["load s"] + row.first_image_seconds
+
+    plain, decoder = (measured("h100-fp8-peer", "512")[name] for name in names)
 
     text = (PAGE.parent / "text-and-decoder.md").read_text("utf-8")
     assert f"takes {saved('512'):.0f} ms off an image at 512×512 and {saved('1024'):.0f} ms" in text

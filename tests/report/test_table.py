@@ -146,3 +146,30 @@ def test_a_note_that_every_measured_row_has_is_said_once(results: Results) -> No
     assert text.count("random weights") == 1
     assert "Every row: random weights." in text
     assert cells(text, "cache")[-1] == "CUDA graphs declined: dynamic shapes"
+
+
+def test_extra_numbers_have_columns_and_packages_stand_with_the_environment(
+    results: Results,
+) -> None:
+    rows = [
+        row.model_copy(update={"extra": {"held | GiB": 2.25}}) if row.recipe == "max" else row
+        for row in results.rows
+    ]
+    environment = results.environment.model_copy(update={"packages": {"torchao": "0.18.0"}})
+    text = table.to_markdown(
+        results.model_copy(update={"rows": tuple(rows), "environment": environment})
+    )
+    assert "| held \\| GiB | notes |" in text
+    assert cells(text, "max")[-2] == "2.25"
+    assert cells(text, "baseline")[-2] == "–"
+    assert "torchao 0.18.0" in text
+
+
+def test_images_that_were_not_timed_have_no_columns_of_times(results: Results) -> None:
+    untimed = [
+        row.model_copy(update={"seconds_per_image": None, "speedup": None}) for row in results.rows
+    ]
+    text = table.to_markdown(results.model_copy(update={"rows": tuple(untimed)}))
+    assert "| recipe | steps computed | LPIPS | SSIM | PSNR dB |" in text
+    assert "No speed-ups" in text
+    assert "rounds measured" not in text

@@ -40,9 +40,13 @@ class Column:
 
 def columns(results: Results) -> list[Column]:
     """The columns these results can fill, without the recipe's name and the notes."""
-    chosen = [
-        Column("seconds", "s / image", _if_timed(_seconds), "low"),
-        Column("speedup", "speed-up", lambda row: speedup(row, results), "high"),
+    chosen = []
+    if _any_timed(results):
+        chosen += [
+            Column("seconds", "s / image", _if_timed(_seconds), "low"),
+            Column("speedup", "speed-up", lambda row: speedup(row, results), "high"),
+        ]
+    chosen += [
         Column("steps", "steps computed", _steps, "low"),
         Column("lpips", "LPIPS", lambda row: metric(row, "lpips"), "low"),
         Column("ssim", "SSIM", lambda row: metric(row, "ssim"), "high"),
@@ -52,7 +56,9 @@ def columns(results: Results) -> list[Column]:
         chosen.append(Column("ms_ssim", "MS-SSIM", lambda row: metric(row, "ms_ssim"), "high"))
     for reference in other_references(results):
         chosen.append(_reference_column(reference))
-    chosen.append(Column("memory", "peak memory", _if_timed(_memory), "low"))
+    if _any_timed(results):
+        chosen.append(Column("memory", "peak memory", _if_timed(_memory), "low"))
+    chosen += map(_extra_column, dict.fromkeys(name for row in results.rows for name in row.extra))
     if any(row.transformer_ms_per_step is not None for row in results.rows):
         chosen.append(Column("step", "ms / step", _if_timed(_step), "low", wide=True))
     if any(row.setup_seconds is not None for row in results.rows):
@@ -110,7 +116,7 @@ def _missing(row: Row, results: Results) -> list[str]:
     """What a whole benchmark would have of a row that was measured, and this one has not."""
     found = []
     work, samples = results.workload, row.seconds_per_image.n if row.seconds_per_image else 0
-    if samples < len(work.prompts) * work.rounds:
+    if _any_timed(results) and samples < len(work.prompts) * work.rounds:
         found.append(f"{samples // len(work.prompts)} of {work.rounds} rounds measured")
     if row.recipe != BASELINE and row.quality_against(BASELINE) is None:
         found.append("not scored against the baseline")
@@ -140,6 +146,8 @@ def common_quality_reason(results: Results) -> str | None:
 
 def drift_line(results: Results) -> str:
     drift, last = results.drift, results.rows[-1].seconds_per_image
+    if not _any_timed(results):
+        return "No speed-ups: no row has seconds per image."
     if drift is None or last is None or results.uncertainty is None:
         return (
             "Drift: not measured, the baseline was not rendered a second time. "
@@ -179,13 +187,14 @@ def environment_facts(environment: Environment) -> list[tuple[str, str]]:
     known["date"] = known["date"].replace("T", " ")
     if "gpu_memory_bytes" in known:
         known["gpu_memory_bytes"] = format_memory(known["gpu_memory_bytes"])
+    known |= known.pop("packages")
     return [(labels.get(key, key), str(value)) for key, value in known.items()]
 
 
 def to_markdown(results: Results) -> str:
     """A GitHub table with its workload above and drift, quality and environment below."""
     shown = [column for column in columns(results) if not column.wide]
-    head = ["recipe", *[column.title for column in shown], "notes"]
+    head = ["recipe", *[_escape(column.title) for column in shown], "notes"]
     align = [":--", *["--:" for _ in shown], ":--"]
     lines = [_facts_line(workload_facts(results.workload)), "", _line(head), _line(align)]
     for row in results.rows:
@@ -207,6 +216,19 @@ def _any_quality(results: Results, reference: str, name: str) -> bool:
 def _reference_column(reference: str) -> Column:
     title = f"LPIPS vs {reference}"
     return Column(f"lpips-{reference}", title, lambda row: metric(row, "lpips", reference), "low")
+
+
+def _any_timed(results: Results) -> bool:
+    return any(row.seconds_per_image for row in results.rows)
+
+
+def _extra_column(name: str) -> Column:
+    return Column(f"extra-{name}", name, lambda row: _extra(row, name))
+
+
+def _extra(row: Row, name: str) -> Cell:
+    value = row.extra.get(name)
+    return Cell(MISSING if value is None else f"{value:.4g}", value)
 
 
 def _if_timed(cell: Callable[[Row], Cell]) -> Callable[[Row], Cell]:

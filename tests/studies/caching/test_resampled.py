@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from studies.caching.resampled import RUNS, carried, main, markdown, methods_for, shift_at
+from studies.caching.resampled import (
+    RUNS,
+    carried,
+    main,
+    markdown,
+    methods_for,
+    read_runs,
+    shift_at,
+)
+from studies.caching.results import Score, put, scored_row, workload_of
 from studies.caching.workload import Frame, Model, Prompt
 
 from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import Recipe
+from hasten.results import Row
+from studies.caching import resampled
+from tests.studies.caching.test_results import ENVIRONMENT
 
 OWN_SHIFT = 1.5
 FOX = [Prompt(0, "a fox")]
 
 
-def point(lpips: float, computed: float = 14.0) -> dict[str, Any]:
-    return {"lpips": lpips, "psnr": 40.0, "computed": computed}
+def scored(name: str, lpips: float, computed: float = 14.0) -> Row:
+    score = Score([lpips], [0.9], [40.0], [computed], [computed])
+    return scored_row(name, {"recipe": "a.toml", "toml": ""}, score, FOX)
 
 
 @pytest.fixture
-def results() -> dict[str, Any]:
-    points = {"schedule": point(0.001), "interval, reuse": point(0.002, 13.0)}
-    run = {"name": "40 steps", "steps": 40, "compute": [*range(14)], "points": points}
-    about = {"schedule": "tiny-50-17", "workload": {"prompts": "The last 2"}, "environment": {}}
-    return {**about, "runs": [run]}
+def folder(tmp_path: Path) -> Path:
+    """Results of one run, without its other columns."""
+    rows = [scored("schedule", 0.001), scored("interval, reuse", 0.002, 13.0)]
+    workload = workload_of("tiny", FOX, "The last 2", steps=40)
+    put(tmp_path / "resampled-40-steps", workload, ENVIRONMENT, rows)
+    return tmp_path
 
 
 def test_only_the_run_it_was_learned_on_gets_its_weights() -> None:
@@ -77,22 +90,13 @@ def test_the_carried_steps_are_those_that_run() -> None:
     assert drawn.computed == [len(carried(run.frame, OWN_SHIFT)[0])] == [10]
 
 
-def test_a_table_says_where_a_column_computes_another_number(results: dict[str, Any]) -> None:
-    text = markdown(results)
+def test_a_table_says_where_a_column_computes_another_number(folder: Path) -> None:
+    text = markdown(read_runs(folder))
     assert "| 40 steps | 14 of 40 | – | 0.00100 | 0.00200 (13) | – | – | – |" in text
     assert "| 40 steps | 14 of 40 | – | 40.0 | 40.0 (13) | – | – | – |" in text
 
 
-def test_a_report_is_written_beside_its_results(results: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(results), "utf-8")
-    main(["--report", str(path)])
-    assert path.with_suffix(".md").read_text("utf-8") == markdown(results) + "\n"
-    assert json.loads(path.read_text("utf-8")) == results
-
-
-def test_another_workload_is_not_resumed(results: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(results), "utf-8")
+def test_another_workload_is_not_continued(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resampled, "RUNS", [run for run in RUNS if run.key == "40-steps"])
     with pytest.raises(SystemExit, match="another workload"):
-        main(["--resume", "--out", str(path)])
+        main(["--out", str(folder), "--last", "1"])

@@ -1,64 +1,122 @@
-"""Rows put together from the parts that jobs return."""
+"""Scores as the product's results, put together from what jobs return."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from studies.caching.results import Results, failed_part, joined, settings_of
+import pytest
+from studies.caching.results import (
+    Score,
+    failed_row,
+    folder_of,
+    package_of,
+    put,
+    scored_row,
+    setting_of,
+    workload_of,
+)
+from studies.caching.workload import Prompt
+
+from hasten.recipe import Recipe
+from hasten.report import table
+from hasten.results import Environment, Results, Row
+from hasten.results_file import read_results
+
+PROMPTS = [Prompt(98, "a fox"), Prompt(99, "a tea pot")]
+WORKLOAD = workload_of("tiny", PROMPTS, "the last 2")
+ENVIRONMENT = Environment(
+    device="cpu", torch="2", diffusers="0", hasten="0", date="2026-11-27"
+)  # fmt: skip
+INTERVAL = {"kind": "interval", "start_step": 2, "interval": 3, "end_step": 50}
 
 
-def part(*budgets: float, reason: str | None = None) -> dict[str, Any]:
-    points = [{"budget": budget, "setting": {"k": budget}, "lpips": 0.1} for budget in budgets]
-    row = {"method": "DBCache", "package": "cache-dit", "note": "", "blocks": None}
-    return {**row, "points": points, "reason": reason, "seconds": 2.0}
+def scored(name: str, setting: dict[str, Any], lpips: float, **more: Any) -> Row:
+    score = Score([lpips, lpips], [0.9, 0.9], [30.0, 40.0], [17.0, 17.5], [16.0, 17.0])
+    return scored_row(name, setting, score, PROMPTS, **more)
 
 
-def test_parts_become_one_row_with_falling_budgets() -> None:
-    row = joined(part(13), part(25, 17))
-    assert [point["budget"] for point in row["points"]] == [25, 17, 13]
-    assert row["reason"] is None
+def filled(folder: Path, *rows: Row) -> Results:
+    put(folder, WORKLOAD, ENVIRONMENT, rows)
+    return read_results(folder / "results.json")
 
 
-def test_a_row_without_any_points_keeps_its_reason() -> None:
-    assert joined(part(reason="cannot"), part(reason="cannot"))["reason"] == "cannot"
+def test_a_score_becomes_a_row_with_every_prompt() -> None:
+    row = scored("MagCache", {"threshold": 0.1, "ratios": [1.0]}, 0.02, tried=3, notes=["here"])
+    (quality,) = row.quality
+    assert row.role == "peer"
+    assert [entry.id for entry in quality.per_prompt] == [98, 99]
+    assert (quality.lpips, quality.psnr) == (0.02, 35.0)
+    assert row.extra == {"evaluations": 17.25, "settings tried": 3}
+    assert row.steps_computed is not None
+    assert (row.steps_computed.min, row.steps_computed.max) == (16, 17)
+    assert row.notes == ("threshold 0.1", "here")
 
 
-def test_a_job_that_broke_off_says_what_it_lacks_and_keeps_what_it_has() -> None:
-    broken = failed_part(part(25), [25, 17], "killed")
-    assert [point["budget"] for point in broken["points"]] == [25, 17]
-    assert broken["points"][1] == {"budget": 17, "setting": None, "reason": "killed"}
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("interval, linear", {**INTERVAL, "predictor": "linear"}),
+        ("MagCache", {"threshold": 0.1, "mag_ratios": [1.0, 0.5]}),
+        ("fewer steps, Euler", {"steps": 17}),
+    ],
+)
+def test_a_setting_can_be_read_from_its_row(name: str, setting: dict[str, Any]) -> None:
+    found = setting_of(scored(name, setting, 0.1))
+    assert found is not None
+    assert {key: found[key] for key in setting} == setting
 
 
-def test_the_file_is_whole_after_every_part(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "tiny.json"
-    results = Results(path)
-    for one in (part(25), failed_part(part(), [17], "killed"), part(10)):
-        results.add(one, {"model": "tiny"})
-        assert json.loads(path.read_text("utf-8"))["model"] == "tiny"
-    (row,) = json.loads(path.read_text("utf-8"))["rows"]
-    assert [point["budget"] for point in row["points"]] == [25, 17, 10]
+def test_a_recipes_setting_is_its_toml() -> None:
+    toml = Recipe.from_dict({"name": "mine", "cache": INTERVAL}).to_toml()
+    setting = {"recipe": "mine.toml", "toml": toml}
+    assert setting_of(scored("schedule", setting, 0.1)) == setting
+    assert setting_of(failed_row("schedule", "killed")) is None
 
 
-def test_a_later_run_replaces_the_budgets_it_measured(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.json"
-    Results(path).add(part(25, 17), {"budgets": [25, 17], "environment": {"cpu": "one"}})
-    again = Results(path)
-    newer = part(17, 10)
-    newer["points"][0]["lpips"] = 0.2
-    again.add(newer, {"budgets": [17, 10], "environment": {"gpu": "two", "cpu": "three"}})
-    points = again.data["rows"][0]["points"]
-    found = [(point["budget"], point["lpips"], point["on"]) for point in points]
-    assert found == [(25, 0.1, "one"), (17, 0.2, "two"), (10, 0.1, "two")]
-    assert again.data["budgets"] == [25, 17, 10]
-    assert set(settings_of(again.data, "DBCache", None)) == {"25", "17", "10"}
-    assert settings_of(again.data, "DBCache", 57) == {}
+def test_hastens_rows_come_first_then_the_closest(tmp_path: Path) -> None:
+    rows = filled(
+        tmp_path / "new",
+        failed_row("SeaCache", "killed"),
+        scored("MagCache", {"threshold": 0.1}, 0.2),
+        scored("TaylorSeer", {"max_order": 1}, 0.1),
+        scored("fewer steps, Euler", {"steps": 17}, 0.1),
+        scored("interval, reuse", {**INTERVAL, "predictor": "reuse"}, 0.3),
+    ).rows
+    assert [(row.recipe, row.role) for row in rows] == [
+        ("baseline", "baseline"),
+        ("interval, reuse", "recipe"),
+        ("fewer steps, Euler", "rival"),
+        ("TaylorSeer", "peer"),
+        ("MagCache", "peer"),
+        ("SeaCache", "peer"),
+    ]
+    assert rows[2].rival_of == ("interval, reuse",)
 
 
-def test_a_run_that_came_to_nothing_leaves_the_older_row(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.json"
-    Results(path).add(part(25), {})
-    again = Results(path)
-    again.add(failed_part(part(), [25], "not begun before the deadline"), {})
-    assert [point["lpips"] for point in again.data["rows"][0]["points"]] == [0.1]
+def test_a_later_run_replaces_what_it_measured_and_nothing_else(tmp_path: Path) -> None:
+    old = scored("MagCache", {"threshold": 0.1}, 0.2)
+    filled(tmp_path, old, failed_row("DBCache", "killed"))
+    new = scored("DBCache", {"threshold": 0.2}, 0.1)
+    rows = filled(tmp_path, failed_row("MagCache", "not begun before the deadline"), new).rows
+    assert rows[1:] == (new, old)
+
+
+def test_the_products_table_shows_them(tmp_path: Path) -> None:
+    results = filled(
+        tmp_path,
+        scored("MagCache", {"threshold": 0.1}, 0.2, tried=2),
+        failed_row("Heun", "takes no sigmas", unsupported=True),
+    )
+    text = table.to_markdown(results)
+    assert "| recipe | steps computed | LPIPS | SSIM | PSNR dB | evaluations |" in text
+    assert "unsupported: takes no sigmas" in text
+    assert "threshold 0.1" in text
+
+
+def test_folders_are_named_for_model_budget_and_depth() -> None:
+    root = Path("results")
+    assert folder_of(root, "tiny", 17) == root / "tiny-17"
+    assert folder_of(root, "tiny", 17, blocks=57) == root / "tiny-as-57-blocks-17"
+    assert package_of("DBCache") == "cache-dit"
+    assert package_of("recipe:mine.toml") == "hasten"

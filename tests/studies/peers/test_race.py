@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from studies.peers.race import MARGIN, Options, Race, turns
+from studies.peers.record import Record
 from studies.peers.remote import Clock
-from studies.peers.report import speedup
+from studies.peers.results import all_results
 from studies.peers.rows import Spec
 from studies.peers.workload import Workload
 
+from hasten.results import Environment
 from studies.peers import remote
 
 GIB = 2**30
+ENVIRONMENT = Environment(device="cpu", torch="2", diffusers="0", hasten="0", date="2026-11-27")
 Row = dict[str, Any]
 Run = Callable[..., Race]
 CACHED = Spec("cache-dit-eager", "18,10")
@@ -77,10 +81,13 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
-def row_of(race: Race, name: str, group: int | None = None) -> Row:
-    return next(
-        row for row in race.rows if row["row"] == name and group in (None, row["group"])
-    )  # fmt: skip
+def row_of(race: Race, name: str, group: int | None = None) -> Record:
+    return next(row for row in race.rows if row.name == name and group in (None, row.group))
+
+
+def speedup(race: Race, name: str, folder: str = "512") -> float | None:
+    found = all_results(race.rows, race.workload, ENVIRONMENT, "command")
+    return next(row.speedup for row in found[folder].rows if row.recipe == name)
 
 
 def test_each_round_begins_one_row_later() -> None:
@@ -106,41 +113,47 @@ def test_rows_take_turns_on_the_same_images(race: Run, tmp_path: Path) -> None:
         *((*one, 2) for one in (a, more, less, base)),
         *((*one, 3) for one in (a, more, less, base)),
     ]
-    assert [row["row"] for row in found.rows] == [
-        "diffusers", "hasten:a", "cache-dit-eager:18", "cache-dit-eager:10"
+    assert [row.name for row in found.rows] == [
+        "baseline", "hasten:a", "cache-dit-eager:18", "cache-dit-eager:10"
     ]  # fmt: skip
-    assert [row["status"] for row in found.rows] == ["ok"] * 4
+    assert [row.status for row in found.rows] == ["ok"] * 4
     fast = row_of(found, "hasten:a")
-    assert fast["sizes"]["512"]["seconds"]["samples"] == (2.0, 2.0)
-    assert fast["sizes"]["1024"]["ms_per_step"] == pytest.approx(20)
-    assert fast["sizes"]["512"]["latent_distance"] == pytest.approx(0.5)
-    assert speedup(found.rows, fast, 512) == pytest.approx(2)
-    assert row_of(found, "cache-dit-eager:10")["sizes"]["512"]["computed"] == 10
-    assert fast["held_bytes"] == 7
-    assert row_of(found, "diffusers")["held_bytes"] == 7
+    small, large = fast.row(512, 50), fast.row(1024, 50)
+    assert small.seconds_per_image is not None
+    assert small.seconds_per_image.samples == (2.0, 2.0)
+    assert large.transformer_ms_per_step == pytest.approx(20)
+    assert small.extra["latent distance"] == pytest.approx(0.5)
+    assert speedup(found, "hasten:a") == pytest.approx(2)
+    less_computed = row_of(found, "cache-dit-eager:10").row(512, 50).steps_computed
+    assert less_computed is not None
+    assert less_computed.max == 10
+    assert fast.held_bytes == 7
+    assert row_of(found, "baseline").held_bytes == 7
 
 
 def test_what_a_process_took_to_start_stands_in_its_first_row(race: Run) -> None:
     found = race([CACHED])
     first, second = row_of(found, "cache-dit-eager:18"), row_of(found, "cache-dit-eager:10")
-    assert (first["load_seconds"], first["setup_seconds"]) == (1.0, 2.0)
-    assert first["sizes"]["1024"]["first_image_seconds"] == 4.0
-    assert second["setup_seconds"] is None
-    assert second["recipe"] == {"own": "cache-dit-eager:18,10", "variant": "10"}
+    assert (first.load_seconds, first.setup_seconds) == (1.0, 2.0)
+    assert first.timings[1024].first_image_seconds == 4.0
+    assert second.setup_seconds is None
+    assert tomllib.loads(second.settings or "") == {
+        "settings": {"own": "cache-dit-eager:18,10", "variant": "10"}
+    }
 
 
 def test_groups_are_what_fits_and_each_has_the_one_base(race: Run, tmp_path: Path) -> None:
     takes = {"memory": 10 * GIB}
     rows = {"diffusers": takes, **{f"hasten:{name}": takes for name in "abc"}}
     found = race([own(name) for name in "abc"], rows, total=30 * GIB + int(2 * MARGIN), rounds=1)
-    assert [(row["row"], row["group"]) for row in found.rows] == [
-        ("diffusers", 0), ("hasten:a", 0), ("hasten:b", 0), ("diffusers", 1), ("hasten:c", 1)
+    assert [(row.name, row.group) for row in found.rows] == [
+        ("baseline", 0), ("hasten:a", 0), ("hasten:b", 0), ("baseline", 1), ("hasten:c", 1)
     ]  # fmt: skip
     assert len({event["pid"] for event in events(tmp_path, row="diffusers")}) == 1
-    again = row_of(found, "diffusers", 1)
-    assert again["sizes"]["512"]["seconds"]["n"] == 1
-    assert again["setup_seconds"] == 2.0
-    assert speedup(found.rows, row_of(found, "hasten:c"), 512) == pytest.approx(1)
+    again = row_of(found, "baseline", 1)
+    assert len(again.timings[512].samples) == 1
+    assert again.setup_seconds == 2.0
+    assert speedup(found, "hasten:c", "512-group-1") == pytest.approx(1)
 
 
 def test_a_row_that_shrinks_needs_room_for_its_weights_alone(race: Run) -> None:
@@ -151,14 +164,14 @@ def test_a_row_that_shrinks_needs_room_for_its_weights_alone(race: Run) -> None:
     }  # fmt: skip
     specs = [own("small-a"), own("small-b"), own("large")]
     found = race(specs, rows, total=14 * GIB + 6 * GIB + 10 * GIB + MARGIN, rounds=1)
-    assert [(row["row"], row["group"]) for row in found.rows if row["row"] != "diffusers"] == [
+    assert [(row.name, row.group) for row in found.rows if row.name != "baseline"] == [
         ("hasten:small-a", 0), ("hasten:small-b", 0), ("hasten:large", 1)
     ]  # fmt: skip
 
 
 def test_the_number_of_rows_at_once_can_be_limited(race: Run) -> None:
     found = race([own(name) for name in "abc"], resident=2, rounds=1)
-    assert [row["group"] for row in found.rows if row["row"] == "diffusers"] == [0, 1, 2]
+    assert [row.group for row in found.rows if row.name == "baseline"] == [0, 1, 2]
 
 
 def test_out_of_memory_beside_others_is_tried_again_beside_the_base_alone(race: Run) -> None:
@@ -171,8 +184,8 @@ def test_out_of_memory_beside_others_is_tried_again_beside_the_base_alone(race: 
     specs = [own("a"), own("large"), own("huge")]
     found = race(specs, rows, total=30 * GIB, rounds=1)
     large, huge = row_of(found, "hasten:large"), row_of(found, "hasten:huge")
-    assert (large["status"], large["group"]) == ("ok", 1)
-    assert (huge["status"], huge["reason"]) == (
+    assert (large.status, large.group) == ("ok", 1)
+    assert (huge.status, huge.reason) == (
         "out of memory",
         "OutOfMemoryError: no room to build",
     )
@@ -194,17 +207,20 @@ def test_a_row_that_cannot_run_keeps_its_place_and_costs_no_other(
 ) -> None:
     found = race([own("bad"), own("good")], {"hasten:bad": behaviour}, setup_limit=3, rounds=1)
     bad = row_of(found, "hasten:bad")
-    assert bad["status"] == status
-    assert says in bad["reason"]
-    assert row_of(found, "hasten:good")["status"] == "ok"
-    assert [row["row"] for row in found.rows] == ["diffusers", "hasten:bad", "hasten:good"]
+    assert bad.status == status
+    assert says in (bad.reason or "")
+    shown = bad.row(512, 50)
+    assert shown.status == ("unsupported" if status == "unsupported" else "failed")
+    assert says in (shown.reason or "")
+    assert row_of(found, "hasten:good").status == "ok"
+    assert [row.name for row in found.rows] == ["baseline", "hasten:bad", "hasten:good"]
 
 
 def test_without_its_base_a_row_is_still_timed(race: Run) -> None:
     found = race([own("a")], {"diffusers": {"crashes": "build"}}, rounds=1)
-    assert row_of(found, "diffusers")["status"] == "failed"
-    assert row_of(found, "hasten:a")["status"] == "ok"
-    assert speedup(found.rows, row_of(found, "hasten:a"), 512) is None
+    assert row_of(found, "baseline").status == "failed"
+    assert row_of(found, "hasten:a").status == "ok"
+    assert speedup(found, "hasten:a") is None
 
 
 class ClockUntil(Clock):
@@ -229,7 +245,7 @@ def test_at_the_deadline_all_stops_and_every_row_says_so(race: Run, tmp_path: Pa
     found = race([own("slow"), own("never")], rows, clock=ClockUntil(applying), resident=2)
     for name in ("slow", "never"):
         row = row_of(found, f"hasten:{name}")
-        assert (row["status"], row["reason"]) == ("stopped", "the deadline came")
+        assert (row.status, row.reason) == ("stopped", "the deadline came")
     child = tmp_path / "child"
     assert not child.exists() or not alive(int(child.read_text()))
 
@@ -250,19 +266,18 @@ def test_a_row_that_dies_between_images_keeps_what_was_measured(
     found = race([own("a")])
     row = row_of(found, "hasten:a")
     assert asked
-    assert row["status"] == "ok"
-    assert "fewer images than planned: failed: its process was ended by SIGKILL" in row["reason"]
-    assert (row["sizes"]["512"]["seconds"]["n"], row["sizes"]["1024"]["seconds"]["n"]) == (2, 1)
+    assert row.status == "ok"
+    _, note = row.row(512, 50).notes
+    assert "fewer images than planned: failed: its process was ended by SIGKILL" in note
+    assert [len(timing.samples) for timing in row.timings.values()] == [2, 1]
 
 
 def test_a_warm_start_is_a_new_process_with_the_first_ones_caches(
     race: Run, tmp_path: Path
 ) -> None:
     found = race([own("a")], warm=True, rounds=1)
-    warm = row_of(found, "hasten:a")["warm_start"]
-    assert warm == {
-        "setup_seconds": 2.0, "first_image_seconds": {"512": 4.0, "1024": 4.0}
-    }  # fmt: skip
+    extra = row_of(found, "hasten:a").row(1024, 50).extra
+    assert (extra["warm setup s"], extra["warm first image s"]) == (2.0, 4.0)
     cold, again = events(tmp_path, row="hasten:a", do="apply")
     assert cold["pid"] != again["pid"]
     assert (cold["caches"], again["caches"]) == (0, 1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
+from hasten.recipe import Recipe
+from hasten.results_file import read_results
 from studies.peers import run
 
 
@@ -36,13 +37,16 @@ def test_rows_are_measured_on_a_cpu(saved_model: Path, tmp_path: Path) -> None:
     run.main(
         [*options, "--model", str(saved_model), "--out", str(tmp_path), "--rows", "hasten:cache"]
     )
-    results = json.loads((tmp_path / "peers.json").read_text())
-    base, own = results["rows"]
-    assert results["finished"]
-    assert (base["status"], own["status"]) == ("ok", "ok")
-    assert base["sizes"]["64"]["computed"] == 6
-    assert own["sizes"]["64"]["computed"] == 4
-    assert base["sizes"]["32"]["finite"]
-    assert own["sizes"]["32"]["latent_distance"] > 0
-    assert 'kind = "interval"' in own["recipe"]["hasten.optimize"]
-    assert "hasten:cache" in (tmp_path / "peers.md").read_text()
+    for size in (32, 64):
+        results = read_results(tmp_path / str(size) / "results.json")
+        base, own = results.rows
+        assert results.workload.width == size
+        assert (base.role, own.role) == ("baseline", "recipe")
+        assert (base.status, own.status) == ("ok", "ok")
+        assert base.steps_computed is not None
+        assert own.steps_computed is not None
+        assert (base.steps_computed.max, own.steps_computed.max) == (6, 4)
+        assert own.extra["latent distance"] > 0
+        assert Recipe.from_toml(own.toml or "").cache is not None
+        assert "hasten:cache" in (tmp_path / str(size) / "table.md").read_text()
+        assert (tmp_path / str(size) / "report.html").is_file()

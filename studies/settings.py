@@ -1,0 +1,24 @@
+"""What a row was run with, as text for the results: TOML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tomli_w
+
+__all__ = ["settings_toml"]
+
+
+def settings_toml(settings: Mapping[str, Any]) -> str:
+    """A TOML document with the table `settings`; nulls are left out."""
+    return tomli_w.dumps({"settings": _plain(settings)})
+
+
+def _plain(value: Any) -> Any:
+    """As TOML can have it: without nulls, and as text what is neither number, list nor table."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value if one is not None]
+    return value if isinstance(value, bool | int | float | str) else str(value)
