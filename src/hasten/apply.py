@@ -35,8 +35,6 @@ from hasten.step.graphs import no_graphs, record_graphs
 from hasten.step.run import SchedulerOf
 from hasten.structural_copy import structural_copy
 
-__all__ = ["optimize"]
-
 
 def optimize(
     pipe: Any, recipe: str | Path | Recipe, *, copy: bool = False, force: bool = False

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["drafted", "remove_drafts", "sync", "write_bytes", "write_text"]
-
 DRAFTS = ".*.hasten-tmp"
 
 

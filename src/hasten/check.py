@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hasten.conflicts import conflicts, why_no_graphs, why_no_kernels
-from hasten.errors import AlreadyOptimizedError, unsupported
-from hasten.machine import Machine, Problem
+from hasten.errors import AlreadyOptimizedError, Problem, unsupported
+from hasten.machine import Machine
 from hasten.recipe import BudgetCache, Quantize, Recipe, ResidualCache, ScheduleCache
 
 if TYPE_CHECKING:
     from hasten.families.family import Family
     from hasten.quantization.plan import LinearPlan
 
-__all__ = ["MARK", "Problem", "Verdict", "check", "empty_weights", "problems", "refuse_optimized"]
 
 MARK = "_hasten_optimization"  # attribute of an optimised transformer: what was done to it
 

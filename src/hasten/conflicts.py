@@ -8,8 +8,6 @@ from hasten.errors import Problem
 from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Recipe, ResidualCache
 
-__all__ = ["conflicts", "why_no_graphs", "why_no_kernels"]
-
 
 def conflicts(recipe: Recipe, device_type: str) -> list[Problem]:
     """Every conflict within the recipe on a device of this type. Needs no model."""

@@ -22,27 +22,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-__all__ = [
-    "AlreadyOptimizedError",
-    "CallError",
-    "EngineError",
-    "Faults",
-    "HastenError",
-    "InputError",
-    "ModelError",
-    "Part",
-    "Problem",
-    "RecipeError",
-    "UnsupportedError",
-    "causes",
-    "join_fixes",
-    "one_line",
-    "printable",
-    "unsupported",
-    "writing",
-]
-
-
 LONGEST_FAULT, LONGEST_FIX = 400, 1000
 
 

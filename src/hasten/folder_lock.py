@@ -9,8 +9,6 @@ from typing import Self
 
 from hasten.errors import InputError
 
-__all__ = ["FolderLock"]
-
 LOCK = ".hasten-lock"
 
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from hasten.pipeline import OptimizedPipeline
 
-__all__ = ["Picture", "Request", "png_bytes", "render", "save_png", "step_callback"]
-
 
 @dataclass(frozen=True)
 class Request:

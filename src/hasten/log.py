@@ -18,8 +18,6 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["VERBOSITY", "disable_telemetry", "forward_log", "logger", "quiet", "quiet_libraries"]
-
 Sink = tuple[Callable[[str], None], Callable[[str], None]]
 _sinks: ContextVar[tuple[Sink, ...]] = ContextVar("hasten_log_sinks", default=())
 

@@ -22,8 +22,6 @@ from hasten.errors import InputError, Problem
 from hasten.memory import memory_limits
 from hasten.quantization.schemes import OLDEST_FP8, OLDEST_INT8, SCHEMES
 
-__all__ = ["DTYPES", "Gpu", "Machine", "Problem", "check_dtype", "machine"]
-
 DTYPES = ("float32", "bfloat16", "float16")
 """What a model can be loaded in, by torch's names."""
 

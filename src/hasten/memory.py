@@ -13,8 +13,6 @@ from typing import Self
 
 from hasten.errors import causes
 
-__all__ = ["PeakMemory", "format_bytes", "free_memory", "memory_limits", "ran_out", "status_bytes"]
-
 WORDS = (
     "can't allocate memory",
     "bad_alloc",

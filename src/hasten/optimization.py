@@ -15,8 +15,6 @@ from hasten.recipe import Recipe
 from hasten.step.applied import Applied, undo_all
 from hasten.step.chain import RunLock, StepChain, plain_module
 
-__all__ = ["Optimization", "optimization_of"]
-
 CHANGED = "weights changed after optimising (an adapter?): the schedule was learned on other ones"
 
 

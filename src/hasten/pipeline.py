@@ -22,8 +22,6 @@ from hasten.step.applied import replace_attribute
 from hasten.step.chain import plain_module
 from hasten.step.run import PipelineCall, RunCounts, current_call
 
-__all__ = ["OptimizedPipeline", "restore"]
-
 EXCHANGED = "the transformer was exchanged after optimising: the pipeline runs as it is, without it"
 
 

@@ -22,16 +22,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = [
-    "bound_command",
-    "how_it_ended",
-    "python_command",
-    "python_environment",
-    "run_module",
-    "start_module",
-    "terminable",
-]
-
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h

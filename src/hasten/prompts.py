@@ -14,8 +14,6 @@ from hasten.errors import InputError
 from hasten.sealed import DamagedError, parse_json
 from hasten.user_files import control_character, expand_user, read_text
 
-__all__ = ["BUNDLED", "check_prompt", "prompt_hash", "read_prompts"]
-
 BUNDLED = ("tiny", "general", "tiny-calibration", "general-calibration")
 """`tiny` is written for the bundled model, `general` for models that know the world; `bench` draws
 these two, and schedules and scales are learned on the other two."""

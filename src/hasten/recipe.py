@@ -34,28 +34,6 @@ from pydantic import (
 from hasten.errors import InputError, RecipeError, one_line
 from hasten.user_files import control_character, read_text
 
-__all__ = [
-    "Attention",
-    "BudgetCache",
-    "Cache",
-    "Compile",
-    "Decoder",
-    "Engine",
-    "Fuse",
-    "IntervalCache",
-    "Offload",
-    "PlannedCache",
-    "Quantize",
-    "Recipe",
-    "ResidualCache",
-    "Sampling",
-    "ScheduleCache",
-    "Text",
-    "preset_names",
-    "read_recipe",
-    "resolve",
-]
-
 Steps = Annotated[int, Field(ge=1, le=1000)]
 Predictor = Literal["reuse", "linear", "damped"]
 StepIndex = Annotated[int, Field(strict=True, ge=0)]

@@ -15,25 +15,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = [
-    "BASELINE",
-    "BASELINE_AGAIN",
-    "SCHEMA_VERSION",
-    "Environment",
-    "Prompt",
-    "PromptQuality",
-    "Quality",
-    "Results",
-    "Role",
-    "Row",
-    "Seconds",
-    "StepsComputed",
-    "Workload",
-    "summarize_quality",
-    "summarize_seconds",
-    "with_speedups",
-]
-
 SCHEMA_VERSION: Literal[2] = 2
 BASELINE = "baseline"
 BASELINE_AGAIN = "baseline-again"

@@ -26,8 +26,6 @@ from hasten.results import (
 from hasten.sealed import DamagedError, parse_json
 from hasten.user_files import read_text
 
-__all__ = ["read_results", "write_results"]
-
 WRITE = "write the file with `hasten bench`, or correct the fields named above"
 WRITTEN = "name a results.json that `hasten bench` wrote"
 OF_A_RIVAL = re.compile(r'^description = "(.+) without its cache, in \d+ steps"$', re.MULTILINE)

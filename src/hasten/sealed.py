@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-__all__ = ["DamagedError", "first_fault", "parse_json", "seal", "unseal", "unseal_file"]
-
 CHECKSUM = "sha256"
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -11,15 +11,6 @@ from hasten.machine import check_dtype
 from hasten.models.defaults import ModelDefaults, check_model, defaults_for
 from hasten.recipe import Sampling, parse_size
 
-__all__ = [
-    "MAX_SEED",
-    "CallOptions",
-    "Settings",
-    "chosen_settings",
-    "model_defaults",
-    "whole_number",
-]
-
 MAX_SEED = 2**63 - 1
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from hasten.errors import UnsupportedError
 
-__all__ = ["replace_tensors", "share_weights", "structural_copy"]
-
 
 def structural_copy(pipe: Any) -> Any:
     """A second pipeline whose modules are its own and whose weights lie where the first one's do.

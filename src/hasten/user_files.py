@@ -7,8 +7,6 @@ from pathlib import Path
 
 from hasten.errors import InputError
 
-__all__ = ["control_character", "expand_user", "read_text"]
-
 LARGEST = 2**26  # bytes; more is no recipe and no set of prompts, and /dev/zero never ends
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks: PowerShell 5 redirects into UTF-16
 

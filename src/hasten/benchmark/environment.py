@@ -21,8 +21,6 @@ from hasten.machine import machine
 from hasten.process import bound_command, python_environment
 from hasten.results import Environment
 
-__all__ = ["Surroundings", "commit", "host", "look", "look_in_process"]
-
 
 class Surroundings(BaseModel):
     """The environment, what `auto` means in it, and why `device` cannot be used, if so."""

@@ -6,8 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 from hasten.results import Role, Row, Workload
 
-__all__ = ["HASTEN_ENGINE", "Job", "Outcome", "Refusal"]
-
 HASTEN_ENGINE = "hasten.benchmark.render"
 
 

@@ -23,8 +23,6 @@ from hasten.settings import (
     whole_number,
 )
 
-__all__ = ["BenchmarkPlan", "Options", "Turn", "plan_benchmark", "resolve_workload", "settings_of"]
-
 DEFAULT_LIMIT = 50
 
 

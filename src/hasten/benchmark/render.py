@@ -26,8 +26,6 @@ from hasten.results import Prompt
 from hasten.schedules import nearest_schedule
 from hasten.settings import Settings
 
-__all__ = ["Subject", "denoise_seconds", "load_subject", "render_all", "render_image", "weights_of"]
-
 DENOISE_RUNS = 3
 DENOISE_SECONDS = 5.0  # once these are spent, a slow model is not run again
 

@@ -41,8 +41,6 @@ from hasten.results import (
     summarize_seconds,
 )
 
-__all__ = ["measure", "run_job"]
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

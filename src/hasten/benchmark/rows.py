@@ -11,8 +11,6 @@ from hasten.passes.cache.plan import computed_steps
 from hasten.recipe import Recipe, Sampling, resolve
 from hasten.results import BASELINE, BASELINE_AGAIN, Role
 
-__all__ = ["DEFAULT_RECIPES", "PlannedRow", "joined_by_rivals", "plan_rows", "rotated"]
-
 DEFAULT_RECIPES = ("baseline", "compile", "cache", "cache-compile")
 LONGEST_NAME = 64
 

@@ -31,8 +31,6 @@ from hasten.results import (
 )
 from hasten.results_file import write_results
 
-__all__ = ["bench", "pooled", "run_plan"]
-
 Progress = Callable[[str, int, int], None]
 Done = dict[tuple[str, int], Outcome]
 

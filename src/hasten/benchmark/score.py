@@ -14,8 +14,6 @@ from hasten.atomic import drafted
 from hasten.quality import LPIPS_MIN_SIDE, MS_SSIM_MIN_SIDE, lpips, ms_ssim, psnr, ssim
 from hasten.results import PromptQuality, Quality, summarize_quality
 
-__all__ = ["BATCH", "Told", "load_floats", "save_floats", "score", "write_picture"]
-
 BATCH = 4
 METRICS = {"lpips": lpips, "ssim": ssim, "psnr": psnr, "ms_ssim": ms_ssim}
 MIN_SIDE = {"lpips": LPIPS_MIN_SIDE, "ms_ssim": MS_SSIM_MIN_SIDE}

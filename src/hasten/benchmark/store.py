@@ -32,8 +32,6 @@ from hasten.results import Workload
 from hasten.sealed import DamagedError, seal, unseal_file
 from hasten.user_files import expand_user
 
-__all__ = ["BenchmarkStore", "Identity", "absolute"]
-
 MANIFEST = ".bench.json"
 REPORT = ("results.json", "table.md", "speedup.png", "report.html")
 FOLDERS = ("images", "rows", "logs", ".work")

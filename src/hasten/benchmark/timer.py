@@ -13,8 +13,6 @@ from torch import nn
 
 from hasten.memory import status_bytes
 
-__all__ = ["peak_memory", "reset_peak_memory", "storage_bytes", "synchronize", "timed"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

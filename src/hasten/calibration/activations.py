@@ -19,8 +19,6 @@ from hasten.quantization.plan import Linears, plan_linears
 from hasten.quantization.report import watched
 from hasten.recipe import Quantize, Recipe, resolve
 
-__all__ = ["calibrate_activations", "largest_inputs"]
-
 LONGEST_NAME = 64  # of a recipe
 
 

@@ -19,8 +19,6 @@ from hasten.calibration.search import fit_weights
 from hasten.calibration.trajectories import Trajectories, at_scheduler_step
 from hasten.passes.cache.predict import Weights
 
-__all__ = ["ClosedLoop", "fit_closed_loop"]
-
 
 class ClosedLoop:
     """Replaces each step's velocity during one batch of runs, fitting weights at computed steps."""

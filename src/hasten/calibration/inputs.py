@@ -6,8 +6,6 @@ from hasten.errors import InputError
 from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Quantize, Recipe
 
-__all__ = ["check_budget", "check_held_back", "dynamic"]
-
 
 def check_budget(budget: int, steps: int) -> None:
     """Raise InputError unless a run of `steps` steps can compute `budget` of them."""

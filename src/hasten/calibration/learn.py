@@ -39,8 +39,6 @@ from hasten.prompts import prompt_hash
 from hasten.recipe import Cache, IntervalCache, Recipe, ScheduleCache
 from hasten.settings import Settings
 
-__all__ = ["Calibration", "SamplingRequest", "calibrate", "request_of", "search_plan"]
-
 ORDERS = (1, 2, 3, 4)  # how many computed velocities a gap combines
 POWERS = (1.0, 2.0)  # of a gap's error in the searched cost: each gives a path to start from
 CLIMB = 120  # evaluations of the transformer, a batch of prompts each

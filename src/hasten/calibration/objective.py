@@ -12,8 +12,6 @@ from hasten.errors import UnsupportedError
 from hasten.families import family_of
 from hasten.quality import lpips
 
-__all__ = ["Objective", "ObjectiveName", "decode_pictures", "picture_distance", "relative_error"]
-
 ObjectiveName = Literal["latent", "lpips"]
 Objective = Callable[[Tensor], float]  # of P final latents, P×D
 BATCH = 8

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from hasten.calibration.trajectories import Trajectories
 from hasten.passes.cache.predict import WEIGHTS
 
-__all__ = ["GapCosts", "best_path", "fit_weights", "gram_matrix", "neighbours", "path_cost"]
-
 Array = NDArray[np.float64]
 LONGEST_GAP = 4.0  # times the mean gap
 RIDGE = 1e-4  # of the newest velocity's squared norm: pulls the weights towards plain reuse

@@ -27,8 +27,6 @@ from hasten.folder_lock import FolderLock
 from hasten.passes.cache.predict import Weights
 from hasten.sealed import DamagedError, seal, unseal_file
 
-__all__ = ["CalibrationStore", "Fitted", "open_store", "remove_store"]
-
 STATE = "calibration.json"
 RECORDINGS = "recording-*.safetensors"
 CHECKSUM = "sha256"  # in the metadata of a recording

@@ -13,8 +13,6 @@ from torch import Tensor
 from hasten.calibration.store import CalibrationStore
 from hasten.errors import ModelError
 
-__all__ = ["Trajectories", "at_scheduler_step", "record"]
-
 
 @dataclass(frozen=True)
 class Trajectories:

@@ -25,8 +25,6 @@ from hasten.families import family_of
 from hasten.recipe import Engine, Sampling, parse_size
 from hasten.user_files import expand_user
 
-__all__ = ["Driver", "EngineBody", "load_body", "read_export"]
-
 SIDE = 16  # pixels of a token
 
 

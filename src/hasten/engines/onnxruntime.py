@@ -12,8 +12,6 @@ from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.step import OUTPUT
 from hasten.errors import EngineError
 
-__all__ = ["OnnxRuntime"]
-
 ONNX_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 

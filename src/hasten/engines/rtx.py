@@ -20,8 +20,6 @@ from hasten.engines.tensorrt.step import OUTPUT
 from hasten.errors import EngineError
 from hasten.sealed import DamagedError
 
-__all__ = ["RtxEngine"]
-
 NO_DRIVER = "cudaError 35"
 
 

@@ -18,8 +18,6 @@ from hasten.step.constants import Conditioning, Split
 from hasten.step.modulations import Modulations
 from hasten.step.protocols import Transformer
 
-__all__ = ["Attend", "Conditioning", "Decode", "Family", "Kernels", "Split", "Stack"]
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of B×L×heads×head_dim queries, keys and values."""
 

@@ -18,8 +18,6 @@ from hasten.kernels.quantize import LIMITS, TINY, quantize_rows
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl, to_codes
 
-__all__ = ["gelu_concat", "gelu_concat_reference", "gelu_concat_triton"]
-
 WARPS = 16  # a program; measured best on an H100 at M = 12288
 NARROW_WARPS = 8  # without an MLP
 

@@ -16,10 +16,6 @@ from torch import Tensor
 
 from hasten.kernels.triton_or_none import available, jit, tl
 
-__all__ = [
-    "TILES", "int8_product", "int8_product_reference", "int8_product_triton", "tile_for",
-]  # fmt: skip
-
 Tile = tuple[int, int, int, int, int]
 # Rows and columns of y a program makes, depth of a load, warps, loads in flight: those that were
 # quickest on an H100 at FLUX.1's shapes, then smaller ones for less shared memory.

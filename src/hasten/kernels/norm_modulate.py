@@ -18,8 +18,6 @@ from hasten.kernels.quantize import LIMITS, TINY, quantize_rows
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl, to_codes
 
-__all__ = ["norm_modulate", "norm_modulate_reference", "norm_modulate_triton"]
-
 WARPS = 4  # a program; measured best on an H100 at D = 3072
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
 
-__all__ = ["qk_norm_rope", "qk_norm_rope_reference", "qk_norm_rope_triton"]
 WARPS = 8  # a program; measured best on an H100 at 24 heads of 128
 
 

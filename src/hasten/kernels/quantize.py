@@ -15,11 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FP8", "LIMITS", "TINY", "dequantize", "fp8_codes", "fp8_scale", "quantize_rows",
-    "quantize_tensor",
-]  # fmt: skip
-
 FP8 = torch.float8_e4m3fn
 TINY = 1e-12  # smallest maximum: zeros get codes of zero, not of NaN
 LIMITS = {FP8: 448.0, torch.int8: 127.0}  # largest code

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Streams"]
-
 
 class Streams(NamedTuple):
     """Rows of a batch of token sequences, one stream after the other.

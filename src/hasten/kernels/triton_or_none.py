@@ -10,12 +10,10 @@ from typing import Any
 
 try:
     import triton
-    import triton.language as tl
 except ImportError:
     triton = None
-    tl = None
 
-__all__ = ["available", "jit", "next_power_of_2", "tl", "to_codes"]
+tl: Any = getattr(triton, "language", None)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:

@@ -7,8 +7,6 @@ from typing import Any
 
 from hasten.errors import InputError
 
-__all__ = ["FLUX_1_DEV", "SHAPES", "Shape", "shape_named"]
-
 
 @dataclass(frozen=True)
 class Shape:

@@ -19,8 +19,6 @@ from hasten.errors import ModelError, UnsupportedError
 from hasten.memory import format_bytes, free_memory
 from hasten.sealed import parse_json
 
-__all__ = ["CONVERT", "check_fits", "converted_bytes", "load_components"]
-
 FILES = ("diffusion_pytorch_model", "model")  # names of a component's weights, as libraries save
 FLOATS = {
     "F64": torch.float64,

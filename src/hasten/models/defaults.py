@@ -19,16 +19,6 @@ from hasten.models.architecture import shape_named
 from hasten.sealed import DamagedError, first_fault, parse_json
 from hasten.user_files import expand_user, read_text
 
-__all__ = [
-    "TINY_DIR",
-    "ModelDefaults",
-    "cached_snapshot",
-    "check_model",
-    "defaults_for",
-    "kept_snapshot",
-    "model_directory",
-]
-
 TINY_DIR = Path(__file__).parent.parent / "assets" / "tiny_flux"
 SECONDS = 3.0  # that the hub has for its answer
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["fingerprint", "offloaded", "unreadable"]
-
 SAMPLES = 16  # of each parameter
 
 

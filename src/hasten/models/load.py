@@ -15,8 +15,6 @@ from hasten.models.architecture import shape_named
 from hasten.models.checkpoint import CONVERT, check_fits, converted_bytes, load_components
 from hasten.models.defaults import check_model, defaults_for, kept_snapshot, model_directory
 
-__all__ = ["has_random_weights", "load_pipeline", "model_notes"]
-
 NOTES = "_hasten_notes"  # on the transformer of a shape: model: what a reader of figures must know
 
 

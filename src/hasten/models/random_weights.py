@@ -22,8 +22,6 @@ from hasten.errors import ModelError
 from hasten.families.flux1 import FLUX1
 from hasten.models.architecture import Shape
 
-__all__ = ["RandomTokenizer", "activation_std", "build_shape", "shape_bytes"]
-
 SEED = 0
 
 

@@ -22,8 +22,6 @@ from hasten.step.call import Inner, Output, StepCall
 from hasten.step.chain import StepChain
 from hasten.step.protocols import Transformer
 
-__all__ = ["Attend", "attention_layers", "choose_attention"]
-
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -25,8 +25,6 @@ from hasten.step.applied import Applied
 from hasten.step.call import Inner, Output, StepCall
 from hasten.step.chain import StepChain
 
-__all__ = ["compile_blocks", "compile_forward", "compiler_errors"]
-
 LIMIT = "torch.compile reached its recompile limit and would have gone on uncompiled"
 FIX = (
     "use the recipe without [compile] and decoder.compile: the rest of it works; "

@@ -14,15 +14,6 @@ from hasten.recipe import Decoder
 from hasten.step.applied import Applied, replace_attribute
 from hasten.step.protocols import Component
 
-__all__ = [
-    "AUTO_PIXELS",
-    "MOST_COMPILATIONS",
-    "compile_decoder",
-    "improve_decoder",
-    "lay_out_channels_last",
-    "tile",
-]
-
 AUTO_PIXELS = 2048 * 2048
 """`tiling = "auto"` tiles pictures of more pixels than this."""
 

@@ -17,8 +17,6 @@ from hasten.step.constants import Body, ConstantsLayer
 from hasten.step.modulations import Modulations
 from hasten.step.protocols import Transformer
 
-__all__ = ["EngineLayer", "run_on_engine"]
-
 WEIGHTS_ARE_GONE = (
     "the torch weights of the transformer's blocks were freed (engine.release = true)"
 )

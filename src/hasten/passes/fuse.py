@@ -19,8 +19,6 @@ from hasten.step.chain import StepChain
 from hasten.step.constants import BodyLayer, ConstantsLayer, no_change
 from hasten.step.modulations import Modulations, RowReaders
 
-__all__ = ["fuse_step"]
-
 NAMES = {dtype_of(scheme): scheme.label for scheme in SCHEMES.values()}
 
 

@@ -12,8 +12,6 @@ from torch import nn
 from hasten.step.applied import Applied
 from hasten.step.protocols import Pipeline
 
-__all__ = ["offload_models", "offload_modulations"]
-
 
 def offload_models(pipe: Pipeline) -> Applied:
     """Diffusers' model offload: text encoders, transformer and decoder take turns on the device."""

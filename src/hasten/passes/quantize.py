@@ -16,8 +16,6 @@ from hasten.recipe import Quantize
 from hasten.step.applied import Applied, refuse_as_weights
 from hasten.step.protocols import Transformer
 
-__all__ = ["quantize_linears"]
-
 
 def quantize_linears(
     transformer: Transformer, plan: LinearPlan, recipe: Quantize, notes: tuple[str, ...] = ()

@@ -38,18 +38,6 @@ from hasten.kernels.quantize import (
 from hasten.quantization.schemes import SCHEMES, Scheme
 from hasten.recipe import Quantize
 
-__all__ = [
-    "EmulatedLinear",
-    "Fp8Linear",
-    "Int8Linear",
-    "QuantizedLinear",
-    "WeightOnlyLinear",
-    "dtype_of",
-    "fp8_product",
-    "linear_class",
-    "quantized",
-]
-
 Granularity = Literal["row", "tensor"]
 
 

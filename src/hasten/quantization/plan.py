@@ -20,16 +20,6 @@ from hasten.errors import Problem, unsupported
 from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Quantize
 
-__all__ = [
-    "PLAIN_DTYPES",
-    "LinearPlan",
-    "Linears",
-    "adapted_layers",
-    "plan_linears",
-    "plan_problems",
-    "special_weight",
-]
-
 Linears = Sequence[tuple[str, nn.Linear]]
 """Linears of a transformer by their names in it."""
 

@@ -16,8 +16,6 @@ from hasten.kernels.streams import Streams
 from hasten.quantization.linear import Fp8Linear, Int8Linear, fp8_product
 from hasten.quantization.plan import special_weight
 
-__all__ = ["CODES", "Projection", "project", "same_kind"]
-
 CODES: Mapping[type, torch.dtype] = MappingProxyType({Fp8Linear: FP8, Int8Linear: torch.int8})
 """Linears that take codes and row scales, and of which dtype the codes are."""
 

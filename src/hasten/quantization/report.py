@@ -25,8 +25,6 @@ from hasten.quantization.linear import quantized
 from hasten.quantization.plan import Linears
 from hasten.recipe import Quantize
 
-__all__ = ["LayerError", "layer_errors", "watched", "worth_skipping"]
-
 OUTLIER_DB = 6.0  # this far below the median, a layer's error is twice the usual one
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["OLDEST_FP8", "OLDEST_INT8", "SCHEMES", "Scheme"]
-
 OLDEST_FP8, OLDEST_INT8 = (8, 9), (7, 5)  # Ada; Turing, as cuBLASLt multiplies int8
 
 

@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 from hasten.errors import UnsupportedError
 from hasten.step.protocols import Component
 
-__all__ = ["Applied", "Replaced", "refuse_as_weights", "replace_attribute", "undo_all"]
-
 
 def nothing_to_say() -> str:
     """A pass without counts."""

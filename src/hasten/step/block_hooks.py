@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["BlockHooks", "Visitor"]
-
 Streams = dict[str, Tensor]
 
 

@@ -11,8 +11,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from hasten.step.run import Run
 
-__all__ = ["Inner", "Layer", "Output", "StepCall"]
-
 
 class _Hole:
     """Stands among the leaves of an output where a tensor belongs."""

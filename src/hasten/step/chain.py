@@ -25,8 +25,6 @@ from hasten.step.call import Inner, Layer, Output, StepCall
 from hasten.step.protocols import Scheduler, Transformer
 from hasten.step.run import Run, current_call, step_index
 
-__all__ = ["ORDER", "RunLock", "StepChain", "plain_module"]
-
 # Outermost first. The cache decides before anything runs; what a run needs once is made outside of
 # CUDA graphs, which record all that is left of a step; compiled code is innermost.
 ORDER = ("cache", "attention", "constants", "graphs", "body", "compile")

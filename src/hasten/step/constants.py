@@ -26,8 +26,6 @@ from hasten.step.call import Inner, Output, StepCall
 from hasten.step.modulations import Modulations, RowReaders
 from hasten.step.protocols import Transformer
 
-__all__ = ["Body", "BodyLayer", "Conditioning", "ConstantsLayer", "Split"]
-
 MOST = 4  # sets of constants kept of a run: conditional, unconditional, two for perturbed guidance
 
 

@@ -25,8 +25,6 @@ from hasten.step.chain import StepChain
 from hasten.step.protocols import Transformer
 from hasten.step.run import Run
 
-__all__ = ["GraphLayer", "Graphs", "no_graphs", "record_graphs"]
-
 Function = Callable[..., tuple[Tensor, ...]]
 PLAIN = (bool, int, float, str, type(None))
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from hasten.step.protocols import Component
 
-__all__ = ["Modulations", "RowReader", "RowReaders"]
-
 Norms = Sequence[tuple[str, nn.Module]]
 """Modulated norms by name, in the order in which they run, each with a `linear`."""
 

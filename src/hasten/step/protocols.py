@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PRIVATE_NAMES", "Component", "Config", "Pipeline", "Scheduler", "Transformer"]
-
 PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
     "diffusers.DiffusionPipeline": ("_execution_device",),
     "diffusers.FluxPipeline": ("_unpack_latents",),

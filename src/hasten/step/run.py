@@ -20,16 +20,6 @@ from torch import Tensor
 from hasten.errors import CallError
 from hasten.step.protocols import Pipeline, Scheduler
 
-__all__ = [
-    "PipelineCall",
-    "Run",
-    "RunCounts",
-    "SchedulerOf",
-    "current_call",
-    "outside_of_a_run",
-    "step_index",
-]
-
 
 @dataclass(frozen=True)
 class RunCounts:

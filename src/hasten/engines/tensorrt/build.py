@@ -28,8 +28,6 @@ from hasten.log import logger
 from hasten.memory import status_bytes
 from hasten.process import how_it_ended, run_module
 
-__all__ = ["Built", "build"]
-
 BUILDER = "hasten.engines.tensorrt.build"
 NOISE = "cudaError 35"  # there is no driver: true, and no reason why anything failed
 FREE_MEMORY = (

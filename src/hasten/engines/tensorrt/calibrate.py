@@ -28,8 +28,6 @@ from hasten.families.family import Family
 from hasten.log import logger, quiet
 from hasten.structural_copy import structural_copy
 
-__all__ = ["calibrate_fp8", "load_amax", "save_amax"]
-
 ALPHA = 0.5  # of SmoothQuant: how much of the outliers the weights take
 
 

@@ -28,8 +28,6 @@ from hasten.log import quiet
 from hasten.quantization.plan import adapted_layers
 from hasten.structural_copy import replace_tensors, share_weights
 
-__all__ = ["DTYPES", "export_onnx", "in_dtype", "in_precision", "refuse_adapters"]
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """A precision's dtype of everything that is not FP8 or, as norms' insides are, float32."""
 

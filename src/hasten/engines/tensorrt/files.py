@@ -21,12 +21,6 @@ from hasten.atomic import write_text
 from hasten.errors import InputError
 from hasten.sealed import DamagedError, seal, unseal
 
-__all__ = [
-    "AMAX", "DATA", "ENGINE", "GRAPH", "RUNTIME_CACHE", "FileFacts", "Record", "Sha256",
-    "bytes_below", "damaged_files", "default_root", "facts_of_file", "note_facts", "read_regular",
-    "read_sealed", "write_sealed",
-]  # fmt: skip
-
 GRAPH, DATA = "model.onnx", "model.onnx.data"  # the second holds the weights of the first
 ENGINE, AMAX = "engine.plan", "amax.safetensors"
 RUNTIME_CACHE = "runtime.cache"  # the engine as compiled for the GPU that ran it

@@ -33,11 +33,6 @@ from hasten.engines.tensorrt.store import FIX_SPACE, StageStore, out_of_space
 from hasten.errors import EngineError, InputError
 from hasten.log import logger
 
-__all__ = [
-    "OURS", "SCRATCH", "check_folder", "finished", "nearest", "remember", "resolved",
-    "write_export",
-]  # fmt: skip
-
 OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE}  # the files of an export
 SCRATCH = ".hasten-export"  # in the folder while files are put there
 PROBE = ".hasten-probe-"

@@ -15,8 +15,6 @@ from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.step import STATE
 from hasten.errors import EngineError
 
-__all__ = ["float32_twin"]
-
 TYPES = "to", "dtype"  # attributes that name the type a node gives
 
 

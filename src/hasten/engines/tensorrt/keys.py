@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = [
-    "STAGES", "config_of", "content_key", "pipeline_digest", "request_key", "versions",
-    "weights_digest",
-]  # fmt: skip
 
 STAGES = 4  # raise it when what a stage makes of the same input changes
 LIBRARIES = {

@@ -30,11 +30,6 @@ from hasten.engines.tensorrt.targets import Precision
 from hasten.errors import InputError
 from hasten.sealed import DamagedError, first_fault, parse_json, seal, unseal
 
-__all__ = [
-    "MANIFEST", "SCHEMA", "CalibrationFacts", "Manifest", "Shapes", "SizeErrors", "Stage",
-    "Verification",
-]  # fmt: skip
-
 MANIFEST = "manifest.json"
 MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond any profile
 SCHEMA: Literal[2] = 2  # 1 had no checksum

@@ -37,8 +37,6 @@ from hasten.errors import EngineError
 from hasten.kernels.quantize import FP8, dequantize, fp8_codes, fp8_scale
 from hasten.quantization.linear import QuantizedLinear
 
-__all__ = ["Amax", "QdqLinear", "factors", "scales_of", "swap", "translation", "weight_codes"]
-
 BITS = {"BFLOAT16": 8, "FLOAT16": 11}  # significant ones, the hidden one among them
 ROWS_AT_ONCE = 1024  # of a weight, in float32: bounds the memory that codes are made in
 

@@ -9,8 +9,6 @@ from typing import Any
 from hasten.errors import UnsupportedError
 from hasten.log import disable_telemetry
 
-__all__ = ["INSTALL", "error_log", "is_installed", "needed"]
-
 INSTALL = "pip install 'hasten[tensorrt]'"
 
 

@@ -18,10 +18,6 @@ from hasten.machine import Machine
 from hasten.memory import format_bytes, status_bytes
 from hasten.recipe import Engine, parse_size
 
-__all__ = [
-    "METHODS", "ExportOptions", "check_draws", "check_exportable", "check_request", "graph_bytes",
-]  # fmt: skip
-
 METHODS: tuple[str, ...] = get_args(Engine.model_fields["calibration"].annotation)
 LARGEST = (2048, 2048)  # pixels of the largest image, by default
 PIXELS_A_TOKEN = 16  # along each side

@@ -56,8 +56,6 @@ from hasten.prompts import read_prompts
 from hasten.recipe import Sampling
 from hasten.settings import Settings
 
-__all__ = ["export_tensorrt"]
-
 FIX_MEMORY = (
     "free some memory, use a machine with more, or raise its limit (ulimit, container); then run "
     "it again: finished stages are kept"

@@ -27,11 +27,6 @@ from hasten.families.family import Family
 from hasten.quantization.report import watched
 from hasten.step.modulations import Modulations, RowReaders
 
-__all__ = [
-    "INPUTS", "OUTPUT", "STATE", "Step", "Watched", "block_of", "graph_sizes",
-    "most_square", "sample", "state_name",
-]  # fmt: skip
-
 INPUTS = ("latents", "text", "row", "cos", "sin")
 OUTPUT = "velocity"
 STATE = "block/"  # begins the names of the blocks' outputs in a graph

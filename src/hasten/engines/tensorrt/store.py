@@ -32,8 +32,6 @@ from hasten.engines.tensorrt.files import (
 from hasten.errors import EngineError, HastenError, InputError
 from hasten.log import logger
 
-__all__ = ["FIX_SPACE", "Done", "StageStore", "out_of_space"]
-
 RECORD = "stage.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FIX_SPACE = (

@@ -9,10 +9,6 @@ from typing import Literal, get_args
 
 from hasten.errors import Faults, InputError, UnsupportedError
 
-__all__ = [
-    "PRECISIONS", "TARGETS", "Precision", "capability_of", "check_targets", "parse_targets",
-]  # fmt: skip
-
 Precision = Literal["bf16", "fp16", "fp8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 

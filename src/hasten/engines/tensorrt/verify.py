@@ -45,8 +45,6 @@ from hasten.families.family import Family
 from hasten.log import logger
 from hasten.quantization.report import watched
 
-__all__ = ["BLOCK_BARS", "WHOLE_BARS", "relative_distance", "sizes", "verify"]
-
 WHOLE_BARS = {"bf16": 0.002, "fp16": 0.002}
 BLOCK_BARS = {"bf16": 0.001, "fp16": 0.01, "fp8": 0.01}
 """Relative errors. A block's output is mostly its input, so a bar on blocks has to be low where the

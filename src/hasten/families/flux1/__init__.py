@@ -1,10 +1,9 @@
 """FLUX.1 dev, schnell, Krea, Kontext, Fill, Control: all run one `FluxTransformer2DModel`."""
 
-from hasten.families.family import Conditioning, Family, Split, Stack
+from hasten.families.family import Family, Stack
 from hasten.families.flux1.fused import FluxKernels
 from hasten.families.flux1.parts import FluxBlocks, decode, embedded, encode, modulated_norms, rows
-
-__all__ = ["FLUX1"]
+from hasten.step.constants import Conditioning, Split
 
 STREAMS = ("encoder_hidden_states", "hidden_states")
 

@@ -30,8 +30,6 @@ from hasten.quantization.projection import Projection, project, same_kind
 from hasten.step.modulations import Modulations
 from hasten.step.protocols import Component, Transformer
 
-__all__ = ["FluxKernels", "FusedFlux", "reasons_against"]
-
 EPS = 1e-6  # of every norm in a FLUX block; `reasons_against` checks it
 
 

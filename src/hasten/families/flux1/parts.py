@@ -14,18 +14,6 @@ from torch import Tensor, nn
 
 from hasten.step.protocols import Pipeline, Transformer
 
-__all__ = [
-    "FluxBlocks",
-    "FluxState",
-    "decode",
-    "embed_conditioning",
-    "embedded",
-    "encode",
-    "modulated_norms",
-    "rotary",
-    "rows",
-]
-
 
 def modulated_norms(transformer: Transformer) -> list[tuple[str, nn.Module]]:
     """(name, norm) of every norm with a modulation linear, in the order in which they run."""

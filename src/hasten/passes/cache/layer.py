@@ -18,8 +18,6 @@ from hasten.step.call import Inner, Output, StepCall
 from hasten.step.chain import StepChain
 from hasten.step.run import outside_of_a_run
 
-__all__ = ["Branch", "CacheLayer", "Policy", "cache_steps"]
-
 
 class Branch(Protocol):
     """One stream of transformer calls within a run, e.g. `cond` or `uncond`."""

@@ -23,16 +23,6 @@ from hasten.recipe import (
 )
 from hasten.schedules import nearest_schedule
 
-__all__ = [
-    "Planner",
-    "StepPlan",
-    "computed_steps",
-    "interval_plan",
-    "interval_steps",
-    "resampled",
-    "schedule_plan",
-]
-
 SAME_SIGMA = 2e-3  # noise levels this near are the same grid
 
 

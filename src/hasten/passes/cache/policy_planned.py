@@ -16,8 +16,6 @@ from hasten.passes.cache.plan import Planner, StepPlan
 from hasten.passes.cache.predict import combine
 from hasten.step.call import Inner, Output, StepCall
 
-__all__ = ["PlannedPolicy"]
-
 
 class PlannedPolicy:
     """Plans each run as it begins."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["WEIGHTS", "Weights", "combine", "damped", "linear", "reuse"]
 
 Weights = tuple[float, ...]
 

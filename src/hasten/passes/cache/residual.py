@@ -33,8 +33,6 @@ from hasten.recipe import ResidualCache
 from hasten.step.block_hooks import BlockHooks
 from hasten.step.call import Inner, Output, StepCall
 
-__all__ = ["ResidualPolicy", "relative_change"]
-
 NO_LIMIT = 1000  # no run has more steps
 
 

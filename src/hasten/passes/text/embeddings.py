@@ -24,8 +24,6 @@ from hasten.passes.text.key import key_of
 from hasten.step.applied import Applied
 from hasten.step.protocols import Pipeline
 
-__all__ = ["CachedEncoder", "EmbeddingStore", "cache_embeddings", "cache_off", "text_encoders"]
-
 _off: ContextVar[bool] = ContextVar("no prompt embedding is taken from a cache", default=False)
 
 

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["key_of"]
-
 SAMPLES = 16  # values read of each tensor
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 

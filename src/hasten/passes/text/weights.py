@@ -12,8 +12,6 @@ from hasten.quantization.schemes import SCHEMES
 from hasten.step.applied import Applied, refuse_as_weights
 from hasten.step.protocols import Component
 
-__all__ = ["FeedForwardOutput", "store_in_eight_bits"]
-
 WeightScheme = Literal["fp8-weight", "int8-weight"]
 
 
