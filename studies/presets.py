@@ -77,15 +77,13 @@ class Clock:
         rows = {}
         for steps in self.steps:
             self.image(fast, steps)
-            if self.device != "cpu":
-                torch.cuda.reset_peak_memory_stats()
             seconds = [self.image(fast, steps) for _ in range(rounds)]
             computed = fast.last_run.computed
             rows[steps] = Row(
                 recipe=name,
                 role="recipe",
                 status="ok",
-                notes=(*fast.notes, "peak memory includes the plain pipeline's weights"),
+                notes=fast.notes,
                 calibrated=fast.calibrated,
                 seconds_per_image=summarize_seconds(seconds),
                 steps_computed=StepsComputed(mean=computed, min=computed, max=computed),
@@ -127,6 +125,7 @@ def write(out: Path, clock: Clock, model: str, steps: int, rows: Sequence[Row]) 
         prompt_source="studies.presets",
         prompts=(Prompt(id=0, text=PROMPT, seed=0),),
         max_sequence_length=512,
+        rounds=max(row.seconds_per_image.n for row in rows if row.seconds_per_image),
     )
     folder = out / f"{clock.size}-{steps}"
     folder.mkdir(parents=True, exist_ok=True)
