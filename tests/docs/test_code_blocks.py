@@ -1,0 +1,121 @@
+"""The code of README and docs runs, page by page, in the order in which it is read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from hasten.cli import main
+from hasten.cli.app import app
+from hasten.machine import machine
+from hasten.models.defaults import TINY_DIR
+from hasten.recipe import Recipe, resolve
+from tests.docs.code_blocks import Block, commands, for_here, pages, problem_outside
+
+PAGES = pages()
+NAMED = [
+    pytest.param(block, id=f"{page}-{index}")
+    for page, here in PAGES.items()
+    for index, block in enumerate(here)
+]
+# What takes minutes, or a process per row, is parsed here and run in the tests of its own.
+PARSED = ("bench", "calibrate", "calibrate-scales", "export")
+RUN = ("generate", "recipes", "layers", "doctor")
+
+
+def _runs(here: list[Block]) -> bool:
+    """Whether there is anything on a page that is run and not only parsed."""
+    return any(
+        block.language == "python" or any(words[1] in RUN for words in _of_hasten(block))
+        for block in here
+        if not block.reason
+    )
+
+
+def _of_hasten(block: Block) -> Iterator[list[str]]:
+    if block.language == "sh":
+        yield from (words for words in commands(block.code) if words[0] == "hasten")
+
+
+def _needs_a_compiler(block: Block) -> bool:
+    return "compile" in block.code and bool(machine().compile_problem("cpu"))
+
+
+def _parse(words: list[str]) -> None:
+    """Check the words of a command, its options and its recipes, without running it."""
+    if ">" in words:
+        words = words[: words.index(">")]
+    command: Any = typer.main.get_command(app)
+    context = None
+    while isinstance(command, click.Group) or hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    context = command.make_context(command.name, words)
+    recipes = context.params.get("recipes") or context.params.get("recipe") or ""
+    for name in recipes.split(","):
+        if name and not name.endswith(".toml"):
+            resolve(name)
+
+
+def _run(words: list[str]) -> None:
+    """Run a command in this process; `> FILE` at its end is where its output goes."""
+    if words[-2:-1] == [">"]:
+        with Path(words[-1]).open("w", encoding="utf-8") as file, redirect_stdout(file):
+            code = main(words[:-2])
+    else:
+        code = main(words)
+    assert code == 0, words
+
+
+@pytest.mark.parametrize("block", NAMED)
+def test_every_block_is_valid(block: Block) -> None:
+    if block.language == "python":
+        ast.parse(block.code)
+    elif block.language == "toml" and not block.reason:
+        Recipe.from_toml(block.code)
+    elif block.language == "sh":
+        for words in commands(block.code):
+            if words[0] == "hasten":
+                _parse(words[1:])
+            elif not block.reason:
+                assert problem_outside(words) is None, words
+
+
+@pytest.fixture
+def quick_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bundled model with a few steps as its default."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_DIR, folder)
+    defaults = json.loads((TINY_DIR / "hasten.json").read_text("utf-8"))
+    (folder / "hasten.json").write_text(json.dumps(defaults | {"steps": 6}), "utf-8")
+    monkeypatch.setattr("hasten.models.defaults.TINY_DIR", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page, here in PAGES.items() if _runs(here)])
+def test_the_blocks_of_a_page_run(
+    page: str, quick_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in PAGES[page]:
+        if block.title:
+            Path(block.title).write_text(block.code, "utf-8")
+        if block.reason or _needs_a_compiler(block):
+            continue
+        if block.language == "python":
+            code = for_here(block.code, str(quick_model))
+            exec(compile(code, page, "exec"), names)
+        elif block.language == "sh":
+            for words in commands(for_here(block.code, "tiny")):
+                if words[0] == "hasten" and words[1] in RUN:
+                    _run(words[1:])
