@@ -63,7 +63,7 @@ format: setup  ## rewrite the sources as check wants them
 
 docs: setup  ## write docs/cli.md from the commands, build the site in site/
 	$(BIN)/python docs/make_cli.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: setup  ## build sdist and wheel in dist/ and check them
 	@! grep -q 'https://example.com/hasten' pyproject.toml || \

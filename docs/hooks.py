@@ -6,6 +6,7 @@ copied into the site. A macro that fails, or a link to nothing, fails the build.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tomllib
@@ -15,6 +16,8 @@ from typing import Any
 import jinja2
 
 from docs import figures, recipe_keys
+
+log = logging.getLogger("mkdocs.hooks")  # what it warns of fails a strict build
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -75,14 +78,19 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def replaced(match: re.Match[str]) -> str:
         target = Path(os.path.normpath(folder / match[1]))
         if not target.exists():
-            raise FileNotFoundError(f"{page.file.src_uri} links to {match[1]}, which is not there")
+            log.warning("%s links to %s, which is not there", page.file.src_uri, match[1])
+            return match[1]
         inside = _inside(target, config, files)
         if inside is None:
             kind = "tree" if target.is_dir() else "blob"
             return f"{REPOSITORY}/{kind}/main/{target.relative_to(ROOT).as_posix()}"
         return Path(os.path.relpath(inside, folder)).as_posix()
 
-    return LINK.sub(replaced, render(markdown))
+    try:
+        markdown = render(markdown)
+    except Exception as error:  # whatever a macro raises, with the page that calls it
+        log.error("%s: %s: %s", page.file.src_uri, type(error).__name__, error)
+    return LINK.sub(replaced, markdown)
 
 
 def _inside(target: Path, config: Any, files: Any) -> Path | None:
