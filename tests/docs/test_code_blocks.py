@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,7 +22,7 @@ from hasten.cli.app import app
 from hasten.machine import machine
 from hasten.models.defaults import TINY_DIR
 from hasten.recipe import Recipe, resolve
-from tests.docs.code_blocks import Block, commands, for_here, pages, problem_outside
+from tests.docs.code_blocks import FILE_COMMANDS, Block, commands, for_here, pages, problem_outside
 
 PAGES = pages()
 NAMED = [
@@ -27,9 +30,16 @@ NAMED = [
     for page, here in PAGES.items()
     for index, block in enumerate(here)
 ]
-# What takes minutes, or a process per row, is parsed here and run in the tests of its own.
-PARSED = ("bench", "calibrate", "calibrate-scales", "export")
-RUN = ("generate", "recipes", "layers", "doctor")
+# `bench` and `export`, which take a process per row and minutes, are parsed here: their own tests
+# run them. What the others are given so that they are quick:
+RUN = {
+    "generate": [],
+    "recipes": [],
+    "layers": [],
+    "doctor": [],
+    "calibrate": ["--limit", "1", "--climb", "1"],
+    "calibrate-scales": ["--limit", "1", "--steps", "4"],
+}
 
 
 def _runs(here: list[Block]) -> bool:
@@ -43,7 +53,7 @@ def _runs(here: list[Block]) -> bool:
 
 def _of_hasten(block: Block) -> Iterator[list[str]]:
     if block.language == "sh":
-        yield from (words for words in commands(block.code) if words[0] == "hasten")
+        yield from (words for words, _ in commands(block.code) if words[0] == "hasten")
 
 
 def _needs_a_compiler(block: Block) -> bool:
@@ -52,8 +62,6 @@ def _needs_a_compiler(block: Block) -> bool:
 
 def _parse(words: list[str]) -> None:
     """Check the words of a command, its options and its recipes, without running it."""
-    if ">" in words:
-        words = words[: words.index(">")]
     command: Any = typer.main.get_command(app)
     context = None
     while isinstance(command, click.Group) or hasattr(command, "commands"):
@@ -65,14 +73,15 @@ def _parse(words: list[str]) -> None:
             resolve(name)
 
 
-def _run(words: list[str]) -> None:
-    """Run a command in this process; `> FILE` at its end is where its output goes."""
-    if words[-2:-1] == [">"]:
-        with Path(words[-1]).open("w", encoding="utf-8") as file, redirect_stdout(file):
-            code = main(words[:-2])
-    else:
+def _run(words: list[str], output: str) -> None:
+    """Run a command in this process; what it prints goes where the shell's text says."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
         code = main(words)
     assert code == 0, words
+    if output:
+        text = printed.getvalue()
+        subprocess.run(["sh", "-c", f"cat {output}"], input=text, text=True, check=True)
 
 
 @pytest.mark.parametrize("block", NAMED)
@@ -82,7 +91,7 @@ def test_every_block_is_valid(block: Block) -> None:
     elif block.language == "toml" and not block.reason:
         Recipe.from_toml(block.code)
     elif block.language == "sh":
-        for words in commands(block.code):
+        for words, _ in commands(block.code):
             if words[0] == "hasten":
                 _parse(words[1:])
             elif not block.reason:
@@ -116,6 +125,8 @@ def test_the_blocks_of_a_page_run(
             code = for_here(block.code, str(quick_model))
             exec(compile(code, page, "exec"), names)
         elif block.language == "sh":
-            for words in commands(for_here(block.code, "tiny")):
-                if words[0] == "hasten" and words[1] in RUN:
-                    _run(words[1:])
+            for words, output in commands(for_here(block.code, "tiny")):
+                if words[0] in FILE_COMMANDS:
+                    subprocess.run(["sh", "-c", f"{shlex.join(words)} {output}"], check=True)
+                elif words[0] == "hasten" and words[1] in RUN:
+                    _run([*words[1:], *RUN[words[1]]], output)
