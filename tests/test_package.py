@@ -96,3 +96,8 @@ def test_every_address_is_of_one_repository() -> None:
 
 def test_the_versions_agree() -> None:
     assert PROJECT["version"] == hasten.__version__
+
+
+def test_the_changelog_has_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.search(rf"^## \[{re.escape(hasten.__version__)}\] - \d{{4}}-\d\d-\d\d$", text, re.M)
