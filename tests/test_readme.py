@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and each of the ways takes under ten lines."""
+"""Each way in the README takes under ten lines; its links and tables hold. What runs it: docs/."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
-import hasten
-from hasten.machine import machine
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- not run: [^\n]*-->\n)?```python\n(.*?)```", re.DOTALL)
@@ -25,26 +22,6 @@ def test_every_way_is_shown_in_under_ten_lines() -> None:
     assert shown == ["baseline", "compile", "cache", "cache-compile", "recipe"]
     for _, code in BLOCKS:
         assert len(code.splitlines()) < 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("code", [code for skipped, code in BLOCKS if not skipped], ids=recipe_of)
-def test_the_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "compile" in recipe_of(code) and machine().compile_problem("cpu"):
-        pytest.skip("torch.compile cannot work here")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(README), "exec"), {})
-    assert list(tmp_path.glob("*.png"))
-
-
-def test_what_is_not_run_is_valid_as_far_as_it_can_be_checked() -> None:
-    (code,) = [code for skipped, code in BLOCKS if skipped]
-    compile(code, str(README), "exec")
-    toml = re.search(r'from_toml\("(.*?)"\)', code)
-    assert toml is not None
-    recipe = hasten.Recipe.from_toml(toml.group(1).encode().decode("unicode_escape"))
-    assert recipe.cache is not None
-    assert recipe.compile is not None
 
 
 def test_links_lead_somewhere() -> None:
