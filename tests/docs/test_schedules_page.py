@@ -1,4 +1,4 @@
-"""The tables of the caching page are the committed ones."""
+"""What the pages say of learned schedules follows from the results."""
 
 from __future__ import annotations
 
@@ -9,27 +9,12 @@ from typing import Any
 
 import pytest
 
-from hasten.recipe import Recipe
 from studies.caching import report, resampled
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "caching.md"
+PAGE = ROOT / "docs" / "schedules.md"
 RESULTS = ROOT / "studies" / "results" / "caching"
 MODELS = {"bundled": "tiny", "second": "teacher"}
-TABLES = re.findall(
-    r"<!-- results: ([\w/-]+) -->\n(.*?)<!-- end of results -->",
-    PAGE.read_text("utf-8"),
-    re.DOTALL,
-)
-
-
-@pytest.mark.parametrize(("name", "shown"), TABLES, ids=[name for name, _ in TABLES])
-def test_its_tables_are_the_committed_ones(name: str, shown: str) -> None:
-    report = (ROOT / "studies" / "results" / f"{name}.md").read_text("utf-8")
-    table = report.split("\n## ")[0]
-    rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert len(rows) > 5
-    assert rows == [line for line in table.splitlines() if line.startswith("|")]
 
 
 @pytest.mark.parametrize("name", ["tiny", "teacher", "resampled"])
@@ -43,19 +28,6 @@ def test_every_point_is_of_as_many_prompts() -> None:
     for model in MODELS.values():
         rows = _results(model)["rows"]
         assert {point["n"] for row in rows for point in row["points"]} == {100}
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_its_ratios_are_those_of_the_measurements(model: str) -> None:
-    interval, peer = (
-        re.search(rf"\| {model} model: times that of {what} \| (.*) \|", PAGE.read_text("utf-8"))
-        for what in ("`interval, reuse`", "the best peer")
-    )
-    assert interval
-    assert peer
-    ratios = _ratios(MODELS[model])
-    assert interval[1].split(" | ") == [f"{of_interval:.3f}" for of_interval, _ in ratios]
-    assert peer[1].split(" | ") == [f"{of_peer:.3f}" for _, of_peer in ratios]
 
 
 def test_the_readme_says_how_much_nearer_schedules_stay() -> None:
@@ -76,8 +48,8 @@ def test_what_it_says_of_carried_over_schedules() -> None:
     said = re.search(
         r"at most ([\d.]+) times the LPIPS of `interval` with `reuse` and at most ([\d.]+) times"
         r".*\(([\d.]+) to ([\d.]+) times\).*levels: ([\d.]+) and ([\d.]+) times"
-        r", nearer on (\d+) and (\d+) of 24",
-        PAGE.read_text("utf-8"),
+        r", closer on (\d+) and (\d+) of 24",
+        " ".join(PAGE.read_text("utf-8").split()),
         re.DOTALL,
     )
     assert said
@@ -116,15 +88,3 @@ def _ratios(model: str) -> list[tuple[float, float]]:
 def _results(name: str) -> dict[str, Any]:
     results: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
     return results
-
-
-def test_its_recipes_are_valid() -> None:
-    blocks = re.findall(r"```toml\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        assert Recipe.from_toml(block).cache is not None
-
-
-def test_its_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text("utf-8")):
-        assert (PAGE.parent / link).exists(), link
