@@ -13,7 +13,7 @@ TEXT = PAGE.read_text("utf-8")
 
 
 def test_its_recipe_is_the_preset_with_a_path() -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    (block,) = re.findall(r"```toml[^\n]*\n(.*?)```", TEXT, re.DOTALL)
     engine = Recipe.from_toml(block).engine
     assert engine is not None
     assert engine.model_copy(update={"path": None}) == resolve("tensorrt-fp8").engine
