@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from studies.caching.figure import lpips_of, read_budgets
+from studies.caching.results import package_of
+
 from hasten.recipe import preset_names, resolve
 from hasten.report.table import METRIC_FORMAT, format_seconds
 from hasten.report.table import columns as table_columns
 from hasten.results import Results, Row
 from hasten.results_file import read_results
 from studies import linears, quantization, tensorrt
-from studies.caching import report as caching
 from studies.peers import card as peers
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +178,7 @@ def schedule_ratio(model: str, budget: int, against: str = "peer") -> Figure:
 
 def schedule_ratios() -> str:
     """For both models and each budget, `schedule` over `interval, reuse` and over the best peer."""
-    budgets = _json("caching/tiny.json")["budgets"]
+    budgets = list(read_budgets(RESULTS / "caching", "tiny"))
     lines = [
         ["evaluations", *(f"≤ {budget}" for budget in budgets)],
         ["---", *("---:" for _ in budgets)],
@@ -192,6 +194,32 @@ def presets() -> str:
     """Every preset with its description."""
     lines = [["preset", "what it does"], [":--", ":--"]]
     lines += [[f"`{name}`", resolve(name).description] for name in preset_names()]
+    return _markdown(lines)
+
+
+QUALITY = {"int8": "tiny-h100-int8"}  # the others: tiny-h100
+NEEDS = {"fp8": "Ada, Hopper, Blackwell", "int8": "Turing or later"}
+
+
+def fastest_presets() -> str:
+    """The README's table: the presets on FLUX.1-dev's shape, the fastest first."""
+    lines = [
+        ["preset", "what it does", "50 steps", "28 steps", "LPIPS, trained 13 M model", "GPU"],
+        [":--", ":--", "--:", "--:", "--:", ":--"],
+    ]
+    for name in ("max", "balanced", "fp8", "int8", "lossless", "compile", "baseline"):
+        recipe = resolve(name)
+        times = [
+            f"{seconds(folder, name)} s ({speedup(folder, name)}×)"
+            for folder in ("presets/1024-50", "presets/1024-28")
+        ]
+        scored = _benchmark(QUALITY.get(name, "tiny-h100")).rows
+        quality = next(
+            (row.quality_against("baseline") for row in scored if row.recipe == name), None
+        )
+        distance = "–" if quality is None or quality.lpips is None else f"{quality.lpips:.4f}"
+        needs = NEEDS[recipe.quantize.scheme] if recipe.quantize else "any"
+        lines.append([f"`{name}`", recipe.description, *times, distance, needs])
     return _markdown(lines)
 
 
@@ -214,12 +242,12 @@ MACROS: tuple[Callable[..., Any], ...] = (
     schedule_ratio,
     schedule_ratios,
     presets,
+    fastest_presets,
 )
 
 
 def _fact(results: str, row: str, size: str, name: str) -> float:
-    old = (RESULTS / f"{results}.json").is_file()
-    facts = _facts_of_peers(results, row, size) if old else _facts(_row(results, row, size))
+    facts = _facts(_row(results, row, size))
     if facts[name] is None:
         raise KeyError(f"{results}: row {row!r} has no {name}")
     return facts[name]
@@ -227,29 +255,13 @@ def _fact(results: str, row: str, size: str, name: str) -> float:
 
 def _facts(row: Row) -> dict[str, Any]:
     steps, setup, call = row.steps_computed, row.setup_seconds, row.first_image_seconds
-    loading = getattr(row, "extra", {}).get("load s", 0.0)
+    loading = row.extra.get("load s", 0.0)
     return {
         "seconds": row.seconds_per_image and row.seconds_per_image.median,
         "speedup": row.speedup,
         "computed": steps and steps.mean,
         "first_image": None if setup is None or call is None else setup + call - loading,
         "memory": row.peak_memory_bytes,
-    }
-
-
-def _facts_of_peers(results: str, name: str, size: str) -> dict[str, Any]:
-    """The same of the one file with all sizes and groups that `studies.peers.run` writes."""
-    rows = [row for row in _json(f"{results}.json")["rows"] if row["status"] == "ok"]
-    names = ["diffusers" if row["row"] == "diffusers" else _short(row["row"]) for row in rows]
-    row = rows[_position(names, "diffusers" if name == "baseline" else name, results)]
-    plain = next(one for one in rows if (one["row"], one["group"]) == ("diffusers", row["group"]))
-    here, base = (one["sizes"][size.partition("x")[0]] for one in (row, plain))
-    return {
-        "seconds": here["seconds"]["median"],
-        "speedup": base["seconds"]["median"] / here["seconds"]["median"],
-        "computed": here["computed"],
-        "first_image": row["setup_seconds"] + here["first_image_seconds"],
-        "memory": here["peak_bytes"],
     }
 
 
@@ -285,11 +297,10 @@ def _quality(results: str, row: str, metric: str) -> Figure:
 
 def _caching(model: str, budget: int) -> dict[str, tuple[float, str]]:
     """LPIPS and package of every method that has a point within the budget."""
-    found = {}
-    for row in _json(f"caching/{model}.json")["rows"]:
-        if point := caching.at_budget(row, budget):
-            found[row["method"]] = (point["lpips"], row["package"])
-    return found
+    rows = _benchmark(f"caching/{model}-{budget}").rows[1:]
+    return {
+        row.recipe: (lpips_of(row), package_of(row.recipe)) for row in rows if row.status == "ok"
+    }
 
 
 def _benchmark(results: str) -> Results:

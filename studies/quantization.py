@@ -5,7 +5,7 @@
 Schemes of the blocks' linears are emulated, so any device gives their quality; those of the T5
 encoder only store weights in eight bits and are the real ones. Static scales are calibrated on
 prompts that no picture here is of. Pictures are compared with those of the plain pipeline. Prints
-the tables of docs/quantization.md and docs/text-and-decoder.md.
+the tables of docs/passes/quantize.md and docs/passes/text.md.
 """
 
 from __future__ import annotations
