@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hasten.cli import options
 from hasten.errors import HastenError, UnsupportedError
+from hasten.process import terminable
 
 if TYPE_CHECKING:
     from hasten.results import Results
@@ -57,23 +58,8 @@ def bench(
     """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
     given = locals()
     same = {name: given[name] for name in given.keys() - {"recipes", "reference", *OURS}}
-    from hasten import bench as run
-    from hasten.cli.terminal import ProgressBar, print_line
-    from hasten.log import forward_log
-    from hasten.process import terminable
-
-    with (
-        terminable(INTERRUPTED),
-        ProgressBar() as progress,
-        forward_log(print_line, progress.stage),
-    ):
-        progress.stage("starting")
-        results = run(
-            recipes=_names(recipes),
-            references=_names(reference),
-            progress=progress.show,
-            **same,
-        )
+    with terminable(INTERRUPTED):
+        results = _measured(_names(recipes), _names(reference), same)
     if as_json:
         print(results.model_dump_json(by_alias=True, indent=1))
     else:
@@ -86,6 +72,18 @@ def bench(
         )
     if all(row.status != "ok" for row in results.rows):
         raise UnsupportedError("no row could be measured", "each row's reason says what to do")
+
+
+def _measured(
+    recipes: tuple[str, ...], references: tuple[str, ...], same: dict[str, Any]
+) -> Results:
+    from hasten import bench as run
+    from hasten.cli.terminal import ProgressBar, print_line
+    from hasten.log import forward_log
+
+    with ProgressBar() as progress, forward_log(print_line, progress.stage):
+        progress.stage("starting")
+        return run(recipes=recipes, references=references, progress=progress.show, **same)
 
 
 def _names(text: str) -> tuple[str, ...]:

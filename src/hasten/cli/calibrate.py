@@ -89,9 +89,14 @@ def calibrate(
     texts, settings = _inputs(call, prompts, (limit, HELD_BACK), None, out, faults)
     _check_wanted(wanted, settings.steps, faults)
     faults.raise_any()
-    found = _learn(call, texts, settings, wanted, resume=resume)
-    _write_recipe(found.recipe, out)
-    _forget(wanted.state)
+    try:
+        found = _learn(call, texts, settings, wanted, resume=resume)
+        _write_recipe(found.recipe, out)
+        _forget(wanted.state)
+    except KeyboardInterrupt:
+        if wanted.state.is_dir():
+            print(f"{wanted.state} keeps what is done; --resume continues there", file=sys.stderr)
+        raise
     _print_schedule(found, out, as_json=as_json)
 
 
@@ -204,20 +209,16 @@ def _learn(
 
         if not resume:
             _forget(wanted.state)
-        try:
-            return learn(
-                pipe,
-                texts,
-                budget=wanted.budget,
-                objective=cast(Any, wanted.objective),
-                climb=wanted.climb,
-                held_back=HELD_BACK,
-                state=wanted.state,
-                **_arguments(call, settings, progress),
-            )
-        except KeyboardInterrupt:
-            print(f"{wanted.state} keeps what is done; --resume continues there", file=sys.stderr)
-            raise
+        return learn(
+            pipe,
+            texts,
+            budget=wanted.budget,
+            objective=cast(Any, wanted.objective),
+            climb=wanted.climb,
+            held_back=HELD_BACK,
+            state=wanted.state,
+            **_arguments(call, settings, progress),
+        )
 
 
 def _measure(call: CallOptions, texts: list[str], settings: Settings, recipe: Recipe) -> Recipe:

@@ -13,6 +13,7 @@ from hasten.cli import options
 from hasten.engines.tensorrt import PROMPTS
 from hasten.errors import Faults, InputError
 from hasten.memory import format_bytes
+from hasten.process import terminable
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.manifest import Manifest
@@ -90,11 +91,9 @@ def tensorrt(
             wanted = replace(wanted, max_size=parse_size(max_size, at_most=True))
     request = _request(called, wanted, out, prompts, limit, faults)
     key = _key(request)
-    before = _before(request, key)
-    try:
+    with terminable(RESUME):
+        before = _before(request, key)
         manifest = before or _exported(request, key)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(RESUME) from None
     _print_result(manifest, out, before=before is not None, as_json=as_json)
 
 
