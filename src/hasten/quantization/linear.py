@@ -135,11 +135,16 @@ class Fp8Linear(QuantizedLinear):
 
         `out` (M × N of `dtype`, contiguous) is written to where it is given.
         """
+        weight_scale = self.weight_scale
+        if codes.device.type == "cpu" and not scale.ndim:
+            # With one scale per tensor torch's product is hundreds of times slower on a CPU.
+            scale = scale.repeat(len(codes), 1)
+            weight_scale = weight_scale.repeat(self.out_features, 1)
         return torch._scaled_mm(
             codes,
             self.weight.t(),
             scale_a=scale,
-            scale_b=self.weight_scale.t(),
+            scale_b=weight_scale.t(),
             bias=None if self.bias is None else self.bias.to(dtype),
             out_dtype=dtype,
             use_fast_accum=True,
