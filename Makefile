@@ -14,7 +14,7 @@ LOWEST_TESTS := tests/test_recipe.py tests/test_results.py tests/test_generation
   tests/models/test_load.py tests/models/test_checkpoint.py tests/cli/test_app.py \
   tests/cli/test_generate.py tests/report/test_html.py tests/report/test_plot.py
 
-.PHONY: help setup demo bench test lowest check format docs dist clean
+.PHONY: help setup demo bench test kills lowest check format docs dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what the targets do
@@ -42,6 +42,10 @@ bench: setup  ## the same with 50 prompts
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+kills: setup  ## kill each command at ten random moments by each signal
+	HASTEN_TEST_KILLS=10 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
+	  tests/cli/test_killed.py $(PYTEST_ARGS)
 
 lowest:  ## run some tests on the oldest dependencies allowed, in .venv-lowest (Python 3.11)
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
