@@ -30,7 +30,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from hasten.engines.tensorrt.files import FileFacts, fault_of_file
+from hasten.engines.tensorrt.files import FileFacts, damaged_files
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.recipe import resolve
 from hasten.results_file import read_results
@@ -366,8 +366,8 @@ def read_manifest(path: Path) -> None:
 
 
 def read_stage(path: Path) -> None:
-    for name, facts in unseal(path.read_text("utf-8"))["files"].items():
-        assert fault_of_file(path.parent, name, FileFacts(**facts)) is None
+    files = unseal(path.read_text("utf-8"))["files"]
+    assert damaged_files(path.parent, {name: FileFacts(**files[name]) for name in files}) == {}
 
 
 def read_picture(path: Path) -> None:
