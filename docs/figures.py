@@ -204,7 +204,7 @@ NEEDS = {"fp8": "Ada, Hopper, Blackwell", "int8": "Turing or later"}
 def fastest_presets() -> str:
     """The README's table: the presets on FLUX.1-dev's shape, the fastest first."""
     lines = [
-        ["preset", "what it does", "50 steps", "28 steps", "LPIPS, trained 13 M model", "GPU"],
+        ["preset", "what it does", "50 steps", "28 steps", "LPIPS on a trained model", "GPU"],
         [":--", ":--", "--:", "--:", "--:", ":--"],
     ]
     for name in ("max", "balanced", "fp8", "int8", "lossless", "compile", "baseline"):
