@@ -66,7 +66,7 @@ def test_links_lead_to_the_pngs_and_nowhere_else(page: Page, folder: Path) -> No
 
 def test_style_and_script_hold_no_address() -> None:
     for name in ("report.css", "report.js"):
-        text = (html.TEMPLATES / name).read_text(encoding="utf-8")
+        text = (plots.TEMPLATES / name).read_text(encoding="utf-8")
         assert not re.search(r"https?:|//[a-z]+\.|url\(|@import|</", text)
 
 
@@ -141,11 +141,10 @@ def test_a_headline_counts_what_it_does_not_name(results: Results) -> None:
 
 
 def test_plots_follow_the_style_sheet_in_light_and_dark(page: Page) -> None:
-    style = (html.TEMPLATES / "report.css").read_text("utf-8")
-    light, dark = style.split("prefers-color-scheme: dark", 1)
-    for name, colour in plots.COLOURS.items():
-        assert f"--{name}: {colour};" in light
-        assert f"--{name}: " in dark
+    style = (plots.TEMPLATES / "report.css").read_text("utf-8")
+    dark = style.split("prefers-color-scheme: dark", 1)[1]
+    assert {kind.key for kind in KINDS.values()} | {"ink", "muted", "paper"} <= set(plots.COLOURS)
+    assert all(f"--{name}: " in dark for name in plots.COLOURS)
     inside = [found for name, found in page.tags if name in ("path", "text", "use", "rect")]
     assert not any("style" in found or (found.get("fill") or "")[:1] == "#" for found in inside)
     assert {"var(--ours)", "var(--ink)"} <= {found.get("fill") for found in inside}

@@ -65,7 +65,7 @@ def test_seven_rows_have_a_label_and_peers_go_first(crowd: Results) -> None:
 
 def test_only_our_recipes_have_a_colour(crowd: Results) -> None:
     for row in crowd.rows:
-        red, green, blue = bytes.fromhex(plots.KINDS[row.role].colour[1:])
+        red, green, blue = bytes.fromhex(plots.COLOURS[plots.KINDS[row.role].key][1:])
         grey = max(red, green, blue) - min(red, green, blue) < 32
         assert grey is (row.role != "recipe")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -12,10 +11,8 @@ from markupsafe import Markup
 
 from hasten.report import plots, table
 from hasten.report.pictures import Album
+from hasten.report.plots import STYLE, TEMPLATES
 from hasten.results import BASELINE, BASELINE_AGAIN, Prompt, Results, Row
-
-TEMPLATES = Path(__file__).parent / "templates"
-SCORES = {"lpips": "LPIPS", "ssim": "SSIM", "psnr": "PSNR", "ms_ssim": "MS-SSIM"}
 
 
 def report_page(results: Results, album: Album) -> str:
@@ -30,7 +27,7 @@ def report_page(results: Results, album: Album) -> str:
     )
     # The pictures' shape, for the layout before any of them is decoded.
     ratio = f":root{{--ratio:{results.workload.width}/{results.workload.height}}}\n"
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8") + ratio
+    style = STYLE + ratio
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
         style=Markup(style),
@@ -103,9 +100,9 @@ def scores(row: Row, prompt: Prompt) -> dict[str, str]:
     quality = row.quality_against(BASELINE)
     entries = quality.per_prompt if quality and row.recipe != BASELINE else ()
     return {
-        title: table.METRIC_FORMAT[name](value)
+        title: form(value)
         for entry in entries
-        for name, title in SCORES.items()
+        for name, (title, _, form) in table.METRICS.items()
         if entry.id == prompt.id and (value := getattr(entry, name)) is not None
     }
 

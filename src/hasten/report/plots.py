@@ -11,7 +11,8 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,10 @@ WIDE, NARROW, README = 560, 330, 830  # widths: half of the page, a phone, a REA
 MOST = 7  # labelled rows per plot
 LINE = 17  # height of a line of small text
 LONGEST_REASON = 600  # characters; table.md and the page have all of it
-# Each is a custom property of the page's style sheet, which has its values for dark mode.
-COLOURS = {
-    "ours": "#0a66c8",
-    "baseline": "#8d959e",
-    "rival": "#b3bac2",
-    "peer": "#59626c",
-    "rule": "#dfe3e8",
-    "muted": "#57606a",
-    "ink": "#16191d",
-    "paper": "#ffffff",
-}
+TEMPLATES = Path(__file__).parent / "templates"
+STYLE = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+# The page's custom properties by name, as it has them in light mode.
+COLOURS: dict[str, str] = dict(re.findall(r"--(\w+): (#\w{6});", STYLE[: STYLE.index("@media")]))
 # Names come from files: `parse_math` would read a dollar sign in them as mathematics.
 TEXT: dict[str, Any] = {"va": "center", "parse_math": False, "textcoords": "offset points"}
 SMALL = TEXT | {"size": 11, "color": COLOURS["muted"]}
@@ -55,14 +49,6 @@ class Kind:
     label: str = ""
     hatch: str = ""
     mark: str = "o"
-
-    @property
-    def colour(self) -> str:
-        return COLOURS[self.key]
-
-    @property
-    def ink(self) -> str:
-        return COLOURS["ours" if self.key == "ours" else "ink"]
 
 
 KINDS: dict[Role, Kind] = {
@@ -152,12 +138,12 @@ def bars(
     middles = [pitch * place + pitch - 16 for place in range(len(rows))]
     kinds = [KINDS[row.role] for row in rows]
     look = {"hatch": [kind.hatch for kind in kinds], "edgecolor": COLOURS["paper"], "linewidth": 0}
-    axes.barh(middles, speeds, 12, color=[kind.colour for kind in kinds], **look)
+    axes.barh(middles, speeds, 12, color=[COLOURS[kind.key] for kind in kinds], **look)
     starts, ends = [y - 8 for y in middles], [y + 8 for y in middles]
     axes.vlines([1] * len(rows), starts, ends, COLOURS["ink"], linewidth=1, clip_on=False)
     for place, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
         y = place * pitch + 9
-        look = TEXT | {"size": 12, "color": kind.ink, "weight": "bold"}
+        look = TEXT | {"size": 12, "color": _ink(row), "weight": "bold"}
         name = axes.annotate(_short(row.recipe), (0, y), (0, 0), **look)
         axes.annotate(speedup(row, results).text, (longest, y), (0, 0), ha="right", **look)
         facts = " · ".join([*filter(None, [kind.label]), *row_facts(row)])
@@ -185,7 +171,7 @@ def scatter(results: Results, width: int) -> Figure | None:
     named = {row.recipe for row in labelled_rows(results)}
     for row, x, y in zip(rows, across, up, strict=True):
         kind = KINDS[row.role]
-        look: dict[str, Any] = {"color": kind.colour, "markersize": 10}
+        look: dict[str, Any] = {"color": COLOURS[kind.key], "markersize": 10}
         look["markersize"] = 10 if row.recipe in named else 5
         look |= {"markeredgecolor": COLOURS["paper"], "clip_on": False, "zorder": 3}
         axes.plot([x], [y], kind.mark, **look)
@@ -206,41 +192,47 @@ def scatter(results: Results, width: int) -> Figure | None:
     return figure
 
 
+def _ink(row: Row) -> str:
+    return COLOURS["ours" if row.role == "recipe" else "ink"]
+
+
 def _lpips(row: Row) -> float:
     return metric(row, "lpips").value or 0.0
 
 
-PLACES: tuple[tuple[int, int, str, str], ...] = (  # of a label around its point, the best first
-    # Above, where the staircase never is.
+Place = tuple[int, int, str, str]
+NEAR: tuple[Place, ...] = (  # of a label around its point; the first are above the staircase
     *((5, 4, "left", "bottom"), (-5, 4, "right", "bottom"), (0, 7, "center", "bottom")),
     *((9, 0, "left", "center"), (-9, 0, "right", "center"), (0, -7, "center", "top")),
     *((5, -4, "left", "top"), (-5, -4, "right", "top")),
 )
+PLACES = (*NEAR, *((3 * dx, 3 * dy, ha, va) for dx, dy, ha, va in NEAR))
 
 
 def _label(axes: Axes, points: list[tuple[Row, tuple[float, float]]], named: set[str]) -> None:
-    """For each named point the place around it that covers least of other points and labels."""
-    pixels = [axes.transData.transform(point) for _, point in points]
+    """For each named point the first place around it that is free, or else the one that covers
+    least of other points and labels."""
     frame = Bbox.from_extents(axes.bbox.x0, 0, *axes.figure.bbox.size)
+    pixels = [axes.transData.transform(point) for _, point in points]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
 
-    def cost(label: Annotation) -> float:
-        box = label.get_window_extent()
+    def put(label: Annotation, place: Place) -> Bbox:
+        label.xyann = place[:2]
+        label.set(ha=place[2], va=place[3])
+        return label.get_window_extent()
+
+    def cost(label: Annotation, place: Place) -> float:
+        box = put(label, place)
         shared = sum(_shared(box, other) for other in taken)
         return shared + 1000 * (_shared(box, box) - _shared(box, frame))
 
     for row, point in points:
-        if row.recipe not in named:
-            continue
-        labels = []
-        for away, (dx, dy, ha, va) in product((1, 3), PLACES):
-            look = SMALL | {"color": KINDS[row.role].ink, "ha": ha, "va": va}
-            labels.append(axes.annotate(_short(row.recipe), point, (away * dx, away * dy), **look))
-        best = min(labels, key=cost)
-        taken.append(Bbox(best.get_window_extent()))
-        for label in labels:
-            if label is not best:
-                label.remove()
+        if row.recipe in named:
+            look = SMALL | {"color": _ink(row)}
+            label = axes.annotate(_short(row.recipe), point, (0, 0), **look)
+            free = (place for place in PLACES if cost(label, place) < 1)
+            best = next(free, None) or min(PLACES, key=partial(cost, label))
+            taken.append(put(label, best))
 
 
 def _shared(one: Any, other: Any) -> float:

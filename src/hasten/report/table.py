@@ -15,12 +15,6 @@ QUALITY_ONLY = (
     "there says nothing of an engine"
 )
 MISSING = "–"
-METRICS = (
-    ("lpips", "LPIPS", "low"),
-    ("ssim", "SSIM", "high"),
-    ("psnr", "PSNR dB", "high"),
-    ("ms_ssim", "MS-SSIM", "high"),
-)
 # A baseline that moved by more than this makes every speed-up doubtful.
 STEADY = 0.05
 
@@ -100,7 +94,7 @@ def columns(results: Results) -> list[Column]:
     ]
     chosen = chosen if timed else []
     chosen.append(Column("steps", "steps computed", _steps, "low"))
-    for name, title, best in METRICS:
+    for name, (title, best, _) in METRICS.items():
         if name != "ms_ssim" or any(metric(row, name).value is not None for row in results.rows):
             chosen.append(Column(name, title, partial(metric, name=name), best))
     for reference in other_references(results):
@@ -129,7 +123,7 @@ def metric(row: Row, name: str, reference: str = BASELINE) -> Cell:
         return Cell("reference")
     quality = row.quality_against(reference)
     value: float | None = getattr(quality, name) if quality else None
-    return _number(value, METRIC_FORMAT[name])
+    return _number(value, METRICS[name][2])
 
 
 def speedup(row: Row, results: Results) -> Cell:
@@ -375,9 +369,10 @@ def format_change(ratio: float) -> str:
     return f"{(ratio - 1) * 100:+.1f} %".replace("-", "−")
 
 
-METRIC_FORMAT = {
-    "lpips": format_distance,
-    "ssim": format_similarity,
-    "psnr": format_tenths,
-    "ms_ssim": format_similarity,
+# Title, which way is better, and form.
+METRICS: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "lpips": ("LPIPS", "low", format_distance),
+    "ssim": ("SSIM", "high", format_similarity),
+    "psnr": ("PSNR dB", "high", format_tenths),
+    "ms_ssim": ("MS-SSIM", "high", format_similarity),
 }
