@@ -242,12 +242,13 @@ class Row(_Record):
 
 class Results(_Record):
     """A whole benchmark. `rows[0]` is the baseline; its second rendering, where there is one, is
-    the last row, `baseline-again`."""
+    the last row, `baseline-again`. `command` repeats the measurement."""
 
     schema_version: Literal[2] = Field(default=SCHEMA_VERSION, alias="schema")
     workload: Workload
     environment: Environment
     rows: Annotated[tuple[Row, ...], Field(max_length=MOST_ROWS)]
+    command: str | None = None
 
     @model_validator(mode="after")
     def _rows_fit_together(self) -> Self:
@@ -338,14 +339,19 @@ def _speedup(row: Row, baseline: float | None) -> float | None:
     return baseline / seconds.median
 
 
-def with_speedups(workload: Workload, environment: Environment, rows: Iterable[Row]) -> Results:
+def with_speedups(
+    workload: Workload,
+    environment: Environment,
+    rows: Iterable[Row],
+    command: str | None = None,
+) -> Results:
     """Results of these rows, in the table's order, each with the speed-up that its samples give."""
     rows = tuple(rows)
     baseline = _baseline_seconds(rows)
     finished = tuple(
         Row.model_validate({**dict(row), "speedup": _speedup(row, baseline)}) for row in rows
     )
-    return Results(workload=workload, environment=environment, rows=finished)
+    return Results(workload=workload, environment=environment, rows=finished, command=command)
 
 
 def _summary(samples: tuple[float, ...]) -> dict[str, float]:

@@ -56,7 +56,7 @@ class Turn:
 class BenchmarkPlan:
     """The workload, where it runs, and the rows in the table's order.
 
-    `force` lets rows use schedules learned on another model.
+    `force` lets rows use schedules learned on another model; `command` repeats the benchmark.
     """
 
     workload: Workload
@@ -64,6 +64,7 @@ class BenchmarkPlan:
     rows: tuple[PlannedRow, ...]
     references: tuple[str, ...]
     force: bool = False
+    command: str | None = None
 
     def turns(self) -> list[Turn]:
         """Every rendering, in order: each round rotates the rows between the baselines."""

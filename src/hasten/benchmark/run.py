@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,23 @@ def bench(
     given = locals()
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     store = BenchmarkStore(absolute(out), resume=resume, overwrite=overwrite)
-    return run_plan(plan_benchmark(options, recipes, references, store), store, progress=progress)
+    plan = plan_benchmark(options, recipes, references, store)
+    return run_plan(replace(plan, command=_command(given)), store, progress=progress)
+
+
+def _command(given: Mapping[str, Any]) -> str:
+    """The command line for these arguments of `bench`, without defaults, and without the folder:
+    what repeats the measurement, wherever it is written to."""
+    words = ["hasten", "bench"]
+    for name, parameter in inspect.signature(bench).parameters.items():
+        value = given[name]
+        if name in ("out", "resume", "overwrite", "progress") or value == parameter.default:
+            continue
+        if name in ("recipes", "references"):
+            value = ",".join(one.name if isinstance(one, Recipe) else str(one) for one in value)
+        option = "--reference" if name == "references" else f"--{name.replace('_', '-')}"
+        words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
 
 
 def run_plan(
@@ -230,7 +248,7 @@ def _results(plan: BenchmarkPlan, done: Done) -> Results:
                 "notes": tuple(dict.fromkeys((*row.notes, *planned.notes))),
             }
             rows.append(row.model_copy(update=why))
-    return with_speedups(plan.workload, plan.environment, rows)
+    return with_speedups(plan.workload, plan.environment, rows, plan.command)
 
 
 def pooled(rounds: Sequence[Row]) -> Row:
