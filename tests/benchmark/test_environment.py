@@ -14,7 +14,7 @@ from hasten.errors import HastenError
 
 
 def test_this_machine() -> None:
-    here = look("cpu", "auto")
+    here = look("tiny", "cpu", "auto")
     assert (here.device, here.dtype, here.fault) == ("cpu", "float32", None)
     assert here.environment.torch == torch.__version__
     assert here.environment.cpu
@@ -23,7 +23,7 @@ def test_this_machine() -> None:
 
 
 def test_from_another_process_it_is_the_same() -> None:
-    there, here = look_in_process("cpu", "bfloat16"), look("cpu", "bfloat16")
+    there, here = look_in_process("tiny", "cpu", "bfloat16"), look("tiny", "cpu", "bfloat16")
     assert there.dtype == "bfloat16"
     assert there.environment.torch == here.environment.torch
 
@@ -31,7 +31,7 @@ def test_from_another_process_it_is_the_same() -> None:
 def test_a_python_that_cannot_look_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.benchmark.environment.bound_command", lambda *_: ["false"])
     with pytest.raises(HastenError, match="it said nothing") as caught:
-        look_in_process("cpu", "auto")
+        look_in_process("tiny", "cpu", "auto")
     assert len(caught.value.faults) == 1
 
 
