@@ -14,6 +14,7 @@ from hasten.engines.tensorrt import folder as module
 from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, RUNTIME_CACHE, facts_of_file
 from hasten.engines.tensorrt.folder import (
     PROBE,
+    RECIPE,
     SCRATCH,
     check_folder,
     finished,
@@ -160,7 +161,11 @@ class Source:
     def is_whole_in(self, folder: Path) -> bool:
         names = {path.name for path in folder.iterdir()}
         same = Manifest.read(folder).model == self.manifest.model
-        return same and names == {MANIFEST, *self.files} and not self.manifest.damaged(folder)
+        return (
+            same
+            and names - {RECIPE} == {MANIFEST, *self.files}
+            and not self.manifest.damaged(folder)
+        )
 
 
 @pytest.fixture
