@@ -191,6 +191,17 @@ def test_what_must_not_import_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_hasten_loads_only_a_few_modules_of_the_standard_library() -> None:
+    code = "import sys; had = set(sys.modules); import hasten; print(*(set(sys.modules) - had))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded - sys.stdlib_module_names == {"hasten"}
+    assert len(done.stdout.split()) < 60
+
+
 def test_public_names_exist_and_are_listed() -> None:
     assert set(hasten.__all__) == set(hasten._HOME)
     for name in hasten.__all__:

@@ -10,7 +10,7 @@ import torch
 
 import hasten
 from hasten.benchmark.environment import commit, look, look_in_process
-from hasten.errors import HastenError
+from hasten.errors import HastenError, UnsupportedError
 
 
 def test_this_machine() -> None:
@@ -60,3 +60,14 @@ def _git(folder: Path, *arguments: str) -> str:
         ["git", "-C", str(folder), *author, *arguments], capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
+
+
+def test_a_model_that_does_not_fit_is_refused_before_any_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hasten.models.load.free_memory", lambda: 2**30)
+    monkeypatch.setattr("hasten.benchmark.plan.look_in_process", look)
+    with pytest.raises(UnsupportedError, match=r"takes 62\.8 GiB of memory") as caught:
+        hasten.bench("shape:flux.1-dev", device="cpu", out=tmp_path / "out")
+    assert len(caught.value.faults) == 1
+    assert not (tmp_path / "out").exists()

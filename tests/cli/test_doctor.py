@@ -172,7 +172,7 @@ def test_the_last_line_is_a_command_to_start_with(
     gpus = () if capability is None else (Gpu(0, "a GPU", capability, 80 * 2**30),)
     here = bare(gpus=gpus, cuda="13.0", **present)
     last = on(here).out.splitlines()[-1]
-    assert last == f"start with: hasten generate 'a red panda reading' --recipe {preset}"
+    assert last == f"start with: hasten generate 'a rocket' --recipe {preset}"
 
 
 @pytest.mark.usefixtures("bundled")

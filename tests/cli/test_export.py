@@ -199,7 +199,7 @@ def test_export_repeat_and_rebuild(saved_model: Path, tmp_path: Path, cache: Pat
     assert re.fullmatch(
         r"engine: bf16 engine for sm89 of small_model0; graph \d+ KiB, engine \d+ MiB; "
         r"error against torch at most \d\.\de-0\d; made before\n"
-        r"next \(on sm89\): hasten generate 'a red panda reading' --recipe engine/recipe.toml "
+        r"next \(on sm89\): hasten generate 'a rocket' --recipe engine/recipe.toml "
         r"--model \S+\n",
         again.stdout,
     )

@@ -74,4 +74,4 @@ def _picture(path: Path) -> str:
     except OSError:
         return "–"
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img src="data:image/webp;base64,{data}">'
+    return f'<img alt="{html.escape(path.parent.name)}" src="data:image/webp;base64,{data}">'

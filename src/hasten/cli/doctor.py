@@ -109,7 +109,7 @@ def _start_with(here: Machine, model: str, statuses: dict[str, str]) -> list[str
         if statuses[f"recipe {name}"] == "ok" and (compiles or not resolve(name).compiles)
     ]
     of_model = [] if model == "tiny" else ["--model", model]
-    return ["hasten", "generate", "a red panda reading", *of_model, "--recipe", works[0]]
+    return ["hasten", "generate", "a rocket", *of_model, "--recipe", works[0]]
 
 
 def _checks(here: Machine, model: str, *, thorough: bool, hub: bool) -> Iterator[tuple[str, Look]]:

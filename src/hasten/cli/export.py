@@ -190,7 +190,7 @@ def _print_result(manifest: Manifest, request: ExportRequest, *, before: bool) -
     what = f"engine for {', '.join(manifest.targets)}" if manifest.targets else "graph"
     facts = [_sizes(manifest), _error(manifest), *(["made before"] if before else [])]
     print_text(f"{out}: {manifest.precision} {what} of {manifest.model}; {'; '.join(facts)}")
-    command = ["hasten", "generate", "a red panda reading", "--recipe", str(out / RECIPE)]
+    command = ["hasten", "generate", "a rocket", "--recipe", str(out / RECIPE)]
     command += [] if call.model == "tiny" else ["--model", call.model]
     command += [] if call.dtype == "auto" else ["--dtype", call.dtype]
     command += [] if manifest.targets else ["--device", "cpu"]

@@ -42,7 +42,7 @@ def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
         return
     head = ("recipe", "speed", "images", "needs", "what it does")
     rows = [(name, *guide, said) for said, name, guide in presets]
-    print_table(head, rows, right=" r", drop=head[-1:])
+    print_table(head, rows, right=" r", drop=("what it does", "images"))
     print()
     print_text(MEASURED)
 

@@ -60,16 +60,19 @@ def columns_of(stream: TextIO) -> int:
 def print_text(text: str, *, error: bool = False) -> None:
     """Lines on stdout, or on stderr; a line that is broken goes on below its indentation."""
     stream = sys.stderr if error else sys.stdout
-    for line in text.splitlines():
-        line = printable(line)
+    width = columns_of(stream)
+    for line in map(printable, text.splitlines()):
+        if len(line) <= width:
+            print(line, file=stream)
+            continue
         broken = textwrap.wrap(
             line,
-            columns_of(stream),
+            width,
             subsequent_indent=" " * (len(line) - len(line.lstrip())),
             break_long_words=False,
             break_on_hyphens=False,
         )
-        print(*broken or [""], sep="\n", file=stream)
+        print(*broken, sep="\n", file=stream)
 
 
 def silence_library_bars() -> None:
@@ -169,14 +172,15 @@ def print_table(
             del columns[title]
     shown = list(columns.values())
     widths = _widths(shown, width - gap * (len(shown) - 1))
-    table = Table(box=SIMPLE_HEAD if fitted else None, pad_edge=False, header_style="bold")
+    box = SIMPLE_HEAD if fitted else None
+    table = Table(box=box, show_edge=False, pad_edge=False, header_style="bold")
     for column, cells in zip(shown, widths, strict=True):
         side: Any = "right" if column.right else "left"
         heading = Text(column.title)
         table.add_column(heading, justify=side, overflow="fold", min_width=cells, max_width=cells)
     for row in zip(*(column.cells for column in shown), strict=True):
         table.add_row(*map(Text, row))
-    console = Console(width=UNLIMITED)
+    console = Console(width=UNLIMITED, height=25)  # with both, dumb terminals too take this width
     with console.capture() as capture:
         console.print(table)
     for line in capture.get().splitlines():
