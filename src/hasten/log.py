@@ -82,7 +82,7 @@ def disable_telemetry() -> None:
 
 LOGGERS = (
     "torch.onnx", "torch.export", "torch.utils.cpp_extension",  # which misses a GPU on import
-    "onnxscript", "onnx_ir", "modelopt", "transformers",
+    "onnxscript", "onnx_ir", "modelopt", "diffusers", "transformers",
 )  # fmt: skip
 
 

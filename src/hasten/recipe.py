@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from hasten.errors import InputError, RecipeError, one_line
+from hasten.presets import GUIDES
 from hasten.user_files import control_character, read_text
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
@@ -457,6 +458,11 @@ class Recipe(Section):
         """Whether there is no section in it, so that the pipeline runs as it is."""
         return not self.model_dump(exclude_none=True, exclude={"name", "description"})
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile takes part in the transformer's work."""
+        return self.compile is not None and self.compile.mode != "none"
+
     def but(self, **changes: Any) -> Recipe:
         """A validated copy with some sections replaced, e.g. `recipe.but(cache=None)`."""
         return Recipe.model_validate({**dict(self), **changes})
@@ -486,13 +492,8 @@ def parse_size(text: str, *, at_most: bool = False) -> tuple[int, int]:
 
 
 def preset_names() -> list[str]:
-    """Names of the presets in the package, the plain pipeline first, then alphabetically."""
-    names = [
-        entry.name.removesuffix(".toml")
-        for entry in resources.files("hasten.presets").iterdir()
-        if entry.name.endswith(".toml")
-    ]
-    return sorted(names, key=lambda name: (name != "baseline", name))
+    """Names of the presets in the package, in the order of their use; `baseline` is the last."""
+    return list(GUIDES)
 
 
 def resolve(recipe: str | Path | Recipe) -> Recipe:

@@ -1,7 +1,7 @@
 """Where a benchmark runs, looked at in a process of its own.
 
 Asking torch about a GPU holds memory on it, which every row would miss; so the parent never does:
-`python -m hasten.benchmark.environment DEVICE DTYPE` prints `Surroundings` as JSON and ends.
+`python -m hasten.benchmark.environment MODEL DEVICE DTYPE` prints `Surroundings` as JSON and ends.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from pathlib import Path
 from pydantic import BaseModel
 
 import hasten
-from hasten.errors import HastenError
+from hasten.errors import HastenError, UnsupportedError
 from hasten.machine import machine
 from hasten.process import bound_command, python_environment
 from hasten.results import Environment
 
 
 class Surroundings(BaseModel):
-    """The environment, what `auto` means in it, and why `device` cannot be used, if so."""
+    """The environment, what `auto` means in it, and why `device` cannot be used, if so; `too_large`
+    has a fault and a fix where the model takes more memory than there is."""
 
     environment: Environment
     device: str
     dtype: str
     fault: str | None = None
     fix: str = ""
+    too_large: tuple[str, str] | None = None
 
 
-def look(device: str, dtype: str) -> Surroundings:
+def look(model: str, device: str, dtype: str) -> Surroundings:
     """Look around from this process. Imports torch and initialises CUDA where there is one."""
     import torch
 
@@ -62,13 +64,24 @@ def look(device: str, dtype: str) -> Surroundings:
         dtype=here.default_dtype(device) if dtype == "auto" else dtype,
         fault=problem.fault if problem else None,
         fix=problem.fix if problem else "",
+        too_large=None if problem else _too_large(model, device, dtype),
     )
 
 
-def look_in_process(device: str, dtype: str) -> Surroundings:
+def _too_large(model: str, device: str, dtype: str) -> tuple[str, str] | None:
+    from hasten.models.load import check_loadable
+
+    try:
+        check_loadable(model, device, dtype)
+    except UnsupportedError as error:
+        return error.faults[0], error.fix
+    return None
+
+
+def look_in_process(model: str, device: str, dtype: str) -> Surroundings:
     """`look`, from a process that ends. Raises HastenError where torch cannot be imported."""
     done = subprocess.run(
-        bound_command("hasten.benchmark.environment", device, dtype),
+        bound_command("hasten.benchmark.environment", model, device, dtype),
         env=python_environment(),
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 from hasten.benchmark.environment import host, look_in_process
 from hasten.benchmark.rows import PlannedRow, joined_by_rivals, plan_rows, rotated
 from hasten.benchmark.store import BenchmarkStore, Identity
-from hasten.errors import Faults
+from hasten.errors import Faults, UnsupportedError
 from hasten.models.defaults import ModelDefaults
 from hasten.prompts import read_prompts
 from hasten.recipe import Recipe, resolve
@@ -106,10 +106,12 @@ def plan_benchmark(
         store.check()
     if options.device in ("auto", "cpu"):
         faults.raise_any()  # these two are always there: no need to look
-    here = look_in_process(options.device, options.dtype)
+    here = look_in_process(options.model, options.device, options.dtype)
     if here.fault:
         faults.add(here.fault, here.fix)
     faults.raise_any()
+    if here.too_large:
+        raise UnsupportedError(*here.too_large)
     workload = workload.model_copy(update={"dtype": here.dtype})
     return BenchmarkPlan(workload, here.environment, rows, all_references, options.force)
 

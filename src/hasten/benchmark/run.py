@@ -14,6 +14,7 @@ from typing import Any
 
 from hasten import errors
 from hasten.atomic import write_text
+from hasten.benchmark.display import ShownResults
 from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome
 from hasten.benchmark.plan import BenchmarkPlan, Options, Turn, plan_benchmark
 from hasten.benchmark.rows import DEFAULT_RECIPES
@@ -21,6 +22,7 @@ from hasten.benchmark.store import BenchmarkStore, absolute
 from hasten.errors import Faults, HastenError
 from hasten.log import logger
 from hasten.process import how_it_ended, run_module
+from hasten.progress import Progress, shown
 from hasten.recipe import Recipe
 from hasten.results import (
     BASELINE,
@@ -33,7 +35,6 @@ from hasten.results import (
 )
 from hasten.results_file import write_results
 
-Progress = Callable[[str, int, int], None]
 Done = dict[tuple[str, int], Outcome]
 
 
@@ -74,7 +75,11 @@ def bench(
         resume: Keep the rows that `out` has, if weights, recipes, environment and machine are those
             they were measured with.
         overwrite: Replace the files of an earlier benchmark in `out`.
-        progress: Called with what is happening, how much of it is done, and of how much.
+        progress: Called with what is happening, how much of it is done, and of how much. By
+            default, a bar in a terminal or a notebook.
+
+    Returns:
+        The results; a notebook shows them as a table with pictures.
 
     Raises:
         InputError, RecipeError, ModelError: Before anything is rendered; or later, if the weights
@@ -85,8 +90,10 @@ def bench(
     given = locals()
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     store = BenchmarkStore(absolute(out), resume=resume, overwrite=overwrite)
-    plan = plan_benchmark(options, recipes, references, store)
-    return run_plan(replace(plan, command=_command(given)), store, progress=progress)
+    with shown(progress) as report:
+        plan = plan_benchmark(options, recipes, references, store)
+        plan = replace(plan, command=_command(given))
+        return ShownResults.of(run_plan(plan, store, progress=report), store.out)
 
 
 def _command(given: Mapping[str, Any]) -> str:
