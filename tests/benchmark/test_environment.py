@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import hasten
-from hasten.benchmark.environment import commit, look, look_in_process
+from hasten.benchmark.environment import commit, detect, detect_in_process
 from hasten.errors import HastenError
 
 
 def test_this_machine() -> None:
-    here = look("cpu", "auto")
+    here = detect("cpu", "auto")
     assert (here.device, here.dtype, here.fault) == ("cpu", "float32", None)
     assert here.environment.torch == torch.__version__
     assert here.environment.cpu
@@ -23,15 +23,15 @@ def test_this_machine() -> None:
 
 
 def test_from_another_process_it_is_the_same() -> None:
-    there, here = look_in_process("cpu", "bfloat16"), look("cpu", "bfloat16")
+    there, here = detect_in_process("cpu", "bfloat16"), detect("cpu", "bfloat16")
     assert there.dtype == "bfloat16"
     assert there.environment.torch == here.environment.torch
 
 
 def test_a_python_that_cannot_look_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.benchmark.environment.bound_command", lambda *_: ["false"])
-    with pytest.raises(HastenError, match="it said nothing") as caught:
-        look_in_process("cpu", "auto")
+    with pytest.raises(HastenError, match="no error output") as caught:
+        detect_in_process("cpu", "auto")
     assert len(caught.value.faults) == 1
 
 

@@ -101,7 +101,7 @@ def run_plan(
         done: Done = {}
         if store.resume:
             done = _finished(plan, store)
-            grown = plan.joined_by_rivals(_steps_computed(done))
+            grown = plan.with_rivals(_steps_computed(done))
             if grown != plan:
                 plan, done = grown, _finished(grown, store)
         store.open(plan.rows, plan.workload)
@@ -113,7 +113,7 @@ def run_plan(
                 )
                 done[turn.key] = _run_row(_job(plan, store, turn, done, engine), turn, store, show)
                 store.write_row(done[turn.key], turn.round, plan.identity(turn.row))
-                plan = plan.joined_by_rivals(_steps_computed(done))
+                plan = plan.with_rivals(_steps_computed(done))
                 store.note(plan.rows, plan.workload)  # new rows are its own too
                 write_results(store.out / "results.json", _results(plan, done))
         except KeyboardInterrupt:
