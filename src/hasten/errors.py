@@ -122,7 +122,7 @@ def one_line(text: str, longest: int = LONGEST_FAULT) -> str:
     if len(text) <= longest:
         return text
     head = longest * 2 // 3
-    return f"{text[:head]} ... {text[head + 5 - longest :]}"
+    return f"{text[:head].rstrip()} ... {text[head + 5 - longest :].lstrip()}"
 
 
 def causes(error: BaseException) -> list[BaseException]:
