@@ -14,7 +14,7 @@ LOWEST_TESTS := tests/test_recipe.py tests/test_results.py tests/test_generation
   tests/models/test_load.py tests/models/test_checkpoint.py tests/cli/test_app.py \
   tests/cli/test_generate.py tests/report/test_html.py tests/report/test_plot.py
 
-.PHONY: help setup demo bench test lowest check format docs clean
+.PHONY: help setup demo bench test kills lowest check format docs dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what the targets do
@@ -43,6 +43,10 @@ bench: setup  ## the same with 50 prompts
 test: setup  ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
+kills: setup  ## kill each command at ten random moments by each signal
+	HASTEN_TEST_KILLS=10 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
+	  tests/cli/test_killed.py $(PYTEST_ARGS)
+
 lowest:  ## run some tests on the oldest dependencies allowed, in .venv-lowest (Python 3.11)
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/requirements.txt
@@ -61,8 +65,17 @@ format: setup  ## rewrite the sources as check wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## write docs/cli.md from the commands
+docs: setup  ## write docs/cli.md from the commands, build the site in site/
 	$(BIN)/python docs/make_cli.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: setup  ## build sdist and wheel in dist/ and check them
+	@! grep -q 'https://example.com/hasten' pyproject.toml || \
+	  { echo 'error: project.urls in pyproject.toml is still a placeholder' >&2; \
+	    echo 'fix: put the address of the repository in its place' >&2; exit 1; }
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove caches and outputs (not .venv)
 	rm -rf out dist build site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -5,7 +5,7 @@
 Schemes of the blocks' linears are emulated, so any device gives their quality. Those of the T5
 encoder are not emulated; they only store weights in eight bits. Static scales are calibrated on
 other prompts than the images'. Images are compared with those of the plain pipeline. Prints
-the tables of docs/quantization.md and docs/text-and-decoder.md.
+the tables of docs/passes/quantize.md and docs/passes/text.md.
 """
 
 from __future__ import annotations

@@ -150,6 +150,29 @@ def test_sigterm_has_its_old_meaning_after_the_block() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_that_a_library_turns_into_an_error_is_still_one(how: int) -> None:
+    def imported() -> None:
+        try:
+            signal.raise_signal(how)
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    with pytest.raises(KeyboardInterrupt, match="advice"), terminable("advice"):
+        imported()
+    with pytest.raises(ImportError, match="of its own"), terminable("advice"):
+        raise ImportError("of its own")
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with terminable():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _gone(process: int) -> bool:
     for _ in range(100):
         try:

@@ -1,70 +1,29 @@
-"""The README's Python runs as it stands, and each of the ways takes under ten lines."""
+"""The README is short, begins with FLUX.1-dev, and its links hold. What runs it: docs/."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import pytest
-
-import hasten
-from hasten.machine import machine
-
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- not run: [^\n]*-->\n)?```python\n(.*?)```", re.DOTALL)
-BLOCKS = [(bool(skipped), code) for skipped, code in BLOCK.findall(README.read_text("utf-8"))]
+TEXT = README.read_text("utf-8")
 
 
-def recipe_of(code: str) -> str:
-    found = re.search(r'optimize\(pipe, "?([\w-]+)', code)
-    return found.group(1) if found else ""
+def test_a_pipeline_of_flux_1_dev_is_optimised_in_the_first_twenty_lines() -> None:
+    first = "\n".join(TEXT.splitlines()[:20])
+    (code,) = re.findall(r"```python\n(.*?)```", first, re.DOTALL)
+    assert "black-forest-labs/FLUX.1-dev" in code
+    assert "hasten.optimize(" in code
+    assert len(code.splitlines()) < 10
 
 
-def test_every_way_is_shown_in_under_ten_lines() -> None:
-    shown = [recipe_of(code) for _, code in BLOCKS]
-    assert shown == ["baseline", "compile", "cache", "cache-compile", "recipe"]
-    for _, code in BLOCKS:
-        assert len(code.splitlines()) < 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("code", [code for skipped, code in BLOCKS if not skipped], ids=recipe_of)
-def test_the_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "compile" in recipe_of(code) and machine().compile_problem("cpu"):
-        pytest.skip("torch.compile cannot work here")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(README), "exec"), {})
-    assert list(tmp_path.glob("*.png"))
-
-
-def test_what_is_not_run_is_valid_as_far_as_it_can_be_checked() -> None:
-    (code,) = [code for skipped, code in BLOCKS if skipped]
-    compile(code, str(README), "exec")
-    toml = re.search(r'from_toml\("(.*?)"\)', code)
-    assert toml is not None
-    recipe = hasten.Recipe.from_toml(toml.group(1).encode().decode("unicode_escape"))
-    assert recipe.cache is not None
-    assert recipe.compile is not None
+def test_it_is_short() -> None:
+    assert len(TEXT.split()) <= 1000
+    assert len(TEXT.splitlines()) <= 110
 
 
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README.read_text("utf-8"))
     assert links
     for link in links:
-        assert (README.parent / link).exists(), link
-
-
-TABLES = re.findall(
-    r"<!-- results: ([\w-]+) -->\n(.*?)<!-- end of results -->",
-    README.read_text("utf-8"),
-    re.DOTALL,
-)
-
-
-@pytest.mark.parametrize(("name", "shown"), TABLES, ids=[name for name, _ in TABLES])
-def test_the_table_is_the_committed_one(name: str, shown: str) -> None:
-    committed = README.parent / "studies" / "results" / name / "table.md"
-    rows = [line for line in shown.splitlines() if line.startswith("|")]
-    lines = committed.read_text("utf-8").splitlines()
-    assert len(rows) > 5
-    assert rows == [line for line in lines if line.startswith("|")][: len(rows)]
+        assert link.startswith("https://") or (README.parent / link).exists(), link

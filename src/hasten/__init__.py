@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hasten.pipeline import OptimizedPipeline, restore
     from hasten.recipe import Recipe
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOME = {
     "AlreadyOptimizedError": "hasten.errors",

@@ -41,6 +41,8 @@ def optimize(
 ) -> OptimizedPipeline:
     """Apply a recipe to a Diffusers pipeline and return it as a callable of the same signature.
 
+    If it raises, the pipeline is as it was, or the error carries a note of what is not.
+
     Args:
         pipe: The pipeline; it is changed in place.
         recipe: A preset's name, the path of a .toml file or a Recipe.
@@ -51,7 +53,6 @@ def optimize(
         RecipeError: The recipe is not valid; InputError: it cannot be read.
         UnsupportedError: This model or machine cannot do it.
         AlreadyOptimizedError: The pipeline is optimised, and `copy` is not set.
-        Whatever is raised, the pipeline is as it was, or the error carries a note of what is not.
     """
     recipe = resolve(recipe)
     if type(pipe) is OptimizedPipeline:

@@ -147,24 +147,43 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
 def terminable(advice: str | None = None) -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does: by a KeyboardInterrupt, which cleans up.
 
-    Args:
-        advice: What to do next: both kinds of KeyboardInterrupt leave with it as their text.
-    """
+    Some libraries turn a KeyboardInterrupt into an error of their own, in the middle of an import
+    for example. After either signal, any error leaves the block as a KeyboardInterrupt.
 
-    def interrupt(*_: object) -> None:
+    Args:
+        advice: What to do next: every KeyboardInterrupt leaves with it as its text.
+    """
+    arrived: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        arrived.append(number)
         raise KeyboardInterrupt
 
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if main_thread else None
+    before = {number: signal.getsignal(number) for number in _taken_over()}
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     except KeyboardInterrupt:
         if advice is None:
             raise
         raise KeyboardInterrupt(advice) from None
+    except Exception as error:
+        if not arrived:
+            raise
+        raise KeyboardInterrupt(*([advice] if advice else [])) from error
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _taken_over() -> list[signal.Signals]:
+    """The signals that `terminable` handles here: SIGINT unless it is ignored, as in the
+    background; none where Python lets none be handled."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
+    return [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
 
 
 def _end_with(parent: int) -> None:

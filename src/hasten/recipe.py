@@ -81,11 +81,19 @@ class IntervalCache(Section):
     Pruna's `cache_interval = k` reuses an output *for* k steps, which is `interval = k + 1` here.
     """
 
-    kind: Literal["interval"] = "interval"
-    start_step: Annotated[int, Field(ge=0, le=1000)] = 2
-    interval: Annotated[int, Field(ge=1, le=1000)] = 3
-    end_step: Annotated[int, Field(ge=1, le=1000)] | None = None
-    predictor: Predictor = "reuse"
+    kind: Literal["interval"] = Field(default="interval", description="this kind; may be left out")
+    start_step: Annotated[int, Field(ge=0, le=1000)] = Field(
+        default=2, description="steps at the start of a run that are all computed"
+    )
+    interval: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=3, description="after those, every n-th step is computed"
+    )
+    end_step: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        default=None, description="from this step on, all steps are computed; absent: no such step"
+    )
+    predictor: Predictor = Field(
+        default="reuse", description="how the output of a skipped step is predicted"
+    )
 
     @model_validator(mode="after")
     def _end_after_start(self) -> Self:
@@ -103,20 +111,36 @@ class ScheduleCache(Section):
     `predictor` fills the skipped steps. `fingerprint` identifies the model of the plan.
     """
 
-    kind: Literal["schedule"] = "schedule"
-    steps: Annotated[int, Field(ge=1, le=1000)]
-    compute: Annotated[tuple[StepIndex, ...], Field(strict=False, min_length=1)]
-    predictor: Predictor = "linear"
-    weights: Annotated[tuple[Weights, ...], Field(strict=False)] | None = None
-    sigmas: Annotated[tuple[Sigma, ...], Field(strict=False)] | None = None
-    fingerprint: str | None = None
+    kind: Literal["schedule"] = Field(default="schedule", description="this kind")
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(
+        description="number of inference steps that the plan is for"
+    )
+    compute: Annotated[tuple[StepIndex, ...], Field(strict=False, min_length=1)] = Field(
+        description="indices of the steps to compute: rising, the first one 0"
+    )
+    predictor: Predictor = Field(
+        default="linear", description="how the output of a skipped step is predicted"
+    )
+    weights: Annotated[tuple[Weights, ...], Field(strict=False)] | None = Field(
+        default=None,
+        description="per computed step, the weights of the newest outputs (newest first) whose sum "
+        "replaces the predictor",
+    )
+    sigmas: Annotated[tuple[Sigma, ...], Field(strict=False)] | None = Field(
+        default=None, description="noise level of each step when the plan was learned: falling"
+    )
+    fingerprint: str | None = Field(
+        default=None, description="fingerprint of the model that it was learned on"
+    )
     prompts: Annotated[tuple[str, ...], Field(strict=False)] | None = Field(
         default=None, description="hashes of the prompts that it was learned and checked on"
     )
     expected_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None, description="relative error of the final latents on held-back prompts"
     )
-    calibrated: bool = True
+    calibrated: bool = Field(
+        default=True, description="false: it was not learned on this model, which results report"
+    )
 
     @model_validator(mode="after")
     def _is_a_plan(self) -> Self:
@@ -138,8 +162,8 @@ class ScheduleCache(Section):
 class BudgetCache(Section):
     """Compute `budget` steps, by a schedule learned for this model or else a generic one."""
 
-    kind: Literal["budget"] = "budget"
-    budget: Annotated[int, Field(ge=1, le=1000)]
+    kind: Literal["budget"] = Field(default="budget", description="this kind; may be left out")
+    budget: Annotated[int, Field(ge=1, le=1000)] = Field(description="number of steps to compute")
 
 
 class ResidualCache(Section):
@@ -151,7 +175,7 @@ class ResidualCache(Section):
     waits for the device.
     """
 
-    kind: Literal["residual"] = "residual"
+    kind: Literal["residual"] = Field(default="residual", description="this kind")
     threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=0.1, description="relative L1 change below which a step is skipped"
     )
@@ -196,8 +220,13 @@ class Fuse(Section):
     kernels. "auto" uses them where possible and otherwise reports why not.
     """
 
-    conditioning: bool = True
-    kernels: Literal["auto", "on", "off"] = "auto"
+    conditioning: bool = Field(
+        default=True, description="compute the modulations of all steps before the first step"
+    )
+    kernels: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description='fused kernels of the blocks; "auto": where possible; "on": else an error',
+    )
 
 
 class Quantize(Section):
@@ -213,21 +242,27 @@ class Quantize(Section):
     With static scales, `granularity` applies to the weights only.
     """
 
-    scheme: Literal["fp8", "int8", "fp8-weight", "int8-weight"] = "fp8"
+    scheme: Literal["fp8", "int8", "fp8-weight", "int8-weight"] = Field(
+        default="fp8", description="format of weights and activations, or of weights only"
+    )
     granularity: Literal["row", "tensor"] = Field(
         default="row", description="one scale per row (token or output channel) or per tensor"
     )
     skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="linears to leave alone, as patterns: transformer_blocks.0.*"
     )
-    emulate: bool = False
+    emulate: bool = Field(
+        default=False, description="round as the scheme does, multiply in the pipeline's dtype"
+    )
     activations: Literal["dynamic", "static"] = Field(
         default="dynamic", description="scales computed per call, or calibrated ones"
     )
     amax: Mapping[str, Largest] | None = Field(
         default=None, description="largest absolute input of each linear, by the linear's name"
     )
-    fingerprint: str | None = None
+    fingerprint: str | None = Field(
+        default=None, description="fingerprint of the model that amax was measured on"
+    )
 
     @model_validator(mode="after")
     def _amax_is_for_static_scales(self) -> Self:
@@ -253,7 +288,9 @@ class Quantize(Section):
 class Attention(Section):
     """Which attention kernel to use; "auto" times the available ones once per shape."""
 
-    backend: Literal["auto", "native", "cudnn", "flash", "efficient", "math"] = "auto"
+    backend: Literal["auto", "native", "cudnn", "flash", "efficient", "math"] = Field(
+        default="auto", description='attention kernel; "native" is what torch chooses'
+    )
 
 
 class Compile(Section):
@@ -263,8 +300,13 @@ class Compile(Section):
     Mode "none" does this without torch.compile.
     """
 
-    mode: Literal["blocks", "full", "none"] = "blocks"
-    cuda_graphs: Literal["auto", "on", "off"] = "off"
+    mode: Literal["blocks", "full", "none"] = Field(
+        default="blocks", description="what torch.compile compiles"
+    )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        default="off",
+        description='CUDA graphs of a step; "auto": where possible; "on": else an error',
+    )
     dynamic: bool | None = Field(
         default=None,
         description="true: symbolic shapes from the start; absent: after a shape has changed",
@@ -291,8 +333,10 @@ class Text(Section):
 class Decoder(Section):
     """The VAE: memory layout, compilation and tiling of its decoder."""
 
-    compile: bool = False
-    channels_last: bool = False
+    compile: bool = Field(default=False, description="compile the decoder with torch.compile")
+    channels_last: bool = Field(
+        default=False, description="store the convolutions' weights in channels-last layout"
+    )
     tiling: Literal["auto", "on", "off"] = Field(
         default="off", description='"auto" tiles images larger than 2048x2048 pixels'
     )
@@ -305,7 +349,9 @@ class Offload(Section):
     produce the conditioning table in host memory and copies them over layer by layer.
     """
 
-    kind: Literal["none", "model", "modulation"] = "none"
+    kind: Literal["none", "model", "modulation"] = Field(
+        default="none", description="which weights are kept in host memory until they are needed"
+    )
 
 
 class Engine(Section):
@@ -314,8 +360,12 @@ class Engine(Section):
     `onnxruntime` runs the TensorRT engine's graph on a CPU, to measure its quality, not its speed.
     """
 
-    kind: Literal["tensorrt", "onnxruntime"] = "tensorrt"
-    precision: Literal["bf16", "fp16", "fp8"] = "fp8"
+    kind: Literal["tensorrt", "onnxruntime"] = Field(
+        default="tensorrt", description="what runs the graph"
+    )
+    precision: Literal["bf16", "fp16", "fp8"] = Field(
+        default="fp8", description="number format of the graph's linears"
+    )
     calibration: Literal["max", "smoothquant"] = Field(
         default="max", description="how fp8 determines the scales of the inputs of its linears"
     )
@@ -350,8 +400,10 @@ class Recipe(Section):
     name, not the name in its text, so that copies of one recipe can be distinguished.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "custom"
-    description: str = ""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        default="custom", description="letters, digits, dots, dashes and underscores; at most 64"
+    )
+    description: str = Field(default="", description="one line for `hasten recipes list`")
     sampling: Sampling | None = None
     fuse: Fuse | None = None
     quantize: Quantize | None = None

@@ -1,4 +1,4 @@
-"""The presets' card for docs/speed.md: speed on the true shape, quality on the bundled model.
+"""The presets' card for the docs: speed on the true shape, quality on the bundled model.
 
     python -m studies.peers.card
 

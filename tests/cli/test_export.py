@@ -1,15 +1,12 @@
-"""`hasten export tensorrt`: every fault at once, and a killed run that the next one finishes."""
+"""`hasten export tensorrt`: every fault at once, and what a repeat makes and does not make."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ from hasten.engines.tensorrt.targets import TARGETS
 from hasten.sealed import unseal
 from tests.cli.conftest import Run
 from tests.cli.test_app import PROGRAM
-from tests.engines.tensorrt.test_build import is_running
 from tests.engines.tensorrt.test_manifest import made
 from tests.hub_cache import write_hub_cache
 
@@ -238,66 +234,19 @@ def test_a_repeat_for_a_model_of_the_hub_loads_no_torch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
-def test_the_bundled_model(tmp_path: Path, precision: str) -> None:
+def test_the_bundled_model(run: Run, precision: str) -> None:
     """Alone on two cores each takes less than 60 s, which `studies.tensorrt` measures; here
     other tests share them."""
     arguments = ["--precision", precision, "--target", "sm89", "--limit", "1", "--steps", "4"]
-    program = [*PROGRAM, "export", "tensorrt", *arguments, "--json"]
-    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    told: dict[str, Any] = json.loads(done.stdout)
+    done = run("export", "tensorrt", *arguments, "--json")
+    assert done.code == 0, done.err
+    told: dict[str, Any] = json.loads(done.out)
     stages = {stage["name"]: stage["seconds"] for stage in told["stages"]}
     assert stages["export"] + stages["verify"] + stages["build"] < 120
     for size in told["verification"]["sizes"]:
         assert max(size["blocks"].values()) < 0.01
         assert precision == "fp8" or size["whole"] < 0.002
         assert (size["unquantised"] is None) == (precision != "fp8")
-
-
-def builders(process: int) -> list[int]:
-    """Processes that build an engine for this one."""
-    found = []
-    with suppress(OSError):
-        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
-            if b"hasten.engines.tensorrt.build" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "sent", "status"),
-    [
-        ("export", signal.SIGKILL, -signal.SIGKILL),
-        ("build", signal.SIGKILL, -signal.SIGKILL),
-        ("build", signal.SIGTERM, 130),
-        ("build", signal.SIGINT, 130),
-    ],
-)
-def test_killed_in_mid_stage(
-    saved_model: Path, tmp_path: Path, cache: Path, stage: str, sent: signal.Signals, status: int
-) -> None:
-    program = command(saved_model, "--no-verify")
-    child = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while not (builders(child.pid) if stage == "build" else any(cache.glob("export/.*.tmp"))):
-        assert child.poll() is None
-        time.sleep(0.001)
-    orphans = builders(child.pid)
-    os.kill(child.pid, sent)
-    assert child.wait() == status
-    deadline = time.monotonic() + 10
-    while any(map(is_running, orphans)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert not (tmp_path / "engine").exists()
-
-    done = ended(saved_model, tmp_path, "--no-verify")
-    assert done.returncode == 0, done.stderr
-    before = {"preflight": False, "export": stage == "build", "build": False, "write": False}
-    assert stage_lines(done.stderr) == before
-    assert (tmp_path / "engine" / "engine.plan").stat().st_size > 1000
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", "engine"}
-    assert not list(cache.glob("*/.*.tmp"))
 
 
 def test_the_help_names_every_target_and_its_gpus(run: Run) -> None:

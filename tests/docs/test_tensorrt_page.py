@@ -1,22 +1,19 @@
-"""The page about TensorRT: its recipe, targets, commands and figures."""
+"""The page about TensorRT: its recipe, code, links and targets."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from hasten.engines.tensorrt.targets import FIRST, TARGETS, capability_of
 from hasten.recipe import Recipe, resolve
 
 PAGE = Path(__file__).parents[2] / "docs" / "tensorrt.md"
 TEXT = PAGE.read_text("utf-8")
-RESULTS = PAGE.parents[1] / "studies" / "results"
 
 
 def test_its_recipe_is_the_preset_with_a_path() -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    (block,) = re.findall(r"```toml[^\n]*\n(.*?)```", TEXT, re.DOTALL)
     engine = Recipe.from_toml(block).engine
     assert engine is not None
     assert engine.model_copy(update={"path": None}) == resolve("tensorrt-fp8").engine
@@ -40,13 +37,3 @@ def test_its_targets_are_those_there_are() -> None:
         target: ", ".join(name for name, first in FIRST.items() if capability_of(target) >= first)
         for target in TARGETS
     }
-
-
-def test_its_tables_come_from_the_results() -> None:
-    from studies.tensorrt import pictures, tables
-
-    def result(name: str) -> Any:
-        return json.loads((RESULTS / "tensorrt" / name).read_text("utf-8"))
-
-    shown = re.findall(r"<!-- results: \w+ -->\n(.*?)\n<!-- end of results -->", TEXT, re.DOTALL)
-    assert shown == [tables(result("cpu-2-cores.json")), pictures(result("tiny/results.json"))]

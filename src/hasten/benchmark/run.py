@@ -199,7 +199,10 @@ def _run_row(
     write_text(job_file, job.model_dump_json())
     log = store.log_file(job.row, turn.round)
     log.unlink(missing_ok=True)
-    status = run_module("hasten.benchmark.row", str(job_file), log=log, on_message=show)
+    try:
+        status = run_module("hasten.benchmark.row", str(job_file), log=log, on_message=show)
+    finally:
+        store.remove_drafts(job.row)
     if not outcome_file.exists():
         reason = f"{how_it_ended(status)}; see {log.relative_to(store.out)}"
         row = Row(recipe=job.row, role=job.role, status="failed", reason=reason, toml=job.toml)

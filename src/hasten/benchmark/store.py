@@ -167,10 +167,9 @@ class BenchmarkStore:
         folders = [self.out / name for name in FOLDERS]
         for folder in folders:
             folder.mkdir(exist_ok=True)
-        for row in rows:
-            folders += [self.images(row.name), self.floats(row.name)]
+        pictures = [folder for row in rows for folder in self._pictures(row.name)]
         remove_drafts(self.out)
-        for folder in folders:
+        for folder in folders + pictures:
             _refuse_link(folder)
             remove_drafts(folder)
 
@@ -199,6 +198,14 @@ class BenchmarkStore:
 
     def floats(self, name: str) -> Path:
         return self.out / ".work" / name
+
+    def remove_drafts(self, name: str) -> None:
+        """Delete what a row's process left half-written: it has ended, perhaps by a signal."""
+        for folder in (self.out / ".work", *self._pictures(name)):
+            remove_drafts(folder)
+
+    def _pictures(self, name: str) -> tuple[Path, Path]:
+        return self.images(name), self.floats(name)
 
     def write_row(self, outcome: Outcome, turn: int, identity: Identity) -> None:
         """Store a row with its identity and the checksums of its images."""

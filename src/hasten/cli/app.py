@@ -78,8 +78,8 @@ def hasten(
         typer.echo(context.get_help())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 ok, 1 failure, 2 bad usage or bad input."""
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and print what it raises. Returns the exit code, see `Failure`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
     quiet_libraries(debug="--debug" in arguments)

@@ -9,6 +9,7 @@ import typer
 
 from hasten.cli import options
 from hasten.errors import HastenError, UnsupportedError
+from hasten.process import terminable
 
 if TYPE_CHECKING:
     from hasten.results import Results
@@ -49,31 +50,27 @@ def bench_command(
     debug: options.Debug = False,
 ) -> None:
     """Time recipes on the same prompts and score their pictures against the plain pipeline's."""
-    from hasten import bench
-    from hasten.cli.terminal import ProgressBar, print_line
-    from hasten.log import forward_log
-    from hasten.process import terminable
+    with terminable(INTERRUPTED):
+        from hasten import bench
+        from hasten.cli.terminal import ProgressBar, print_line
+        from hasten.log import forward_log
 
-    with (
-        terminable(INTERRUPTED),
-        ProgressBar() as progress,
-        forward_log(print_line, progress.stage),
-    ):
-        progress.stage("starting")
-        results = bench(
-            recipes=_names(recipes),
-            out=out,
-            prompts=prompts,
-            last=last,
-            limit=limit,
-            rounds=rounds,
-            references=_names(reference),
-            force=force,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress.show,
-            **vars(call),
-        )
+        with ProgressBar() as progress, forward_log(print_line, progress.stage):
+            progress.stage("starting")
+            results = bench(
+                recipes=_names(recipes),
+                out=out,
+                prompts=prompts,
+                last=last,
+                limit=limit,
+                rounds=rounds,
+                references=_names(reference),
+                force=force,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress.show,
+                **vars(call),
+            )
     if as_json:
         print(results.model_dump_json(by_alias=True, indent=1))
     else:

@@ -170,19 +170,20 @@ def _learn(
     from hasten.calibration.store import remove_store
 
     state = out.with_name(f"{out.name}.partial")
-    with options.loaded_model(call) as (pipe, progress):
-        from hasten import calibrate
+    try:
+        with options.loaded_model(call) as (pipe, progress):
+            from hasten import calibrate
 
-        if not resume:
-            remove_store(state)
-        try:
+            if not resume:
+                remove_store(state)
             arguments = wanted | _arguments(call, settings, progress)
             found = calibrate(pipe, texts, state=state, **arguments)
-        except KeyboardInterrupt:
+        _write_recipe(found.recipe, out)
+        remove_store(state)
+    except KeyboardInterrupt:
+        if state.is_dir():
             print(f"{state} keeps what is done; --resume continues there", file=sys.stderr)
-            raise
-    _write_recipe(found.recipe, out)
-    remove_store(state)
+        raise
     return found
 
 

@@ -12,6 +12,7 @@ from hasten.cli import options
 from hasten.engines.tensorrt import PROMPTS
 from hasten.errors import Faults, InputError
 from hasten.memory import format_bytes
+from hasten.process import terminable
 
 if TYPE_CHECKING:
     from hasten.engines.tensorrt.manifest import Manifest
@@ -98,11 +99,9 @@ def tensorrt(
     faults.raise_any()
     request = ExportRequest(call, settings, wanted, tuple(texts), out)
     key = _key(request)
-    before = None if key is None else finished(StageStore(), key, out)
-    try:
+    with terminable(RESUME):
+        before = None if key is None else finished(StageStore(), key, out)
         manifest = before or _exported(request, key)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(RESUME) from None
     _print_result(manifest, out, before=before is not None, as_json=as_json)
 
 
