@@ -60,8 +60,8 @@ def bench(
     """Render the same prompts under several recipes and write results, pictures and a report.
 
     Every recipe gets a row, in a process of its own; `baseline` is rendered first and last, and a
-    recipe with a cache is joined by its honest rival, `fewer-steps-K`, where K is the number of
-    steps it computes (for a cache that decides as it goes, the rounded mean of its first round).
+    recipe with a cache is followed by its fewer-steps rival, `fewer-steps-K`, where K is the number
+    of steps that it computes (if that depends on the image, the rounded mean of its first round).
     Speed-ups are over the mean of the two baselines. What is not given comes from the model's
     defaults; a recipe's `[sampling]` overrides it for its own row.
 
