@@ -52,7 +52,9 @@ def main() -> None:
         torch.manual_seed(0)
         rows = [row for shape in SHAPES for row in measured(*shape)]
         result = {"schema": 1, "rows": rows, "text": text_encoder()}
-        result["environment"] = detect(DEVICE, "bfloat16").environment.model_dump(mode="json")
+        result["environment"] = detect("tiny", DEVICE, "bfloat16").environment.model_dump(
+            mode="json"
+        )
         path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(tables(json.loads(path.read_text("utf-8"))))
 

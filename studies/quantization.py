@@ -57,7 +57,7 @@ def main() -> None:
         "schema": 1,
         "prompts": prompts,
         "rows": rows,
-        "environment": detect("cpu", "float32").environment.model_dump(mode="json"),
+        "environment": detect("tiny", "cpu", "float32").environment.model_dump(mode="json"),
     }
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)

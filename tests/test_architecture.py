@@ -23,9 +23,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "atomic": set(),
     "sealed": set(),
     "log": set(),
+    "progress": set(),
     "results": set(),
     "user_files": {"errors"},
-    "recipe": {"errors", "user_files"},
+    "recipe": {"errors", "presets", "user_files"},
     "prompts": {"errors", "sealed", "user_files"},
     "memory": {"errors"},
     "machine": {"errors", "memory", "quantization"},
@@ -39,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": {"errors", "kernels", "quantization", "step"},
     "models": {
         "errors", "machine", "memory", "sealed", "user_files", "families", "log",
+        "progress",
     },
     "settings": {"errors", "recipe", "machine", "models"},
     "schedules": {"recipe"},
@@ -187,6 +189,17 @@ def test_parameters_have_types_of_their_own(package: str) -> None:
 def test_what_must_not_import_torch(module: str) -> None:
     code = f"import {module}, sys; assert not {{'torch', 'diffusers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_hasten_loads_only_a_few_modules_of_the_standard_library() -> None:
+    code = "import sys; had = set(sys.modules); import hasten; print(*(set(sys.modules) - had))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded - sys.stdlib_module_names == {"hasten"}
+    assert len(done.stdout.split()) < 60
 
 
 def test_public_names_exist_and_are_listed() -> None:

@@ -115,8 +115,8 @@ def test_when_auto_records_no_graphs(sections: Any, device: str, why: str | None
 @pytest.mark.parametrize(
     ("quantize", "reason"),
     [
-        ({"scheme": "fp8"}, "FP8 products give bfloat16, not torch.float32"),
-        ({"scheme": "fp8", "skip": ["*.attn.to_v"]}, "different kinds: Fp8Linear, Linear"),
+        ({"scheme": "fp8"}, "FP8 kernels need bfloat16: pass --dtype bfloat16"),
+        ({"scheme": "fp8", "skip": ["*.attn.to_v"]}, "different kinds, Fp8Linear and Linear"),
     ],
     ids=["dtype", "skip"],
 )
@@ -155,5 +155,6 @@ def test_a_forward_that_fusion_would_bypass_is_refused(pipe: Any) -> None:
 def test_hooks_that_kernels_would_bypass_count_against_them(hook: str, pipe: Any) -> None:
     getattr(pipe.transformer.single_transformer_blocks[1].attn.to_k, hook)(lambda *given: None)
     assert reasons_against(pipe.transformer) == [
-        "single_transformer_blocks.1: it, or a layer in it, has hooks or a replaced forward"
+        "single_transformer_blocks.1: it, or a layer in it, has hooks or a replaced forward: "
+        "remove them before optimising"
     ]

@@ -433,3 +433,14 @@ def test_a_second_pipeline_with_its_own_scheduler_runs_inside_a_callback(
 
     assert torch.equal(call(fast, seed=1, callback_on_step_end=nested), alone)
     assert all(torch.equal(latents, alone_other) for latents in inner)
+
+
+def test_a_budget_of_all_steps_is_said_to_skip_none(pipe: Any) -> None:
+    fast = hasten.optimize(
+        pipe, Recipe.from_dict({"sampling": {"steps": 3}, "cache": {"budget": 9}})
+    )
+    said = "no step is skipped: budget = 9 computes all 3 steps"
+    assert said in fast.notes
+    assert f"  note: {said}" in fast.summary()
+    fast.restore()
+    assert said not in fast.notes

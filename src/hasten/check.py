@@ -148,10 +148,9 @@ def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> Iterator[Probl
 def _machine_problems(recipe: Recipe, machine: Machine, device_type: str) -> Iterator[Problem]:
     """What this machine lacks."""
     quantize, engine, decoder = recipe.quantize, recipe.engine, recipe.decoder
-    compiles = recipe.compile is not None and recipe.compile.mode != "none"
     if quantize is not None:
         problem = machine.quantize_problem(
-            device_type, quantize.scheme, emulate=quantize.emulate, compiled=compiles
+            device_type, quantize.scheme, emulate=quantize.emulate, compiled=recipe.compiles
         )
         if problem:
             yield problem
@@ -163,9 +162,9 @@ def _machine_problems(recipe: Recipe, machine: Machine, device_type: str) -> Ite
         yield Problem(
             'text.scheme = "fp8-weight": there is no FP8 on mps', 'set scheme = "int8-weight"'
         )
-    if compiles or (decoder is not None and decoder.compile):
+    if recipe.compiles or (decoder is not None and decoder.compile):
         instead = "leave decoder.compile out"
-        if compiles:
+        if recipe.compiles:
             plain = "cache" if recipe.cache else "baseline"
             instead = f"use the preset {plain!r}, which needs no compiler"
         if problem := machine.compile_problem(device_type):
@@ -196,7 +195,7 @@ def _against_kernels(recipe: Recipe, transformer: Any, family: Family) -> str | 
     if why := why_no_kernels(recipe):
         return why
     if family.kernels is None:
-        return f"there are no fused kernels for {family.name}"
+        return f"there are no fused kernels for {family.name}: only FLUX.1 has them"
     reasons = family.kernels.reasons_against(transformer, _to_be(recipe, transformer, family))
     return reasons[0] if reasons else None
 

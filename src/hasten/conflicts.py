@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hasten.errors import Problem
-from hasten.quantization.schemes import SCHEMES
+from hasten.quantization.schemes import SCHEMES, why_no_row_scales
 from hasten.recipe import Recipe, ResidualCache
 
 
@@ -23,22 +23,23 @@ def conflicts(recipe: Recipe, device_type: str) -> list[Problem]:
 
 def why_no_kernels(recipe: Recipe) -> str | None:
     """Why the recipe's other sections leave nothing to the fused kernels; None where they do."""
-    if recipe.compile and recipe.compile.mode != "none":
-        return "the blocks are compiled instead"
+    if recipe.compiles:
+        return 'the blocks are compiled instead: compile.mode = "none" lets the kernels run'
     if recipe.offload and recipe.offload.kind == "model":
-        return 'offload.kind = "model" moves the weights that the kernels have merged'
-    scheme = SCHEMES[recipe.quantize.scheme] if recipe.quantize else None
-    if recipe.quantize and scheme and (not scheme.fused or recipe.quantize.emulate):
-        emulated = "emulated " if recipe.quantize.emulate else ""
         return (
-            'the kernels feed real "fp8" and "int8" products, no '
-            f'{emulated}"{recipe.quantize.scheme}" ones'
+            'offload.kind = "model" moves weights that the kernels need in place: set '
+            'offload.kind = "modulation"'
         )
-    if recipe.quantize and recipe.quantize.granularity != "row":
-        return 'the kernels quantise row by row: granularity = "row"'
-    if recipe.quantize and recipe.quantize.activations != "dynamic":
-        return 'the kernels find the scale of each row: activations = "dynamic"'
-    return None
+    if recipe.quantize is None:
+        return None
+    if recipe.quantize.emulate:
+        return "the kernels do not emulate: set quantize.emulate = false where that runs"
+    if not SCHEMES[recipe.quantize.scheme].fused:
+        return (
+            f'there are kernels for "fp8" and "int8", none for "{recipe.quantize.scheme}": set '
+            "quantize.scheme to one of them"
+        )
+    return why_no_row_scales(recipe.quantize.granularity, recipe.quantize.activations)
 
 
 def why_no_graphs(recipe: Recipe, device_type: str) -> str | None:

@@ -80,7 +80,7 @@ def disable_telemetry() -> None:
 
 LOGGERS = (
     "torch.onnx", "torch.export", "torch.utils.cpp_extension",  # warns without a GPU on import
-    "onnxscript", "onnx_ir", "modelopt", "transformers",
+    "onnxscript", "onnx_ir", "modelopt", "diffusers", "transformers",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from hasten.errors import HastenError, UnsupportedError
 from hasten.models.load import model_notes
 from hasten.optimization import Optimization, optimization_of
+from hasten.passes.cache.plan import why_none_skipped
 from hasten.passes.compile import compiler_errors
 from hasten.recipe import Recipe
 from hasten.settings import Settings
@@ -174,7 +175,10 @@ class OptimizedPipeline:
     def _notes(self) -> tuple[str, ...]:
         exchanged = self._optimization.active and self._is_plain()
         notes = (*model_notes(self.pipe), *self._optimization.notes())
-        return (*notes, EXCHANGED) if exchanged else notes
+        steps = self.last_run.steps or self._defaults.get("num_inference_steps", 0)
+        cache = self.recipe.cache if self._optimization.active else None
+        unskipped = why_none_skipped(cache, steps) if steps else None
+        return (*notes, *filter(None, (unskipped, EXCHANGED if exchanged else None)))
 
     def _is_plain(self) -> bool:
         """Whether this pipeline's transformer is not the optimised one, or no longer optimised."""

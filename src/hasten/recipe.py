@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from hasten.errors import InputError, RecipeError, one_line
+from hasten.presets import GUIDES
 from hasten.user_files import control_character, read_text
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
@@ -471,6 +472,11 @@ class Recipe(Section):
         """Whether the recipe has no section, so that the pipeline stays unmodified."""
         return not self.model_dump(exclude_none=True, exclude={"name", "description"})
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile takes part in the transformer's work."""
+        return self.compile is not None and self.compile.mode != "none"
+
     def but(self, **changes: Any) -> Recipe:
         """A validated copy with some sections replaced, e.g. `recipe.but(cache=None)`."""
         return Recipe.model_validate({**dict(self), **changes})
@@ -508,13 +514,8 @@ def parse_size(text: str, *, at_most: bool = False) -> tuple[int, int]:
 
 
 def preset_names() -> list[str]:
-    """Names of the bundled presets: `baseline` first, then in alphabetical order."""
-    names = [
-        entry.name.removesuffix(".toml")
-        for entry in resources.files("hasten.presets").iterdir()
-        if entry.name.endswith(".toml")
-    ]
-    return sorted(names, key=lambda name: (name != "baseline", name))
+    """Names of the bundled presets, in the order of `hasten.presets.GUIDES`; `baseline` is last."""
+    return list(GUIDES)
 
 
 def resolve(recipe: str | Path | Recipe) -> Recipe:

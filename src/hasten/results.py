@@ -262,13 +262,14 @@ class Results(_Record):
     """A whole benchmark.
 
     `rows[0]` is the baseline. If the baseline was rendered a second time, the last row is
-    `baseline-again`.
+    `baseline-again`. `command` is the command line that repeats the measurement.
     """
 
     schema_version: Literal[2] = Field(default=SCHEMA_VERSION, alias="schema")
     workload: Workload
     environment: Environment
     rows: Annotated[tuple[Row, ...], Field(max_length=MOST_ROWS)]
+    command: str | None = None
 
     @model_validator(mode="after")
     def _rows_fit_together(self) -> Self:
@@ -364,14 +365,19 @@ def _speedup(row: Row, baseline: float | None) -> float | None:
     return baseline / seconds.median
 
 
-def with_speedups(workload: Workload, environment: Environment, rows: Iterable[Row]) -> Results:
+def with_speedups(
+    workload: Workload,
+    environment: Environment,
+    rows: Iterable[Row],
+    command: str | None = None,
+) -> Results:
     """Results of `rows`, which are in the table's order, with each row's speed-up computed."""
     rows = tuple(rows)
     baseline = _baseline_seconds(rows)
     finished = tuple(
         Row.model_validate({**dict(row), "speedup": _speedup(row, baseline)}) for row in rows
     )
-    return Results(workload=workload, environment=environment, rows=finished)
+    return Results(workload=workload, environment=environment, rows=finished, command=command)
 
 
 def _summary(samples: tuple[float, ...]) -> dict[str, float]:

@@ -358,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
         "held": options.held,
         "paths": paths,
         "rows": rows,
-        "environment": detect(device, "float32").environment.model_dump(exclude_none=True),
+        "environment": detect("tiny", device, "float32").environment.model_dump(exclude_none=True),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     options.results.mkdir(parents=True, exist_ok=True)

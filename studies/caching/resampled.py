@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"The last {options.last} prompts of the bundled set, settings of the others searched on "
         f"the first {SEARCH}"
     )
-    environment = detect_in_process("cpu", "float32").environment
+    environment = detect_in_process("tiny", "cpu", "float32").environment
     environment = environment.model_copy(update={"threads": torch.get_num_threads()})
     there = read_runs(options.out)
     for run in RUNS:

@@ -163,7 +163,7 @@ def _run(jobs: Sequence[Job], options: argparse.Namespace) -> list[str]:
 
 def _surroundings(options: argparse.Namespace) -> tuple[str, Environment]:
     """(the device that `auto` or `cuda` means, where it is measured)."""
-    here = detect_in_process(options.device, "float32")
+    here = detect_in_process("tiny", options.device, "float32")
     if here.fault:
         raise SystemExit(f"{here.fault}: {here.fix}")
     packages = {"cache-dit": metadata.version("cache-dit")} if _installed("cache-dit") else {}

@@ -117,7 +117,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _surroundings(options: argparse.Namespace) -> DetectedEnvironment:
-    here = detect_in_process(options.device, options.dtype)
+    here = detect_in_process("tiny", options.device, options.dtype)
     if here.fault:
         raise ValueError(f"{here.fault}: {here.fix}")
     return here

@@ -10,11 +10,11 @@ import torch
 
 import hasten
 from hasten.benchmark.environment import commit, detect, detect_in_process
-from hasten.errors import HastenError
+from hasten.errors import HastenError, UnsupportedError
 
 
 def test_this_machine() -> None:
-    here = detect("cpu", "auto")
+    here = detect("tiny", "cpu", "auto")
     assert (here.device, here.dtype, here.fault) == ("cpu", "float32", None)
     assert here.environment.torch == torch.__version__
     assert here.environment.cpu
@@ -23,7 +23,7 @@ def test_this_machine() -> None:
 
 
 def test_from_another_process_it_is_the_same() -> None:
-    there, here = detect_in_process("cpu", "bfloat16"), detect("cpu", "bfloat16")
+    there, here = detect_in_process("tiny", "cpu", "bfloat16"), detect("tiny", "cpu", "bfloat16")
     assert there.dtype == "bfloat16"
     assert there.environment.torch == here.environment.torch
 
@@ -31,7 +31,7 @@ def test_from_another_process_it_is_the_same() -> None:
 def test_a_python_that_cannot_look_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.benchmark.environment.bound_command", lambda *_: ["false"])
     with pytest.raises(HastenError, match="no error output") as caught:
-        detect_in_process("cpu", "auto")
+        detect_in_process("tiny", "cpu", "auto")
     assert len(caught.value.faults) == 1
 
 
@@ -60,3 +60,14 @@ def _git(folder: Path, *arguments: str) -> str:
         ["git", "-C", str(folder), *author, *arguments], capture_output=True, text=True, check=True
     )
     return done.stdout.strip()
+
+
+def test_a_model_that_does_not_fit_is_refused_before_any_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hasten.models.load.free_memory", lambda: 2**30)
+    monkeypatch.setattr("hasten.benchmark.plan.detect_in_process", detect)
+    with pytest.raises(UnsupportedError, match=r"takes 62\.8 GiB of memory") as caught:
+        hasten.bench("shape:flux.1-dev", device="cpu", out=tmp_path / "out")
+    assert len(caught.value.faults) == 1
+    assert not (tmp_path / "out").exists()

@@ -289,3 +289,32 @@ def test_no_text_of_a_file_controls_the_terminal(capfd: pytest.CaptureFixture[st
     assert out.splitlines()[:2] == ["a [2Jb  ", "  a [2Jb  "]
     assert err == "a [2Jb  \n"
     assert not set(out + err) & set("\x1b\x07\x9b")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_a_table_in_a_terminal_is_as_wide_as_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    row = ("tensorrt-fp8", "1.2 GiB", "a TensorRT engine with FP8 linears " * 3)
+    dropped = print_table(("recipe", "peak memory", "what it does"), [row], right=" r")
+    lines = capsys.readouterr().out.splitlines()
+    assert dropped == []
+    assert max(map(len, lines)) <= columns
+    assert {word for line in lines for word in line.split()} <= {
+        *" ".join(row).split(), "recipe", "peak", "memory", "what", "it", "does", lines[1]
+    }  # fmt: skip
+
+
+def test_a_word_longer_than_the_terminal_is_all_that_is_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    print_table(("file", "why"), [("/a" * 20, "not there")])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 30
+    assert "not" in lines[1].split()
+    print_text("  in words, " * 5)
+    assert {line[:2] for line in capsys.readouterr().out.splitlines()} == {"  "}

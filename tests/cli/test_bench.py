@@ -123,3 +123,20 @@ def test_nothing_measured_is_an_error(run: Run, benchmark: Benchmark, tmp_path: 
     ended = run("bench")
     assert ended.code == 1
     assert ended.errors == ["error: no row could be measured"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+@pytest.mark.usefixtures("benchmark")
+def test_the_table_leaves_columns_out_rather_than_break_words(
+    run: Run, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    whole = {
+        *run("bench").out.split(),
+        *["No", "room", "here", "for", "the", "report", "has", "them."],
+    }
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = run("bench").out
+    assert max(map(len, out.splitlines())) <= columns
+    left_out = " ".join(out.split()).partition("No room here for ")[2].partition(": the report")[0]
+    assert bool(left_out) == (columns < 100)
+    assert {word.rstrip(",:") for word in out.split()} <= {word.rstrip(",:") for word in whole}

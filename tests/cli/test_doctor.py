@@ -12,6 +12,7 @@ import pytest
 
 from hasten.cli import doctor
 from hasten.cli.doctor import compiler_problem
+from hasten.errors import Problem
 from hasten.machine import Gpu, Machine, machine
 from tests.cli.conftest import Ended, Run
 
@@ -143,3 +144,68 @@ def test_what_exports_take_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "tensorrt").mkdir()
     (tmp_path / "tensorrt" / "engine.plan").write_bytes(b"0" * 3 * 2**20)
     assert doctor._kept_engines() == f"; {tmp_path / 'tensorrt'} holds 3 MiB, safe to delete"
+
+
+GCC = {"c_compiler": "/usr/bin/gcc", "cxx_compiler": "/usr/bin/g++", "python_headers": True}
+
+
+@pytest.mark.parametrize(
+    ("capability", "present", "preset"),
+    [
+        ((9, 0), {"triton": "3.5", **GCC}, "balanced"),
+        ((8, 6), {"triton": "3.5", **GCC}, "int8"),
+        ((7, 0), {}, "lossless"),
+        (None, GCC, "cache-compile"),
+        (None, {}, "cache"),
+    ],
+)
+@pytest.mark.usefixtures("bundled")
+def test_the_last_line_is_a_command_to_start_with(
+    on: Callable[..., Ended],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] | None,
+    present: dict[str, Any],
+    preset: str,
+) -> None:
+    monkeypatch.setattr("hasten.cli.doctor._gpu", lambda here: "a GPU")
+    monkeypatch.setattr("hasten.cli.doctor.compiler_problem", lambda compiler: None)
+    gpus = () if capability is None else (Gpu(0, "a GPU", capability, 80 * 2**30),)
+    here = bare(gpus=gpus, cuda="13.0", **present)
+    last = on(here).out.splitlines()[-1]
+    assert last == f"start with: hasten generate 'a rocket' --recipe {preset}"
+
+
+@pytest.mark.usefixtures("bundled")
+def test_a_compiler_that_does_not_compile_is_not_started_with(
+    on: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Problem("no omp.h", "install it")
+    monkeypatch.setattr("hasten.cli.doctor.compiler_problem", lambda compiler: broken)
+    assert json.loads(on(bare(**GCC), "--json").out)["start_with"][-1] == "cache"
+
+
+@pytest.mark.usefixtures("bundled")
+def test_the_model_that_is_meant_is_looked_at(
+    on: Callable[..., Ended], saved_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hasten.models.load.machine", bare)
+    ended = on(bare(), "--model", str(saved_model))
+    assert ended.code == 0
+    assert f"--model {saved_model} --recipe cache" in ended.out.splitlines()[-1]
+    monkeypatch.setattr("hasten.models.load.free_memory", lambda: 2**30)
+    ended = on(bare(), "--model", "shape:flux.1-dev")
+    assert ended.code == 1
+    assert "takes 62.8 GiB of memory" in ended.errors[0]
+    assert "start with" not in ended.out
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+@pytest.mark.usefixtures("bundled")
+def test_tables_break_between_words(
+    on: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    whole = set(on(bare()).out.split())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = on(bare()).out.splitlines()
+    assert max(map(len, lines[:-1])) <= columns
+    assert {word for line in lines for word in line.split()} <= whole

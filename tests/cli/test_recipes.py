@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from hasten.machine import Gpu, Machine
+from hasten.presets import GUIDES, TO_START_WITH
 from hasten.recipe import Recipe, preset_names, resolve
+from hasten.results_file import read_results
 from tests.cli.conftest import Run
 from tests.engines.tensorrt.test_manifest import made
 
@@ -159,3 +162,37 @@ def test_a_recipe_in_utf_16_as_powershell_redirects_it(run: Run, tmp_path: Path)
     (tmp_path / "größe.toml").write_text(shown.out, "utf-16")
     ended = run("recipes", "check", "größe.toml", "--schema-only")
     assert (ended.code, ended.out) == (0, "größe.toml: valid\n")
+
+
+def test_every_preset_has_its_guide_and_every_guide_its_preset() -> None:
+    files = {path.stem for path in Path(str(resources.files("hasten.presets"))).glob("*.toml")}
+    assert {*GUIDES} == files
+    assert list(GUIDES)[-1] == "baseline"
+    assert {name for names in TO_START_WITH.values() for name in names} <= files
+
+
+STUDIES = Path(__file__).parents[2] / "studies" / "results"
+MEASURED_IN = ("peers/h100-presets/1024*", "peers/h100-int8/1024", "flux-dev-shape-1024")
+
+
+def test_speeds_are_those_of_committed_results() -> None:
+    measured = {"baseline": 1.0}
+    for pattern in MEASURED_IN:
+        for folder in STUDIES.glob(pattern):
+            for row in read_results(folder / "results.json").rows:
+                name = row.recipe.removeprefix("hasten:").replace("fewer-steps-18", "fewer-steps")
+                measured.setdefault(name, row.speedup or 0.0)
+    said = {name: float(guide.speed[:-1]) for name, guide in GUIDES.items() if guide.speed}
+    assert said == {name: pytest.approx(measured[name], abs=0.051) for name in said}
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_list_breaks_between_words(
+    run: Run, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    whole = set(run("recipes", "list").out.split())
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run("recipes", "list").out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert {word for line in lines for word in line.split()} <= whole
+    assert ("what it does" in lines[0]) == (columns > 60)

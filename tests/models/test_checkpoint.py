@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from hasten.errors import ModelError, UnsupportedError
-from hasten.models import checkpoint, load_pipeline
+from hasten.models import load, load_pipeline
 from hasten.models.architecture import FLUX_1_DEV
 from hasten.models.checkpoint import converted_bytes
 from hasten.models.random_weights import shape_bytes
@@ -28,7 +28,7 @@ TOO_LITTLE = 1000
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: TOO_LITTLE)
+    monkeypatch.setattr(load, "free_memory", lambda: TOO_LITTLE)
 
 
 def parameters(model: Path) -> int:
@@ -84,7 +84,7 @@ def test_a_directory_and_a_model_of_the_hub(
 
 def test_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shape_bytes(FLUX_1_DEV, torch.bfloat16) == pytest.approx(33.7e9, rel=0.01)
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: 48 * GIB)
+    monkeypatch.setattr(load, "free_memory", lambda: 48 * GIB)
     with pytest.raises(UnsupportedError) as caught:
         load_pipeline("shape:flux.1-dev", device="cpu")
     (fault,) = caught.value.faults
@@ -95,14 +95,14 @@ def test_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.fix == (
         "use a machine with more memory, or --dtype bfloat16, which takes 31.4 GiB"
     )
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: 24 * GIB)
+    monkeypatch.setattr(load, "free_memory", lambda: 24 * GIB)
     with pytest.raises(UnsupportedError) as caught:
         load_pipeline("shape:flux.1-dev", device="cpu")
     assert caught.value.fix == "use a machine with more memory"
 
 
 def test_where_memory_cannot_be_told(saved_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "free_memory", lambda: None)
+    monkeypatch.setattr(load, "free_memory", lambda: None)
     load_pipeline(str(saved_model), device="cpu", dtype="bfloat16")
 
 
@@ -117,8 +117,8 @@ def test_commands_say_so_and_take_no_memory(command: list[str], tmp_path: Path) 
         "import json, sys\n"
         "from hasten.cli import main\n"
         "from hasten.memory import status_bytes\n"
-        "from hasten.models import checkpoint\n"
-        "checkpoint.free_memory = lambda: 2**30\n"
+        "from hasten.models import load\n"
+        "load.free_memory = lambda: 2**30\n"
         "code = main(sys.argv[1:])\n"
         "print(json.dumps([code, status_bytes('VmHWM')]))\n"
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +197,25 @@ def test_names_that_no_system_takes(name: str) -> None:
     with pytest.raises(HastenError) as caught:
         check_model(name)
     assert caught.value.faults[0].isprintable()
+
+
+def test_loading_is_silent_in_a_pipe_and_leaves_the_libraries_as_they_were(
+    saved_model: Path,
+) -> None:
+    program = (
+        "import logging, sys, warnings, hasten\n"
+        "filters = list(warnings.filters)\n"
+        "pipe = hasten.load_pipeline(sys.argv[1], device='cpu')\n"
+        "from diffusers.utils import logging as diffusers\n"
+        "from transformers.utils import logging as transformers\n"
+        "assert diffusers.is_progress_bar_enabled() and transformers.is_progress_bar_enabled()\n"
+        "assert logging.getLogger('diffusers').level == logging.WARNING\n"
+        "assert logging.getLogger('transformers').level == logging.WARNING\n"
+        "assert not getattr(pipe, '_progress_bar_config', {}).get('disable')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if "VERBOSITY" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(saved_model)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hasten.errors import InputError
-from hasten.report import html, plot, table
+from hasten.report import html, plots, table
 from hasten.report.pictures import Album, collect
 from hasten.results import Results
 from hasten.results_file import read_results
@@ -113,7 +113,7 @@ def test_no_edit_of_results_is_believed_or_unexpected(tmp_path: Path) -> None:
         check(results)
         shown(results, tmp_path)
         if turn % 12 == 0:
-            plot.write_plot(results, tmp_path / "speedup.png")
+            plots.write_plot(results, tmp_path / "speedup.png")
     assert 20 < read < 400
 
 

@@ -1,8 +1,8 @@
 """Detects the environment of a benchmark in a separate process.
 
 Querying a GPU through torch allocates memory on it, which the rows would then lack. The parent
-process therefore never does it: `python -m hasten.benchmark.environment DEVICE DTYPE` prints a
-`DetectedEnvironment` as JSON and ends.
+process therefore never does it: `python -m hasten.benchmark.environment MODEL DEVICE DTYPE`
+prints a `DetectedEnvironment` as JSON and ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 import hasten
-from hasten.errors import HastenError
+from hasten.errors import HastenError, UnsupportedError
 from hasten.machine import machine
 from hasten.process import bound_command, python_environment
 from hasten.results import Environment
@@ -32,6 +32,7 @@ class DetectedEnvironment(BaseModel):
         dtype: The requested dtype, with `auto` resolved.
         fault: Why the device cannot be used; None if it can.
         fix: What to do about the fault.
+        too_large: Fault and fix if the model does not fit in memory; None if it does.
     """
 
     environment: Environment
@@ -39,9 +40,10 @@ class DetectedEnvironment(BaseModel):
     dtype: str
     fault: str | None = None
     fix: str = ""
+    too_large: tuple[str, str] | None = None
 
 
-def detect(device: str, dtype: str) -> DetectedEnvironment:
+def detect(model: str, device: str, dtype: str) -> DetectedEnvironment:
     """Detect the environment in this process. Imports torch and initialises CUDA if available."""
     import torch
 
@@ -71,17 +73,28 @@ def detect(device: str, dtype: str) -> DetectedEnvironment:
         dtype=here.default_dtype(device) if dtype == "auto" else dtype,
         fault=problem.fault if problem else None,
         fix=problem.fix if problem else "",
+        too_large=None if problem else _too_large(model, device, dtype),
     )
 
 
-def detect_in_process(device: str, dtype: str) -> DetectedEnvironment:
+def _too_large(model: str, device: str, dtype: str) -> tuple[str, str] | None:
+    from hasten.models.load import check_loadable
+
+    try:
+        check_loadable(model, device, dtype)
+    except UnsupportedError as error:
+        return error.faults[0], error.fix
+    return None
+
+
+def detect_in_process(model: str, device: str, dtype: str) -> DetectedEnvironment:
     """`detect`, in a child process.
 
     Raises:
         HastenError: The process failed, for example because torch cannot be imported.
     """
     done = subprocess.run(
-        bound_command("hasten.benchmark.environment", device, dtype),
+        bound_command("hasten.benchmark.environment", model, device, dtype),
         env=python_environment(),
         capture_output=True,
         text=True,

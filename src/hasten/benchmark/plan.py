@@ -12,7 +12,7 @@ from pathlib import Path
 from hasten.benchmark.environment import detect_in_process, host
 from hasten.benchmark.rows import PlannedRow, plan_rows, rotated, with_rivals
 from hasten.benchmark.store import BenchmarkStore, Identity
-from hasten.errors import Faults
+from hasten.errors import Faults, UnsupportedError
 from hasten.models.defaults import ModelDefaults
 from hasten.prompts import read_prompts
 from hasten.recipe import Recipe, resolve
@@ -71,6 +71,7 @@ class BenchmarkPlan:
         rows: In the table's order.
         references: Names of the rows that every row is scored against.
         force: Whether rows may use schedules learned on another model.
+        command: Command line that repeats the benchmark; None if it is unknown.
     """
 
     workload: Workload
@@ -78,6 +79,7 @@ class BenchmarkPlan:
     rows: tuple[PlannedRow, ...]
     references: tuple[str, ...]
     force: bool = False
+    command: str | None = None
 
     def turns(self) -> list[Turn]:
         """All rounds of all rows, in order. Each round rotates the rows between the baselines."""
@@ -132,10 +134,12 @@ def plan_benchmark(
         store.check()
     if options.device in ("auto", "cpu"):
         faults.raise_any()  # these two are always available, so detection adds no fault
-    detected = detect_in_process(options.device, options.dtype)
+    detected = detect_in_process(options.model, options.device, options.dtype)
     if detected.fault:
         faults.add(detected.fault, detected.fix)
     faults.raise_any()
+    if detected.too_large:
+        raise UnsupportedError(*detected.too_large)
     workload = workload.model_copy(update={"dtype": detected.dtype})
     return BenchmarkPlan(workload, detected.environment, rows, all_references, options.force)
 

@@ -52,6 +52,7 @@ class Subject(NamedTuple):
 def load_subject(job: Job) -> Subject:
     """Load the job's model and apply its recipe."""
     pipe = load_pipeline(job.workload.model, device=job.device, dtype=job.workload.dtype)
+    pipe.set_progress_bar_config(disable=True)
     recipe = Recipe.from_toml(job.toml, source=job.row)
     weights = weights_of(pipe)
     learned_on = _learned_on(recipe, pipe, settings_of(recipe, job.workload).steps)

@@ -69,7 +69,8 @@ def _outcome(job: Job, progress: Progress) -> Outcome:
     except BrokenPipeError:  # the parent has ended
         raise
     except UnsupportedError as error:
-        return Outcome(row=_unmeasured(job, "unsupported", _one_line(error)))
+        row = _unmeasured(job, "unsupported", _one_line(error))
+        return Outcome(row=row, refusal=_refusal(job, error))
     except Exception as error:
         traceback.print_exc()
         row = _unmeasured(job, "failed", _one_line(error))
@@ -108,11 +109,11 @@ def _refusal(job: Job, error: Exception) -> Refusal | None:
             fix="free some space there, then run the same command with --resume",
             final=True,
         )
-    if not isinstance(error, ModelError | InputError):
-        return None
-    final = isinstance(error, _WeightsChangedError)
-    kind = "ModelError" if isinstance(error, ModelError) else "InputError"
-    return Refusal(kind=kind, faults=error.faults, fix=error.fix, final=final)
+    for kind in (ModelError, InputError, UnsupportedError):
+        if isinstance(error, kind):
+            final = isinstance(error, _WeightsChangedError)
+            return Refusal(kind=kind.__name__, faults=error.faults, fix=error.fix, final=final)
+    return None
 
 
 def _timed_row(

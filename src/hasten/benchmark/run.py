@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from hasten import errors
 from hasten.atomic import write_text
+from hasten.benchmark.display import ShownResults
 from hasten.benchmark.job import HASTEN_ENGINE, Job, Outcome
 from hasten.benchmark.plan import BenchmarkPlan, Options, Turn, plan_benchmark
 from hasten.benchmark.rows import DEFAULT_RECIPES
@@ -19,6 +22,7 @@ from hasten.benchmark.store import BenchmarkStore, absolute
 from hasten.errors import Faults, HastenError
 from hasten.log import logger
 from hasten.process import how_it_ended, run_module
+from hasten.progress import Progress, shown
 from hasten.recipe import Recipe
 from hasten.results import (
     BASELINE,
@@ -31,7 +35,6 @@ from hasten.results import (
 )
 from hasten.results_file import write_results
 
-Progress = Callable[[str, int, int], None]
 Done = dict[tuple[str, int], Outcome]
 
 
@@ -72,7 +75,11 @@ def bench(
         resume: Keep the rows that `out` has, if weights, recipes, environment and machine are those
             they were measured with.
         overwrite: Replace the files of an earlier benchmark in `out`.
-        progress: Called with what is happening, how much of it is done, and of how much.
+        progress: Called with what is happening, how much of it is done, and of how much. By
+            default, a bar in a terminal or a notebook.
+
+    Returns:
+        The results; a notebook shows them as a table with pictures.
 
     Raises:
         InputError, RecipeError, ModelError: Before anything is rendered; or later, if the weights
@@ -83,7 +90,25 @@ def bench(
     given = locals()
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     store = BenchmarkStore(absolute(out), resume=resume, overwrite=overwrite)
-    return run_plan(plan_benchmark(options, recipes, references, store), store, progress=progress)
+    with shown(progress) as report:
+        plan = plan_benchmark(options, recipes, references, store)
+        plan = replace(plan, command=_command(given))
+        return ShownResults.of(run_plan(plan, store, progress=report), store.out)
+
+
+def _command(given: Mapping[str, Any]) -> str:
+    """The command line for these arguments of `bench`, without defaults, and without the folder:
+    what repeats the measurement, wherever it is written to."""
+    words = ["hasten", "bench"]
+    for name, parameter in inspect.signature(bench).parameters.items():
+        value = given[name]
+        if name in ("out", "resume", "overwrite", "progress") or value == parameter.default:
+            continue
+        if name in ("recipes", "references"):
+            value = ",".join(one.name if isinstance(one, Recipe) else str(one) for one in value)
+        option = "--reference" if name == "references" else f"--{name.replace('_', '-')}"
+        words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
 
 
 def run_plan(
@@ -230,7 +255,7 @@ def _results(plan: BenchmarkPlan, done: Done) -> Results:
                 "notes": tuple(dict.fromkeys((*row.notes, *planned.notes))),
             }
             rows.append(row.model_copy(update=why))
-    return with_speedups(plan.workload, plan.environment, rows)
+    return with_speedups(plan.workload, plan.environment, rows, plan.command)
 
 
 def pooled(rounds: Sequence[Row]) -> Row:

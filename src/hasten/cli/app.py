@@ -22,7 +22,7 @@ from hasten.cli.export import export
 from hasten.cli.generate import generate
 from hasten.cli.layers import layers
 from hasten.cli.recipes import recipes
-from hasten.cli.terminal import discard_stdout, prepare_streams
+from hasten.cli.terminal import discard_stdout, prepare_streams, print_text
 from hasten.errors import HastenError, InputError
 from hasten.log import quiet_libraries
 from hasten.memory import ran_out
@@ -94,7 +94,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         failure = _explained(error)
         for part in failure.parts:
-            print(*part.lines("error: "), sep="\n", file=sys.stderr)
+            print_text("\n".join(part.lines("error: ")), error=True)
         discard_stdout(only_if_unwritable=True)
         return failure.exit_code
 

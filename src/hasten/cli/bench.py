@@ -96,19 +96,23 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _print(results: Results, out: Path) -> None:
     """The report's table without its wide columns, what to know of the rows, and where it is."""
-    from hasten.cli.terminal import print_table
+    from hasten.cli.terminal import print_table, print_text
     from hasten.report import table
 
     shown = [column for column in table.columns(results) if not column.wide]
     head = ["recipe", *[column.title for column in shown]]
     rows = [[row.recipe, *[column.cell(row).text for column in shown]] for row in results.rows]
-    print_table(head, rows, right=" " + "r" * len(shown))
+    keep = ("seconds", "speedup", "lpips")
+    drop = [column.title for column in reversed(shown) if column.key not in keep]
+    dropped = print_table(head, rows, right=" " + "r" * len(shown), drop=drop)
     remarks = [(row.recipe, note) for row in results.rows for note in table.notes(row, results)]
     if remarks:
         print()
         print_table(("notes", ""), remarks)
     print()
+    if dropped:
+        print_text(f"No room here for {', '.join(reversed(dropped))}: the report has them.")
     if reason := table.common_quality_reason(results):
-        print(f"Quality: {reason}.")
-    print(table.drift_line(results))
+        print_text(f"Quality: {reason}.")
+    print_text(table.drift_line(results))
     print(f"Report: {out / 'report.html'}")

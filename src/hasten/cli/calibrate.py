@@ -87,8 +87,10 @@ def calibrate_command(
         values = {name: getattr(found, name) for name in names}
         print(json.dumps({"path": str(out), **values}, indent=2))
         return
+    from hasten.cli.terminal import print_text
+
     verdict = "" if found.better else "; no better than the interval: use that"
-    print(
+    print_text(
         f"{out}: on {HELD_BACK} held-back prompts, error of the final latents {found.error:.4f}, "
         f"plain interval {found.interval_error:.4f}; LPIPS {found.lpips:.4f}, "
         f"plain interval {found.interval_lpips:.4f}{verdict}"
@@ -124,8 +126,10 @@ def calibrate_scales(
         result = {"path": str(out), "recipe": found.name, "prompts": len(texts), "amax": amax}
         print(json.dumps(result, indent=2))
         return
+    from hasten.cli.terminal import print_text
+
     most = max(amax, key=lambda name: amax[name])
-    print(
+    print_text(
         f"{out}: static scales of {len(amax)} linears, from {settings.steps} steps of "
         f"{len(texts)} prompts; the largest input is {amax[most]:.4g}, of {most}"
     )

@@ -7,6 +7,7 @@ compiles. What takes long or needs the network is tried only on request.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hasten.cli.options import Debug, Json
+from hasten.cli.options import Debug, Json, with_call
 from hasten.errors import HastenError, InputError, Problem, join_fixes, one_line, unsupported
 from hasten.memory import format_bytes
 
 if TYPE_CHECKING:
     from hasten.machine import Machine
+    from hasten.settings import CallOptions
 
 REINSTALL = "the installation is incomplete: install hasten again"
 REQUIRED = ("diffusers", "bundled model")  # without which hasten cannot work
@@ -47,7 +49,10 @@ class Finding:
     required: bool = False
 
 
+@with_call("model")
 def doctor(
+    *,
+    call: CallOptions,
     thorough: Annotated[
         bool,
         typer.Option("--thorough", help="Also load the bundled model and compile (about 30 s)."),
@@ -58,7 +63,7 @@ def doctor(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what works on this machine, what does not, and the fix."""
+    """Say what works on this machine, what does not, the fix, and which preset to start with."""
     from hasten.cli.terminal import ProgressBar
 
     with ProgressBar() as progress:
@@ -67,17 +72,20 @@ def doctor(
 
         here = machine()
         findings = []
-        for what, look in _checks(here, thorough=thorough, hub=hub):
+        for what, look in _checks(here, call.model, thorough=thorough, hub=hub):
             progress.stage(what)
             findings.append(_finding(what, look))
     if not hub:
         detail = "only needed for hub models; --hub checks"
         findings.append(Finding("model hub", "not checked", detail))
+    start = _start_with(here, call.model, {found.what: found.status for found in findings})
     if as_json:
         data = {"machine": asdict(here), "findings": [asdict(finding) for finding in findings]}
-        print(json.dumps(data, indent=2))
+        print(json.dumps(data | {"start_with": start}, indent=2))
     else:
         _print(here, findings)
+        if start:
+            print(f"\nstart with: {shlex.join(start)}")
     broken = [found for found in findings if found.required and found.status == "no"]
     if broken:
         raise unsupported((f"{found.what}: {found.detail}", found.fix) for found in broken)
@@ -86,7 +94,25 @@ def doctor(
 Look = Callable[[], str | Problem]  # what works, or why it does not
 
 
-def _checks(here: Machine, *, thorough: bool, hub: bool) -> Iterator[tuple[str, Look]]:
+def _start_with(here: Machine, model: str, statuses: dict[str, str]) -> list[str]:
+    """The command to begin with: the best preset for this machine that works; none, no command."""
+    from hasten.presets import TO_START_WITH
+    from hasten.recipe import resolve
+
+    device = here.default_device()
+    compiles = statuses[f"torch.compile ({device})"] == "ok"  # a compiler that really compiles
+    if "no" in (statuses.get("diffusers"), statuses.get("bundled model"), statuses.get("model")):
+        return []
+    works = [
+        name
+        for name in (*TO_START_WITH[device], "cache")
+        if statuses[f"recipe {name}"] == "ok" and (compiles or not resolve(name).compiles)
+    ]
+    of_model = [] if model == "tiny" else ["--model", model]
+    return ["hasten", "generate", "a rocket", *of_model, "--recipe", works[0]]
+
+
+def _checks(here: Machine, model: str, *, thorough: bool, hub: bool) -> Iterator[tuple[str, Look]]:
     """What to look at, in order."""
     from hasten.recipe import preset_names
 
@@ -96,6 +122,8 @@ def _checks(here: Machine, *, thorough: bool, hub: bool) -> Iterator[tuple[str, 
     yield f"torch.compile ({device})", lambda: _compile(here, device, thorough=thorough)
     yield "tensorrt", lambda: _tensorrt(here, device)
     yield "bundled model", lambda: _bundled_model(thorough=thorough)
+    if model != "tiny":
+        yield "model", lambda: _model(model, device)
     for name in preset_names():
         yield f"recipe {name}", partial(_preset, name, here, device)
     if hub:
@@ -232,6 +260,13 @@ def _bundled_model(*, thorough: bool) -> str | Problem:
     fast = optimize(load_pipeline("tiny"), "baseline")
     fast("a red circle", num_inference_steps=2)
     return f"{size}, rendered two steps"
+
+
+def _model(model: str, device: str) -> str:
+    from hasten.models.load import check_loadable
+
+    check_loadable(model, device)
+    return f"{model}: nothing speaks against loading it"
 
 
 def _preset(name: str, here: Machine, device: str) -> str | Problem:

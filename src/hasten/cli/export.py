@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -102,7 +103,10 @@ def tensorrt(
     with terminable(RESUME):
         before = None if key is None else finished(StageStore(), key, out)
         manifest = before or _exported(request, key)
-    _print_result(manifest, out, before=before is not None, as_json=as_json)
+    if as_json:
+        print(manifest.model_dump_json(by_alias=True, indent=2))
+    else:
+        _print_result(manifest, request, before=before is not None)
 
 
 def _wanted(
@@ -176,13 +180,21 @@ def _shown(model: str) -> str:
     return model if directory is None or model == "tiny" else directory.resolve().name
 
 
-def _print_result(manifest: Manifest, out: Path, *, before: bool, as_json: bool) -> None:
-    if as_json:
-        print(manifest.model_dump_json(by_alias=True, indent=2))
-        return
+def _print_result(manifest: Manifest, request: ExportRequest, *, before: bool) -> None:
+    """What was made, and the command that draws with it."""
+    from hasten.cli.terminal import print_text
+    from hasten.engines.tensorrt.folder import RECIPE
+
+    out, call = request.out, request.called
     what = f"engine for {', '.join(manifest.targets)}" if manifest.targets else "graph"
     facts = [_sizes(manifest), _error(manifest), *(["made before"] if before else [])]
-    print(f"{out}: {manifest.precision} {what} of {manifest.model}; {'; '.join(facts)}")
+    print_text(f"{out}: {manifest.precision} {what} of {manifest.model}; {'; '.join(facts)}")
+    command = ["hasten", "generate", "a rocket", "--recipe", str(out / RECIPE)]
+    command += [] if call.model == "tiny" else ["--model", call.model]
+    command += [] if call.dtype == "auto" else ["--dtype", call.dtype]
+    command += [] if manifest.targets else ["--device", "cpu"]
+    where = f" (on {' or '.join(manifest.targets)})" if manifest.targets else ""
+    print(f"next{where}: {shlex.join(command)}")
 
 
 def _sizes(manifest: Manifest) -> str:

@@ -37,6 +37,7 @@ def generate(
     """Make one picture; prompt, seed and recipe are stored in the PNG."""
     from hasten.cli.terminal import print_text
     from hasten.generation import save_png
+    from hasten.passes.cache.plan import why_none_skipped
     from hasten.user_files import expand_user
 
     out = expand_user(out)
@@ -60,6 +61,8 @@ def generate(
     )
     if verbose:
         print_text(picture.summary)
+    elif unskipped := why_none_skipped(request.recipe.cache, request.settings.steps):
+        print_text(unskipped)
 
 
 def _request(prompt: str, recipe: str, out: Path, call: CallOptions) -> Request:

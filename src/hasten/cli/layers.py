@@ -133,11 +133,11 @@ def _as_data(measured: Measured) -> dict[str, Any]:
 
 
 def _print(measured: Measured) -> None:
-    from hasten.cli.terminal import print_table
+    from hasten.cli.terminal import print_table, print_text
 
     scheme, errors = measured.quantize, measured.errors
     emulated = ", emulated" if scheme.emulate else ""
-    print(
+    print_text(
         f"{len(errors)} linears of {measured.model} in {scheme.scheme}, one scale per "
         f"{scheme.granularity}{emulated}, against "
         f"{measured.dtype} on {measured.device}: {STEPS} steps of one image"
@@ -150,18 +150,18 @@ def _print(measured: Measured) -> None:
     ]  # fmt: skip
     print_table(("linear", "inputs", "outputs", "SQNR dB", "error"), rows, right="lrrrr")
     if len(errors) > SHOWN:
-        print(f"and {len(errors) - SHOWN} with less error (--json lists all)")
+        print_text(f"and {len(errors) - SHOWN} with less error (--json lists all)")
     middle = median(error.sqnr_db for error in errors)
     print()
-    print(
+    print_text(
         f"worst {errors[0].sqnr_db:.1f} dB, median {middle:.1f} dB, "
         f"best {errors[-1].sqnr_db:.1f} dB"
     )
     if not measured.skip:
-        print("none has twice the median's error: no reason to skip any")
+        print_text("none has twice the median's error: no reason to skip any")
         return
-    print("these have twice the median's error or more; to keep them unquantised:")
+    print_text("these have twice the median's error or more; to keep them unquantised:")
     print(f"  [quantize]\n  skip = {json.dumps([*scheme.skip, *measured.skip])}")
     fuse = measured.recipe.fuse
     if fuse is not None and fuse.kernels != "off":
-        print(TOGETHER)
+        print_text(TOGETHER)

@@ -157,4 +157,6 @@ def loaded_model(call: CallOptions) -> Iterator[tuple[Any, ProgressBar]]:
             silence_library_bars()
         from hasten.models import load_pipeline
 
-        yield load_pipeline(call.model, device=call.device, dtype=call.dtype), progress
+        pipe = load_pipeline(call.model, device=call.device, dtype=call.dtype)
+        pipe.set_progress_bar_config(disable=True)  # ours shows the steps
+        yield pipe, progress

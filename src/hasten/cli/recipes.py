@@ -30,15 +30,21 @@ def _list_by_default(context: typer.Context) -> None:
 
 @recipes.command("list")
 def list_recipes(as_json: Json = False, debug: Debug = False) -> None:
-    """Name and description of every preset."""
-    from hasten.cli.terminal import print_table
-    from hasten.recipe import preset_names, resolve
+    """Every preset, in the order of their use: speed, closeness and hardware."""
+    from hasten.cli.terminal import print_table, print_text
+    from hasten.presets import GUIDES, MEASURED
+    from hasten.recipe import resolve
 
-    presets = [resolve(name) for name in preset_names()]
+    presets = [(resolve(name).description, name, guide) for name, guide in GUIDES.items()]
     if as_json:
-        print(json.dumps([{"name": p.name, "description": p.description} for p in presets]))
+        named = [{"name": name, "description": said} for said, name, _ in presets]
+        print(json.dumps([one | GUIDES[one["name"]]._asdict() for one in named]))
         return
-    print_table(("recipe", "what it does"), [(p.name, p.description) for p in presets])
+    head = ("recipe", "speed", "images", "needs", "what it does")
+    rows = [(name, *guide, said) for said, name, guide in presets]
+    print_table(head, rows, right=" r", drop=("what it does", "images"))
+    print()
+    print_text(MEASURED)
 
 
 @recipes.command("show")

@@ -1,20 +1,24 @@
 """What commands print: lines and tables on stdout, progress on stderr.
 
-Whatever text of a file is among it, no control character reaches the terminal. Progress is a bar
-where stderr is a terminal; lines about what takes minutes are printed everywhere.
+Whatever text of a file is among it, no control character reaches the terminal. Text for a terminal
+is broken between words, text for a pipe is not broken, unless COLUMNS gives a width. Progress is a
+bar where stderr is a terminal; lines about what takes minutes are printed everywhere.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self, TextIO
 
 from hasten.errors import printable
 
 UNLIMITED = 2**20  # columns of text: no table is as wide
+READABLE = 24  # columns of text that sentences in a table need
 
 
 def prepare_streams() -> None:
@@ -47,10 +51,28 @@ def discard_stdout(*, only_if_unwritable: bool = False) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_text(text: str) -> None:
-    """Lines on stdout."""
-    for line in text.splitlines():
-        print(printable(line))
+def columns_of(stream: TextIO) -> int:
+    """How wide text on this stream may be."""
+    limited = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return shutil.get_terminal_size().columns if limited else UNLIMITED
+
+
+def print_text(text: str, *, error: bool = False) -> None:
+    """Lines on stdout, or on stderr; a line that is broken goes on below its indentation."""
+    stream = sys.stderr if error else sys.stdout
+    width = columns_of(stream)
+    for line in map(printable, text.splitlines()):
+        if len(line) <= width:
+            print(line, file=stream)
+            continue
+        broken = textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=" " * (len(line) - len(line.lstrip())),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        print(*broken, sep="\n", file=stream)
 
 
 def silence_library_bars() -> None:
@@ -114,13 +136,22 @@ class ProgressBar:
         self._bar.update(self._task, description=text, completed=done, total=total)
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> None:
-    """Print rows of text on stdout: fitted to a terminal, else aligned and never wrapped.
+def print_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: str = "",
+    drop: Sequence[str] = (),
+) -> list[str]:
+    """Print rows of text on stdout, as wide as `columns_of` it, broken between words.
 
     Args:
         head: The titles of the columns.
         rows: The cells of each row.
-        right: One letter per column: `r` aligns it to the right.
+        right: One letter per column: `r` aligns it to the right, and its cells are not broken.
+        drop: Titles of the columns that are left out where there is no room, the first one first.
+
+    Returns:
+        The titles of the columns that were left out.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -128,13 +159,57 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: str =
     from rich.text import Text
 
     fitted = sys.stdout.isatty()
-    table = Table(box=SIMPLE_HEAD if fitted else None, pad_edge=False, header_style="bold")
-    for title, side in zip(head, right.ljust(len(head)), strict=True):
-        table.add_column(Text(title), justify="right" if side == "r" else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*[Text(printable(cell)) for cell in row])
-    console = Console(width=None if fitted else UNLIMITED)
+    gap, width = 3 if fitted else 2, columns_of(sys.stdout)
+    columns = {
+        title: _Column(title, [printable(row[place]) for row in rows], right[place : place + 1])
+        for place, title in enumerate(head)
+    }
+    dropped: list[str] = []
+    for title in drop:
+        needed = sum(column.needed(title in drop) + gap for title, column in columns.items())
+        if needed - gap > width:
+            dropped.append(title)
+            del columns[title]
+    shown = list(columns.values())
+    widths = _widths(shown, width - gap * (len(shown) - 1))
+    box = SIMPLE_HEAD if fitted else None
+    table = Table(box=box, show_edge=False, pad_edge=False, header_style="bold")
+    for column, cells in zip(shown, widths, strict=True):
+        side: Any = "right" if column.right else "left"
+        heading = Text(column.title)
+        table.add_column(heading, justify=side, overflow="fold", min_width=cells, max_width=cells)
+    for row in zip(*(column.cells for column in shown), strict=True):
+        table.add_row(*map(Text, row))
+    console = Console(width=UNLIMITED, height=25)  # with both, dumb terminals too take this width
     with console.capture() as capture:
         console.print(table)
     for line in capture.get().splitlines():
         print(line.rstrip())
+    return dropped
+
+
+class _Column:
+    """A column's text, and how many cells of a terminal it takes at the least and at the most."""
+
+    def __init__(self, title: str, cells: list[str], right: str) -> None:
+        from rich.cells import cell_len
+
+        self.title, self.cells, self.right = title, cells, right == "r"
+        words = [title, *cells] if not self.right else [title]
+        whole = cells if self.right else []
+        self.least = max(map(cell_len, [*" ".join(words).split(), *whole, ""]))
+        self.most = max(map(cell_len, [title, *cells]))
+
+    def needed(self, droppable: bool) -> int:
+        """Cells without which it is better left out, where it can be."""
+        return max(self.least, min(self.most, READABLE)) if droppable else self.least
+
+
+def _widths(columns: Sequence[_Column], room: int) -> list[int]:
+    """The columns' widths: the widest one is narrowed first, and below its longest word last."""
+    widths = [column.most for column in columns]
+    for least in ([column.least for column in columns], [1] * len(columns)):
+        while sum(widths) > room and widths != least:
+            spare = [width if width > low else 0 for width, low in zip(widths, least, strict=True)]
+            widths[spare.index(max(spare))] -= 1
+    return widths

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hasten.errors import ModelError, UnsupportedError
-from hasten.memory import format_bytes, free_memory
+from hasten.memory import format_bytes
+from hasten.progress import bar as progress_bar
 from hasten.sealed import parse_json
 
 FILES = ("diffusion_pytorch_model", "model")  # names of a component's weights, as libraries save
@@ -36,12 +37,15 @@ CONVERT = (
 )
 
 
-def check_fits(model: str, dtype: torch.dtype, needed: Callable[[torch.dtype], int]) -> None:
+def check_fits(
+    model: str, dtype: torch.dtype, needed: Callable[[torch.dtype], int], free: int | None
+) -> None:
     """UnsupportedError where loading a model in this dtype takes more memory than is free.
 
     needed: bytes that loading takes in a dtype, at the least.
+    free: bytes; None where they are not known.
     """
-    free, bytes_needed = free_memory(), needed(dtype)
+    bytes_needed = needed(dtype)
     if free is None or bytes_needed <= free:
         return
     smaller = ""
@@ -85,13 +89,16 @@ def _tensors(file: Path) -> list[tuple[str, int]]:
         return []
 
 
-def load_components(model: str, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def load_components(
+    model: str, folder: Path, dtype: torch.dtype, *, bar: bool = False
+) -> dict[str, Any]:
     """The Diffusers and Transformers models of a pipeline folder, by their names in its index.
 
     Args:
         model: What the user called it, for messages.
         folder: Where `model_index.json` is.
         dtype: Of the weights in memory.
+        bar: Show a bar of the components, where anybody can see one.
 
     Raises:
         ModelError: A component has pickles for weights; or tensors that are missing, unexpected or
@@ -103,9 +110,11 @@ def load_components(model: str, folder: Path, dtype: torch.dtype) -> dict[str, A
     for name in kinds:
         _check_safetensors(model, folder / name)
         _check_config(model, folder / name)
-    for name, kind in kinds.items():
-        components[name], found = _load(kind, folder / name, dtype)
-        faults += [f"{model}: {name} {fault}" for fault in found]
+    with progress_bar("loading", len(kinds), wanted=bar) as line:
+        for name, kind in kinds.items():
+            components[name], found = _load(kind, folder / name, dtype)
+            faults += [f"{model}: {name} {fault}" for fault in found]
+            line.update()
     if faults:
         raise ModelError(
             faults,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hasten.errors import HastenError, ModelError, causes
-from hasten.log import disable_telemetry
+from hasten.log import disable_telemetry, quiet
 from hasten.machine import check_dtype, machine
-from hasten.memory import ran_out
+from hasten.memory import free_memory, ran_out
 from hasten.models.architecture import shape_named
 from hasten.models.checkpoint import CONVERT, check_fits, converted_bytes, load_components
 from hasten.models.defaults import check_model, defaults_for, kept_snapshot, model_directory
@@ -38,26 +42,49 @@ def load_pipeline(
         UnsupportedError: It takes more memory than there is; nothing was loaded.
     """
     disable_telemetry()
+    target, precision = check_loadable(model, device, dtype)
+    defaults = defaults_for(model)
+    try:
+        if model.startswith("shape:"):
+            from hasten.models.random_weights import build_shape
+
+            return build_shape(shape_named(model.removeprefix("shape:")), target, precision)
+        pipe = _from_pretrained(model, precision)
+        pipe.default_sample_size = defaults.height // pipe.vae_scale_factor
+        return pipe.to(target)
+    except HastenError:
+        raise
+    except Exception as error:
+        raise _model_error(model, error) from error
+
+
+def check_loadable(
+    model: str, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[torch.device, torch.dtype]:
+    """Look at everything that can be known of a load before it: as `load_pipeline`, which raises
+    the same errors.
+
+    Returns:
+        The device and the dtype that are meant.
+    """
     check_model(model)
     dtype = str(dtype).removeprefix("torch.")
     check_dtype(dtype)
-    target = torch.device(machine().usable_device(device))
-    name = machine().default_dtype(str(target)) if dtype == "auto" else dtype
-    precision: torch.dtype = getattr(torch, name)
-    defaults = defaults_for(model)
+    here = machine()
+    target = torch.device(here.usable_device(device))
+    precision: torch.dtype = getattr(
+        torch, here.default_dtype(str(target)) if dtype == "auto" else dtype
+    )
+    gpu = here.gpu(str(target))
     if model.startswith("shape:"):
-        from hasten.models.random_weights import build_shape, shape_bytes
+        from hasten.models.random_weights import shape_bytes
 
         shape = shape_named(model.removeprefix("shape:"))
-        if target.type != "cuda":  # there it is made in the GPU's memory
-            check_fits(model, precision, lambda dtype: shape_bytes(shape, dtype))
-        return build_shape(shape, target, precision)
-    if folder := model_directory(model) or kept_snapshot(model):
-        check_fits(model, precision, lambda dtype: converted_bytes(folder, dtype))
-    pipe = _from_pretrained(model, precision)
-    pipe.default_sample_size = defaults.height // pipe.vae_scale_factor
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(target)
+        free = gpu.memory_bytes if gpu else free_memory()  # where the weights are made
+        check_fits(model, precision, lambda dtype: shape_bytes(shape, dtype), free)
+    elif folder := model_directory(model) or kept_snapshot(model):
+        check_fits(model, precision, lambda dtype: converted_bytes(folder, dtype), free_memory())
+    return target, precision
 
 
 def has_random_weights(pipe: Any) -> bool:
@@ -72,21 +99,34 @@ def model_notes(pipe: Any) -> tuple[str, ...]:
 
 def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
     """The pipeline, from safetensors files alone, with each tensor where it belongs."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        own = model_directory(model)
-        folder = own or Path(DiffusionPipeline.download(model, use_safetensors=True))
-        components = load_components(model, folder, dtype)
+    with _calm_libraries():
+        from diffusers import DiffusionPipeline
+    own = model_directory(model)
+    folder = own or Path(DiffusionPipeline.download(model, use_safetensors=True))
+    with _calm_libraries() as wants_bar:
+        components = load_components(model, folder, dtype, bar=wants_bar)
         pipe = DiffusionPipeline.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, **components
         )
-        pipe.register_to_config(_name_or_path=str(own or model))
-        return pipe
-    except HastenError:
-        raise
-    except Exception as error:
-        raise _model_error(model, error) from error
+    pipe.register_to_config(_name_or_path=str(own or model))
+    return pipe
+
+
+@contextmanager
+def _calm_libraries() -> Iterator[bool]:
+    """No bars and no warnings of the libraries' own; says whether their bars were on before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers.utils.logging
+        import transformers.utils.logging
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    with ExitStack() as stack:
+        stack.enter_context(quiet())  # first in, last out
+        wanted = [library.is_progress_bar_enabled() for library in libraries]
+        for library in compress(libraries, wanted):
+            library.disable_progress_bar()
+            stack.callback(library.enable_progress_bar)
+        yield all(wanted)
 
 
 # Diffusers' words where a repository of the hub has pickles only.

@@ -43,7 +43,7 @@ def build_shape(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
         "random weights: speed is meaningful, pictures are not",
         "activations finite, std " + ", ".join(f"{at} {std:.2f}" for at, std in spread.items()),
     )
-    pipe = FluxPipeline(
+    return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**shape.scheduler),
         vae=vae,
         text_encoder=clip,
@@ -52,8 +52,6 @@ def build_shape(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
         tokenizer_2=RandomTokenizer(shape.t5["vocab_size"], 512, end=1),
         transformer=transformer,
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def shape_bytes(shape: Shape, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ from hasten.kernels.quantize import FP8
 from hasten.kernels.streams import Streams
 from hasten.quantization.linear import Fp8Linear, Int8Linear, fp8_product
 from hasten.quantization.plan import special_weight
+from hasten.quantization.schemes import why_no_row_scales
 
 CODES: Mapping[type, torch.dtype] = MappingProxyType({Fp8Linear: FP8, Int8Linear: torch.int8})
 """Linears that take codes and row scales, and of which dtype the codes are."""
@@ -101,32 +102,39 @@ def same_kind(
 ) -> list[str]:
     """Why these linears cannot be merged, or fed by one kernel; empty where they can.
 
-    to_be: what will stand in for some of them by then, with one scale a row, found each time.
+    to_be: what will stand in for some of them by then, with one scale per row, found each time.
     """
     kinds = {to_be.get(linear, type(linear)) for linear in linears}
-    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    names = " and ".join(sorted(kind.__name__ for kind in kinds))
     if any(hasattr(linear, "base_layer") for linear in linears):
-        return ["some of its linears carry LoRA adapters"]
+        return [
+            "LoRA adapters are not fused: call pipe.fuse_lora() and pipe.unload_lora_weights() "
+            "before optimising"
+        ]
     if len(kinds) > 1:
-        return [f"linears that read one input are of different kinds: {names}"]
+        return [
+            f"linears that read one input are of different kinds, {names}: quantize.skip must "
+            "match all of them, or the whole block"
+        ]
     if kinds == {nn.Linear}:
         special = [why for linear in linears if (why := special_weight(linear.weight))]
-        return [f"a weight of its linears is {special[0]}"] if special else []
+        plain = "load the model unquantised, and quantise with [quantize]"
+        return [f"a weight of its linears is {special[0]}: {plain}"] if special else []
     if not kinds <= CODES.keys():
-        known = " and ".join(kind.__name__ for kind in (nn.Linear, *CODES))
-        return [f"its linears are {names}: the kernels know {known}"]
+        known = ", ".join(kind.__name__ for kind in (nn.Linear, *CODES))
+        return [f"its linears are {names}: there are kernels for {known}"]
     if kinds == {Fp8Linear} and dtype != torch.bfloat16:
-        return [f"FP8 products give bfloat16, not {dtype}"]
+        return ["FP8 kernels need bfloat16: pass --dtype bfloat16"]
     made = [linear for linear in linears if linear not in to_be]
     return _foreign_scales(made)
 
 
 def _foreign_scales(linears: Sequence[Any]) -> list[str]:
     """Why codes with a scale for each row cannot feed these quantised linears; empty where not."""
-    if any(linear.granularity == "tensor" for linear in linears):
-        return ["its linears have one scale a tensor, the kernels want one a row"]
-    if any(linear.input_scale is not None for linear in linears):
-        return ["its linears have calibrated scales, the kernels find one for each row"]
+    for linear in linears:
+        activations = "dynamic" if linear.input_scale is None else "static"
+        if why := why_no_row_scales(linear.granularity, activations):
+            return [why]
     return []
 
 

@@ -64,3 +64,12 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("int8-weight", **INT8, **WEIGHT),
     )
 }  # fmt: skip
+
+
+def why_no_row_scales(granularity: str, activations: str) -> str | None:
+    """Why the kernels have not the scales of such linears; None where they have."""
+    if granularity != "row":
+        return 'the kernels need one scale per row: set quantize.granularity = "row"'
+    if activations != "dynamic":
+        return 'the kernels compute the scales of each call: set quantize.activations = "dynamic"'
+    return None

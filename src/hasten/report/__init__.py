@@ -22,7 +22,7 @@ def write_report(
     Raises InputError where the file is not valid results or `out_dir` cannot be written.
     """
     # Imported here: matplotlib and jinja2 take longer to load than `hasten --help` may take.
-    from hasten.report import html, pictures, plot, table
+    from hasten.report import html, pictures, plots, table
 
     out = Path(out_dir)
     images_dir = out
@@ -34,6 +34,6 @@ def write_report(
     with writing(out, "choose a directory that can be written, with room for about 15 MB"):
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "table.md", table.to_markdown(results))
-        plot.write_plot(results, out / "speedup.png")
+        plots.write_plot(results, out / "speedup.png")
         write_text(page, html.report_page(results, album))
     return page

@@ -4,38 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hasten.report import charts, table
-from hasten.report.charts import (
-    Kind,
-    drawn_rows,
-    facts,
-    kind_of,
-    not_drawn,
-    present_kinds,
-    scored_rows,
-)
-from hasten.report.pictures import Album, AlbumPicture
-from hasten.results import BASELINE, BASELINE_AGAIN, Prompt, PromptQuality, Results, Row
-
-TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One recipe's picture of one prompt, with its scores as (name, text)."""
-
-    recipe: str
-    kind: Kind
-    picture: AlbumPicture
-    lpips: float | None
-    scores: list[tuple[str, str]]
+from hasten.report import plots, table
+from hasten.report.pictures import Album
+from hasten.report.plots import STYLE, TEMPLATES
+from hasten.results import BASELINE, BASELINE_AGAIN, Prompt, Results, Row
 
 
 def report_page(results: Results, album: Album) -> str:
@@ -48,7 +25,9 @@ def report_page(results: Results, album: Album) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8") + _ratio(results)
+    # The pictures' shape, for the layout before any of them is decoded.
+    ratio = f":root{{--ratio:{results.workload.width}/{results.workload.height}}}\n"
+    style = STYLE + ratio
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
         style=Markup(style),
@@ -59,47 +38,49 @@ def report_page(results: Results, album: Album) -> str:
 
 
 def _context(results: Results, album: Album) -> dict[str, Any]:
-    rows = list(results.rows)
-    pictured = [row for row in rows if row.images]
+    best = fastest(results)
+    pictured = _pictured(results, album)
     return {
         "results": results,
+        "table": table,
         "lede": lede(results),
-        "workload": table.workload_facts(results.workload),
-        "environment": table.environment_facts(results.environment),
-        "columns": table.columns(results),
-        "kind_of": kind_of,
-        "notes": {row.recipe: table.notes(row, results) for row in rows},
-        "drift": table.drift_line(results),
-        "common_notes": table.common_notes(results),
+        "kinds": plots.KINDS,
+        "notes": {row.recipe: _notes(row, results) for row in results.rows},
         "timed_images": timed_images(results),
-        "quality_reason": table.common_quality_reason(results),
-        "not_drawn": not_drawn(results),
-        "kinds": present_kinds(rows),
-        "bars": [charts.bars(results, width) for width in (charts.WIDE, charts.NARROW)],
-        "scatters": _scatters(results),
-        "shots": shots(results, album),
+        "bars": _drawn(plots.bars, results, "Speed-up over the plain pipeline"),
+        "scatters": _drawn(plots.scatter, results, "Speed-up over LPIPS"),
+        "without_room": plots.without_room(results),
+        "most": plots.MOST,
+        "album": album,
         "pictured": pictured,
-        "compared": [row for row in pictured if row.recipe != BASELINE],
-        "hidden_at_first": BASELINE_AGAIN,
-        "has_baseline": rows[0] in pictured,
-        "has_lpips": any(
-            table.metric(row, "lpips").value is not None
-            for row in rows
-            if row.recipe != BASELINE_AGAIN
-        ),
-        "encoding": album.encoding,
+        "unpictured": [row for row in results.rows if row not in pictured],
+        "right": best if best in pictured else pictured[-1] if pictured else None,
+        "scores": scores,
     }
 
 
+def fastest(results: Results) -> Row | None:
+    """The fastest recipe of this library. Its rivals, fewer steps and other libraries, are not
+    what the page is about."""
+    rows = [row for row in plots.timed_rows(results) if row.role == "recipe"]
+    return max(rows, key=lambda row: row.speedup or 0.0, default=None)
+
+
 def lede(results: Results) -> str:
-    """The fastest recipe of this library, in one sentence with what it costs, and what is missing
-    to judge it. Its rivals, fewer steps and other libraries, are not what the page is about."""
-    rows = [row for row in drawn_rows(results) if row.role == "recipe"]
-    if not rows:
-        return " ".join(["No recipe was timed against the baseline.", *_scored_only(results)])
-    best = max(rows, key=lambda row: row.speedup or 0.0)
+    """The fastest recipe in one sentence with what it costs, and what is missing to judge it."""
+    best = fastest(results)
+    if best is None:
+        only = [
+            f"For its quality only: {row.recipe}, LPIPS {table.metric(row, 'lpips').text}."
+            for row in results.rows
+            if row.role == "graph" and table.metric(row, "lpips").value is not None
+        ]
+        return " ".join(["No recipe was timed against the plain pipeline.", *only])
+    seconds, *costs = table.row_facts(best)
+    cost = f" ({', '.join(costs)})" if costs else ""
     speedup = table.speedup(best, results).text
-    parts = [f"Fastest: {best.recipe}, {speedup} ({', '.join(facts(best))})."]
+    fast = f"{speedup} as fast as the plain pipeline{cost}"
+    parts = [f"The fastest recipe, {best.recipe}, takes {seconds} per image, {fast}."]
     if table.lacks_rival(best, results):
         parts.append("Its rival, as few steps without the cache, was not measured.")
     if results.drift is None:
@@ -107,60 +88,48 @@ def lede(results: Results) -> str:
     return " ".join(parts)
 
 
-def _scored_only(results: Results) -> list[str]:
-    return [
-        f"For its quality only: {row.recipe}, LPIPS {table.metric(row, 'lpips').text}."
-        for row in results.rows
-        if row.role == "graph" and table.metric(row, "lpips").value is not None
-    ]
-
-
 def timed_images(results: Results) -> str:
-    """How many images each median stands on, if all stand on as many."""
+    """How many images each median is of, if all are of as many."""
     timed = [row for row in results.rows if row.role != "graph"]
     counts = {row.seconds_per_image.n for row in timed if row.seconds_per_image}
     return f"{min(counts)} images" if len(counts) == 1 else ""
 
 
-def shots(results: Results, album: Album) -> list[list[Shot]]:
-    """For each prompt every picture of it, the baseline's first."""
-    return [
-        [
-            _shot(row, prompt, album.pictures[row.recipe, index])
-            for row in results.rows
-            if row.images
-        ]
-        for index, prompt in enumerate(results.workload.prompts)
-    ]
-
-
-def _shot(row: Row, prompt: Prompt, picture: AlbumPicture) -> Shot:
+def scores(row: Row, prompt: Prompt) -> dict[str, str]:
+    """The scores of one picture against the plain pipeline's, by the metric's title."""
     quality = row.quality_against(BASELINE)
     entries = quality.per_prompt if quality and row.recipe != BASELINE else ()
-    entry = next((entry for entry in entries if entry.id == prompt.id), None)
-    return Shot(row.recipe, kind_of(row), picture, entry.lpips if entry else None, _scores(entry))
+    return {
+        title: form(value)
+        for entry in entries
+        for name, (title, _, form) in table.METRICS.items()
+        if entry.id == prompt.id and (value := getattr(entry, name)) is not None
+    }
 
 
-def _scores(entry: PromptQuality | None) -> list[tuple[str, str]]:
-    if entry is None:
-        return []
-    titles = {"lpips": "LPIPS", "ssim": "SSIM", "psnr": "PSNR", "ms_ssim": "MS-SSIM"}
-    return [
-        (title, table.METRIC_FORMAT[name](getattr(entry, name)))
-        for name, title in titles.items()
-        if getattr(entry, name) is not None
-    ]
+def _notes(row: Row, results: Results) -> list[str]:
+    """Its notes, without the one that stands under its name in the table."""
+    return [note for note in table.notes(row, results) if note != "calibrated: false"]
 
 
-def _scatters(results: Results) -> list[charts.Scatter]:
-    if len(scored_rows(results)) < 2:
-        return []
-    return [charts.scatter(results, width, 380) for width in (charts.WIDE, charts.NARROW)]
+def _pictured(results: Results, album: Album) -> list[Row]:
+    """Rows with at least one readable picture, without a second baseline whose pixels are all
+    those of the first."""
+
+    def worth_showing(row: Row) -> bool:
+        found = [album.pictures[row.recipe, index] for index in range(len(row.images))]
+        repeated = all(picture.same_as == BASELINE for picture in found)
+        readable = not all(picture.problem for picture in found)
+        return readable and not (row.recipe == BASELINE_AGAIN and repeated)
+
+    return [row for row in results.rows if worth_showing(row)]
 
 
-def _ratio(results: Results) -> str:
-    """The pictures' shape, for the layout before any of them is decoded."""
-    return f":root{{--ratio:{results.workload.width}/{results.workload.height}}}\n"
+def _drawn(draw: Any, results: Results, title: str) -> list[Markup]:
+    """A plot for wide windows and for phones; the style sheet shows one of them."""
+    figures = {"wide": draw(results, plots.WIDE), "narrow": draw(results, plots.NARROW)}
+    # Safe: matplotlib escapes the texts in it.
+    return [Markup(plots.to_svg(one, title, name)) for name, one in figures.items() if one]
 
 
 def _policy(style: str, script: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from hasten.memory import format_bytes
 from hasten.results import BASELINE, Environment, Results, Row, StepsComputed, Workload
@@ -38,27 +39,71 @@ class Column:
     wide: bool = False
 
 
+def headline(results: Results) -> str:
+    """What was compared: the two fastest rows by name, ours first, and how many others."""
+    rows = [row for row in results.rows if row.role != "baseline"]
+    rows = [row for row in rows if row.status == "ok"] or rows
+    ours = [row for row in rows if row.role == "recipe"]
+    named = sorted(ours or rows, key=lambda row: -(row.speedup or 0.0))[:2]
+    names = [row.recipe for row in named]
+    others = len(rows) - len(names)
+    if others:
+        names.append(f"{others} other{'s' * (others > 1)}")
+    if not names:
+        return "The plain pipeline alone"
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    return f"{listed} against the plain pipeline"
+
+
+def measured_on(results: Results) -> str:
+    """The workload and the device in one line."""
+    work, here, count = results.workload, results.environment, len(results.workload.prompts)
+    device = here.gpu or (here.cpu if here.device == "cpu" else None) or here.device
+    return (
+        f"{work.model}, {work.width} × {work.height}, {work.steps} steps, {work.dtype}, {device}; "
+        f"median of {count} prompt{'s' * (count != 1)}"
+    )
+
+
+def row_facts(row: Row) -> list[str]:
+    """What must not be missing where a speed-up is shown: seconds, LPIPS, a plan not calibrated."""
+    lpips = metric(row, "lpips")
+    facts = [f"{_seconds(row).text} s"]
+    if lpips.value is not None:
+        facts.append(f"LPIPS {lpips.text}")
+    if row.calibrated is False:
+        facts.append("calibrated: false")
+    return facts
+
+
+def not_drawn(results: Results) -> list[str]:
+    """Why rows have no speed-up to draw, one text each."""
+    return [
+        f"{row.recipe}, {QUALITY_ONLY if row.role == 'graph' else f'{row.status}: {row.reason}'}"
+        for row in results.rows
+        if row.status != "ok" or row.role == "graph"
+    ]
+
+
 def columns(results: Results) -> list[Column]:
     """The columns these results can fill, without the recipe's name and the notes."""
-    chosen = []
-    if _any_timed(results):
-        chosen += [
-            Column("seconds", "s / image", _if_timed(_seconds), "low"),
-            Column("speedup", "speed-up", lambda row: speedup(row, results), "high"),
-        ]
-    chosen += [
-        Column("steps", "steps computed", _steps, "low"),
-        Column("lpips", "LPIPS", lambda row: metric(row, "lpips"), "low"),
-        Column("ssim", "SSIM", lambda row: metric(row, "ssim"), "high"),
-        Column("psnr", "PSNR dB", lambda row: metric(row, "psnr"), "high"),
+    timed = _any_timed(results)
+    chosen = [
+        Column("seconds", "s / image", _if_timed(_seconds), "low"),
+        Column("speedup", "speed-up", lambda row: speedup(row, results), "high"),
     ]
-    if _any_quality(results, BASELINE, "ms_ssim"):
-        chosen.append(Column("ms_ssim", "MS-SSIM", lambda row: metric(row, "ms_ssim"), "high"))
+    chosen = chosen if timed else []
+    chosen.append(Column("steps", "steps computed", _steps, "low"))
+    for name, (title, best, _) in METRICS.items():
+        if name != "ms_ssim" or any(metric(row, name).value is not None for row in results.rows):
+            chosen.append(Column(name, title, partial(metric, name=name), best))
     for reference in other_references(results):
-        chosen.append(_reference_column(reference))
-    if _any_timed(results):
+        cell = partial(metric, name="lpips", reference=reference)
+        chosen.append(Column(f"lpips-{reference}", f"LPIPS vs {reference}", cell, "low"))
+    if timed:
         chosen.append(Column("memory", "peak memory", _if_timed(_memory), "low"))
-    chosen += map(_extra_column, dict.fromkeys(name for row in results.rows for name in row.extra))
+    for name in dict.fromkeys(name for row in results.rows for name in row.extra):
+        chosen.append(Column(f"extra-{name}", name, partial(_extra, name=name)))
     if any(row.transformer_ms_per_step is not None for row in results.rows):
         chosen.append(Column("step", "ms / step", _if_timed(_step), "low", wide=True))
     if any(row.setup_seconds is not None for row in results.rows):
@@ -78,7 +123,7 @@ def metric(row: Row, name: str, reference: str = BASELINE) -> Cell:
         return Cell("reference")
     quality = row.quality_against(reference)
     value: float | None = getattr(quality, name) if quality else None
-    return _number(value, METRIC_FORMAT[name])
+    return _number(value, METRICS[name][2])
 
 
 def speedup(row: Row, results: Results) -> Cell:
@@ -205,25 +250,14 @@ def to_markdown(results: Results) -> str:
     lines += ["", drift_line(results)]
     if reason := common_quality_reason(results):
         lines += ["", f"Quality: {_escape(reason)}."]
+    if results.command:
+        lines += ["", f"Command: {_escape(results.command)}"]
     lines += ["", f"Environment: {_facts_line(environment_facts(results.environment))}", ""]
     return "\n".join(lines)
 
 
-def _any_quality(results: Results, reference: str, name: str) -> bool:
-    return any(metric(row, name, reference).value is not None for row in results.rows)
-
-
-def _reference_column(reference: str) -> Column:
-    title = f"LPIPS vs {reference}"
-    return Column(f"lpips-{reference}", title, lambda row: metric(row, "lpips", reference), "low")
-
-
 def _any_timed(results: Results) -> bool:
     return any(row.seconds_per_image for row in results.rows)
-
-
-def _extra_column(name: str) -> Column:
-    return Column(f"extra-{name}", name, lambda row: _extra(row, name))
 
 
 def _extra(row: Row, name: str) -> Cell:
@@ -335,9 +369,10 @@ def format_change(ratio: float) -> str:
     return f"{(ratio - 1) * 100:+.1f} %".replace("-", "−")
 
 
-METRIC_FORMAT = {
-    "lpips": format_distance,
-    "ssim": format_similarity,
-    "psnr": format_tenths,
-    "ms_ssim": format_similarity,
+# Title, which way is better, and form.
+METRICS: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "lpips": ("LPIPS", "low", format_distance),
+    "ssim": ("SSIM", "high", format_similarity),
+    "psnr": ("PSNR dB", "high", format_tenths),
+    "ms_ssim": ("MS-SSIM", "high", format_similarity),
 }

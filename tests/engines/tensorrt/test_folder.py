@@ -14,6 +14,7 @@ from hasten.engines.tensorrt import folder as module
 from hasten.engines.tensorrt.files import AMAX, DATA, ENGINE, GRAPH, RUNTIME_CACHE, facts_of_file
 from hasten.engines.tensorrt.folder import (
     PROBE,
+    RECIPE,
     SCRATCH,
     check_folder,
     finished,
@@ -25,6 +26,7 @@ from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.store import StageStore
 from hasten.errors import EngineError, InputError
 from hasten.log import forward_log
+from hasten.recipe import resolve
 from tests.engines.tensorrt.mounts import with_mount
 from tests.engines.tensorrt.test_manifest import made
 from tests.engines.tensorrt.test_store import files_up_to, flip_a_bit
@@ -160,7 +162,11 @@ class Source:
     def is_whole_in(self, folder: Path) -> bool:
         names = {path.name for path in folder.iterdir()}
         same = Manifest.read(folder).model == self.manifest.model
-        return same and names == {MANIFEST, *self.files} and not self.manifest.damaged(folder)
+        return (
+            same
+            and names - {RECIPE} == {MANIFEST, *self.files}
+            and not self.manifest.damaged(folder)
+        )
 
 
 @pytest.fixture
@@ -380,3 +386,20 @@ def test_what_cannot_be_remembered_fails_nothing(out: Path, tmp_path: Path, faul
         with files_up_to(10):
             remember(store, "key", out, Manifest.read(out))
     assert finished(store, "key", out) is None
+
+
+def test_a_recipe_lies_beside_and_keeps_what_is_added_to_it(tmp_path: Path, old: Source) -> None:
+    out = tmp_path / "out"
+    old.write(out)
+    recipe = resolve(out / RECIPE)
+    assert recipe.engine is not None
+    assert (recipe.engine.kind, recipe.engine.precision) == ("tensorrt", "fp8")
+    assert Path(str(recipe.engine.path)) == out
+    edited = (out / RECIPE).read_text() + "\n[cache]\n"
+    (out / RECIPE).write_text(edited)
+    old.write(out)
+    assert (out / RECIPE).read_text() == edited
+    Source(tmp_path / "graph", "new", GRAPH, DATA).write(out)
+    engine = resolve(out / RECIPE).engine
+    assert engine is not None
+    assert (engine.kind, engine.precision) == ("onnxruntime", "bf16")

@@ -12,8 +12,9 @@ from hasten.passes.cache.plan import (
     interval_plan,
     resampled,
     schedule_plan,
+    why_none_skipped,
 )
-from hasten.recipe import BudgetCache, IntervalCache, ScheduleCache
+from hasten.recipe import BudgetCache, IntervalCache, ResidualCache, ScheduleCache
 from hasten.schedules import nearest_schedule, shipped
 
 
@@ -127,3 +128,13 @@ def test_shipped_schedules_are_found_by_their_model() -> None:
             assert nearest_schedule(schedule.fingerprint, budget, schedule.steps) is schedule
         else:
             assert not schedule.calibrated
+
+
+def test_why_no_step_is_skipped() -> None:
+    budget = BudgetCache(budget=60)
+    assert why_none_skipped(budget, 50) == "no step is skipped: budget = 60 computes all 50 steps"
+    assert why_none_skipped(budget, 61) is None
+    assert why_none_skipped(None, 50) is None
+    assert why_none_skipped(ResidualCache(), 50) is None
+    all_steps = IntervalCache(start_step=10)
+    assert "the plan of [cache]" in str(why_none_skipped(all_steps, 10))

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from hasten.atomic import drafted
+from hasten.atomic import drafted, write_text
 from hasten.engines.tensorrt.files import (
     AMAX,
     DATA,
@@ -32,8 +32,10 @@ from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.store import FIX_SPACE, StageStore, out_of_space
 from hasten.errors import EngineError, InputError
 from hasten.log import logger
+from hasten.recipe import Recipe
 
-OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE}  # the files of an export
+RECIPE = "recipe.toml"
+OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE, RECIPE}  # the files of an export
 SCRATCH = ".hasten-export"  # in the folder while files are put there
 PROBE = ".hasten-probe-"
 ANOTHER = "choose another --out"
@@ -110,6 +112,8 @@ def write_export(
                 _log_changes(before, manifest, missing)
             wanted = {name: files[name] for name in missing}
             _put(folder, manifest, wanted, shared=out is None)
+            if out is not None:
+                _write_recipe(before, manifest, out)
         except OSError as error:
             if out_of_space(error):
                 raise EngineError(f"{folder}: no space left for the export", FIX_SPACE) from error
@@ -125,6 +129,8 @@ def finished(store: StageStore, key: str, out: Path) -> Manifest | None:
     memo = read_sealed(_memo(store, key), request=key, out=str(out.absolute()))
     manifest = None if memo is None else _export_in(out)
     if memo is None or manifest is None or memo != _known_by(manifest) or manifest.damaged(out):
+        return None
+    if not (out / RECIPE).is_file():
         return None
     return manifest
 
@@ -176,6 +182,24 @@ def _export_in(folder: Path) -> Manifest | None:
         return None
 
 
+def _write_recipe(before: Manifest | None, manifest: Manifest, folder: Path) -> None:
+    """A recipe that runs the export. One that is there, edited or not, stays where it fits."""
+    path, facts = folder / RECIPE, (manifest.precision, bool(manifest.targets))
+    same = before is not None and (before.precision, bool(before.targets)) == facts
+    if same and path.is_file():
+        return
+    kind = "tensorrt" if manifest.targets else "onnxruntime"
+    recipe = Recipe.from_dict(
+        {
+            "name": "recipe",
+            "description": f"the exported blocks of {manifest.model}",
+            "sampling": {"max_sequence_length": manifest.shapes.text},
+            "engine": {"kind": kind, "precision": manifest.precision, "path": "."},
+        }
+    )
+    write_text(path, recipe.to_toml())
+
+
 def _unnamed(manifest: Manifest, store: StageStore) -> Path:
     content = {name: entry.sha256 for name, entry in manifest.files.items()}
     shapes = manifest.shapes.model_dump()
@@ -184,7 +208,7 @@ def _unnamed(manifest: Manifest, store: StageStore) -> Path:
 
 def _put(folder: Path, manifest: Manifest, files: Mapping[str, Path], *, shared: bool) -> None:
     """Copy what is not there yet, then move it to its place; the caller holds the lock."""
-    kept = {MANIFEST, *manifest.files}
+    kept = {MANIFEST, RECIPE, *manifest.files}
     if ENGINE in manifest.files and ENGINE not in files:
         kept.add(RUNTIME_CACHE)  # of this very engine
     made, scratch = not folder.exists(), folder / SCRATCH

@@ -212,17 +212,24 @@ def reasons_against(
 
     to_be: what a recipe will put in the place of linears before.
     """
-    reasons = []
+    reasons: list[str] = []
     dtype = transformer.dtype
     if transformer.device.type == "cuda" and not available():
-        reasons.append("Triton is not installed (pip install triton)")
+        reasons.append("Triton is not installed: pip install triton")
     if dtype == torch.float16:
-        reasons.append("float16 needs the clipping of the original blocks")
-    for name, block in (
+        reasons.append("float16 overflows in them: pass --dtype bfloat16, or float32")
+    blocks = [
         *_named(transformer, "transformer_blocks"),
         *_named(transformer, "single_transformer_blocks"),
-    ):
-        reasons += [f"{name}: {reason}" for reason in _against(block, dtype, to_be)]
+    ]
+    of_blocks: dict[str, list[str]] = {}
+    for name, block in blocks:
+        for reason in dict.fromkeys(_against(block, dtype, to_be)):
+            of_blocks.setdefault(reason, []).append(name)
+    for reason, names in of_blocks.items():
+        more = f" and {len(names) - 1} more blocks" if len(names) > 1 else ""
+        everywhere = len(names) == len(blocks)
+        reasons.append(reason if everywhere else f"{names[0]}{more}: {reason}")
     return reasons
 
 
@@ -231,9 +238,14 @@ def _against(block: Component, dtype: torch.dtype, to_be: Mapping[nn.Module, typ
     attn = block.attn
     processor = type(attn.processor).__name__
     if processor != "FluxAttnProcessor":
-        reasons.append(f"its attention runs in a {processor}")
+        reasons.append(
+            f"its attention runs in a {processor}: set FluxAttnProcessor() with "
+            "pipe.transformer.set_attn_processor, or unload the adapter that brought it"
+        )
     if _hooked(block):
-        reasons.append("it, or a layer in it, has hooks or a replaced forward")
+        reasons.append(
+            "it, or a layer in it, has hooks or a replaced forward: remove them before optimising"
+        )
     norms = [attn.norm_q, attn.norm_k]
     groups: list[tuple[nn.Module, ...]]
     if hasattr(block, "proj_mlp"):
@@ -247,7 +259,10 @@ def _against(block: Component, dtype: torch.dtype, to_be: Mapping[nn.Module, typ
             (block.ff.net[2], block.ff_context.net[2]),
         ]
     if any(getattr(norm, "weight", None) is None or norm.eps != EPS for norm in norms):
-        reasons.append("its query and key norms are not RMSNorm with weights and eps = 1e-6")
+        reasons.append(
+            "its query and key norms are not FLUX.1's RMSNorm with weights and eps = 1e-6, the "
+            "only ones that there are kernels for"
+        )
     for group in groups:
         reasons += same_kind(group, dtype, to_be)
     return reasons

@@ -177,6 +177,14 @@ def computed_steps(cache: Cache, steps: int) -> int | None:
     return max(1, min(steps, round(len(cache.compute) * steps / cache.steps)))
 
 
+def why_none_skipped(cache: Cache | None, steps: int) -> str | None:
+    """Why a run of `steps` steps skips none of them; None where it skips some, or may do so."""
+    if cache is None or computed_steps(cache, steps) != steps:
+        return None
+    plan = f"budget = {cache.budget}" if isinstance(cache, BudgetCache) else "the plan of [cache]"
+    return f"no step is skipped: {plan} computes all {steps} steps"
+
+
 def _same_grid(schedule: ScheduleCache, sigmas: Sequence[float]) -> bool:
     return schedule.sigmas is None or all(
         abs(learned - here) < SAME_SIGMA

@@ -39,11 +39,12 @@
     });
   }
 
-  // --- pictures ---
+  // --- pictures: any two recipes, one over the other, or how they differ ---
   const tools = document.querySelector(".tools");
   if (!tools) return;
   tools.hidden = false;
   tools.addEventListener("submit", (event) => event.preventDefault());
+  const { a: left, b: right, view, order } = tools.elements;
   const list = document.querySelector("#scenes");
   const scenes = all(".scene", list);
   const shotOf = (scene, recipe) =>
@@ -55,40 +56,54 @@
     shot.querySelector("img").src = imageOf(shot.closest(".scene"), shot.dataset.same).src;
   }
 
-  const shown = () =>
-    new Set(all("[name=show]:checked", tools).map((box) => box.value));
-
   function moveDivider(scene, percent) {
     const range = scene.querySelector(".compare input");
     const value = Math.min(100, Math.max(0, Math.round(percent)));
     range.value = value;
-    range.setAttribute("aria-valuetext", `${value} % baseline`);
+    range.setAttribute("aria-valuetext", `${value} % ${left.value}`);
     scene.querySelector(".stage").style.setProperty("--split", `${value}%`);
   }
 
-  function compareWith(scene, recipe) {
-    const compare = scene.querySelector(".compare");
-    const before = imageOf(scene, "baseline");
-    const after = recipe && imageOf(scene, recipe);
-    compare.hidden = !(before && after);
-    scene.dataset.compared = compare.hidden ? "" : recipe;
-    for (const button of all(".shot button", scene)) {
-      const chosen = !compare.hidden && button.closest(".shot").dataset.recipe === recipe;
-      button.setAttribute("aria-pressed", String(chosen));
-    }
-    if (compare.hidden) return;
-    const number = scene.querySelector(".number").textContent;
-    compare.querySelector(".before").src = before.src;
-    compare.querySelector(".before").alt = before.alt;
-    compare.querySelector(".after").src = after.src;
-    compare.querySelector(".after").alt = after.alt;
-    compare.querySelector(".tag.right").textContent = recipe;
-    compare
-      .querySelector("input")
-      .setAttribute("aria-label", `Prompt ${number}: divider between baseline and ${recipe}`);
+  function fill(image, from) {
+    image.src = from.src;
+    image.alt = from.alt;
   }
 
-  function startComparison(scene) {
+  function compare() {
+    for (const scene of scenes) {
+      const [before, after] = [imageOf(scene, left.value), imageOf(scene, right.value)];
+      const box = scene.querySelector(".compare");
+      box.hidden = !(before && after);
+      for (const button of all(".shot button", scene)) {
+        const recipe = button.closest(".shot").dataset.recipe;
+        button.setAttribute("aria-pressed", String(recipe === right.value));
+      }
+      if (box.hidden) continue;
+      fill(box.querySelector(".before"), before);
+      fill(box.querySelector(".after"), after);
+      const difference = view.value === "difference";
+      box.classList.toggle("difference", difference);
+      box.querySelector(".tag.left").textContent = left.value;
+      box.querySelector(".tag.right").textContent = right.value;
+      const range = box.querySelector("input");
+      range.hidden = difference;
+      const number = scene.querySelector(".number").textContent;
+      range.setAttribute(
+        "aria-label",
+        `Prompt ${number}: divider between ${left.value} and ${right.value}`,
+      );
+      moveDivider(scene, range.valueAsNumber);
+    }
+    sort();
+  }
+
+  function sort() {
+    const lpips = (scene) => Number.parseFloat(shotOf(scene, right.value)?.dataset.lpips) || 0;
+    const worst = (a, b) => lpips(b) - lpips(a);
+    list.append(...(order.value === "worst" ? [...scenes].sort(worst) : scenes));
+  }
+
+  for (const scene of scenes) {
     const stage = scene.querySelector(".stage");
     const range = scene.querySelector(".compare input");
     const follow = (event) => {
@@ -104,57 +119,13 @@
       if (stage.hasPointerCapture(event.pointerId)) follow(event);
     });
     range.addEventListener("input", () => moveDivider(scene, range.valueAsNumber));
-    for (const shot of all(".shot", scene)) {
-      const button = shot.querySelector("button");
-      if (!button) continue;
-      button.disabled = shot.dataset.recipe === "baseline";
-      button.addEventListener("click", () => compareWith(scene, shot.dataset.recipe));
+    for (const button of all(".shot button", scene)) {
+      button.addEventListener("click", () => {
+        right.value = button.closest(".shot").dataset.recipe;
+        compare();
+      });
     }
-    moveDivider(scene, 50);
   }
-
-  function worst(scene, recipes) {
-    const values = all(".shot[data-lpips]", scene)
-      .filter((shot) => recipes.has(shot.dataset.recipe))
-      .map((shot) => Number(shot.dataset.lpips));
-    return Math.max(-1, ...values);
-  }
-
-  function order() {
-    const recipes = shown();
-    const sorted = [...scenes];
-    if (tools.elements.order.value === "worst") {
-      sorted.sort((a, b) => worst(b, recipes) - worst(a, recipes));
-    }
-    list.append(...sorted);
-  }
-
-  function show() {
-    const recipes = shown();
-    for (const shot of all(".shot", list)) {
-      const recipe = shot.dataset.recipe;
-      shot.hidden = recipe !== "baseline" && !recipes.has(recipe);
-    }
-    const choice = tools.elements.compare;
-    if (choice) {
-      for (const option of choice.options) {
-        option.disabled = option.hidden = !recipes.has(option.value);
-      }
-      if (!recipes.has(choice.value)) choice.value = [...recipes][0] ?? "";
-      for (const scene of scenes) {
-        if (!recipes.has(scene.dataset.compared)) compareWith(scene, choice.value);
-      }
-    }
-    order();
-  }
-
-  for (const box of all("[name=show]", tools)) box.addEventListener("change", show);
-  tools.elements.order.addEventListener("change", order);
-  if (tools.elements.compare) {
-    tools.elements.compare.addEventListener("change", (event) => {
-      for (const scene of scenes) compareWith(scene, event.target.value);
-    });
-    for (const scene of scenes) startComparison(scene);
-  }
-  show();
+  tools.addEventListener("change", compare);
+  compare();
 })();
