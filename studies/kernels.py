@@ -1,11 +1,11 @@
-"""Check and time the fused kernels at FLUX.1's shapes on a GPU, beside inductor and the floor.
+"""Check and time the fused kernels at FLUX.1's shapes on a GPU, compared with inductor.
 
     python -m studies.kernels RESULTS.json
 
 For each kernel: its error against float64, the share of FP8 codes that differ from the torch
 reference's, the time of one call, of inductor's version of the reference, and of moving its bytes
 (each input read once, each output written once) at the bandwidth of a large copy on this GPU. Calls
-are timed in CUDA graphs, each over inputs of its own so that no call finds the last one's in cache.
+are timed in CUDA graphs, each on different inputs, so that no inputs are in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.benchmark.environment import look
+from hasten.benchmark.environment import detect
 from hasten.kernels import gelu_concat, norm_modulate, qk_norm_rope
 from hasten.kernels.quantize import FP8, LIMITS
 from hasten.kernels.streams import Streams
@@ -40,7 +40,7 @@ def main() -> None:
             rows.append({"kernel": name, **streams._asdict(), **measured(case, bandwidth)})
             print(_line(rows[-1]), flush=True)
     result = {"schema": 1, "copy_tb_s": bandwidth / 1e12, "rows": rows}
-    result["environment"] = look("cuda", "bfloat16").environment.model_dump(mode="json")
+    result["environment"] = detect("tiny", "cuda", "bfloat16").environment.model_dump(mode="json")
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
@@ -151,7 +151,7 @@ def rope_case(streams: Streams) -> Case:
 
 
 def measured(case: Case, bandwidth: float) -> dict[str, Any]:
-    """Errors, then microseconds of a call."""
+    """Errors, then microseconds per call."""
     given = case.inputs()
     first, second = case.kernel(*_copies(given))
     plain, plain_scales = case.reference(*_copies(given))
@@ -173,7 +173,7 @@ def measured(case: Case, bandwidth: float) -> dict[str, Any]:
 
 
 def microseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> float:
-    """Median time of a call, in graphs of one call on each set of inputs."""
+    """Median microseconds per call, in graphs with one call per set of inputs."""
     from triton.testing import do_bench
 
     stream = torch.cuda.Stream()
@@ -190,7 +190,7 @@ def microseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> f
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a large device-to-device copy."""
+    """Bytes per second, read and written, of a large device-to-device copy."""
     from triton.testing import do_bench
 
     source = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")

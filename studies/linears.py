@@ -1,9 +1,9 @@
-"""Time quantised linears at FLUX.1's shapes on a GPU, each beside bf16, and T5-XXL in eight bits.
+"""Time quantised linears at FLUX.1's shapes on a GPU against bf16, and T5-XXL with 8-bit weights.
 
     python -m studies.linears RESULTS.json [--tables]
 
 One linear is the widest of a block, 3072 → 12288, the other the deepest, 15360 → 3072. Every scheme
-is timed as it is and compiled by inductor, which joins the search for scales with the rounding.
+is timed eagerly and compiled by inductor, which fuses computing the scales with the rounding.
 Calls are timed in CUDA graphs, on several inputs in turn. `relative_error` is of the output,
 against float64 weights and inputs, which are random. `--tables` prints those of the docs from
 RESULTS.json and measures nothing.
@@ -24,7 +24,7 @@ import torch._dynamo
 from studies.kernels import CALLS, microseconds
 from torch import Tensor, nn
 
-from hasten.benchmark.environment import look
+from hasten.benchmark.environment import detect
 from hasten.passes.text.weights import store_in_eight_bits
 from hasten.quantization.linear import Fp8Linear, quantized
 from hasten.recipe import Quantize
@@ -52,7 +52,9 @@ def main() -> None:
         torch.manual_seed(0)
         rows = [row for shape in SHAPES for row in measured(*shape)]
         result = {"schema": 1, "rows": rows, "text": text_encoder()}
-        result["environment"] = look(DEVICE, "bfloat16").environment.model_dump(mode="json")
+        result["environment"] = detect("tiny", DEVICE, "bfloat16").environment.model_dump(
+            mode="json"
+        )
         path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(tables(json.loads(path.read_text("utf-8"))))
 
@@ -90,7 +92,7 @@ def _times(layer: nn.Module, rows: int, inputs: int) -> dict[str, float]:
 
 
 def text_encoder() -> list[dict[str, Any]]:
-    """T5-XXL under random weights on 512 tokens, as it is and in eight bits."""
+    """T5-XXL with random weights on 512 tokens, in bf16 and with 8-bit weights."""
     from transformers import T5Config, T5EncoderModel
 
     tokens = torch.randint(0, T5_XXL["vocab_size"], (1, 512), device=DEVICE)
@@ -137,7 +139,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def linears_table(rows: list[dict[str, Any]]) -> str:
-    """Times as a share of bf16's as it is, both linears together; the larger error."""
+    """Times relative to eager bf16, both linears together, and the larger of their errors."""
     head = "| scheme | 512², eager | compiled | 1024², eager | compiled | error |"
     found = [head, "|---|---:|---:|---:|---:|---:|"]
     names = dict.fromkeys(_name(row) for row in rows)
@@ -168,7 +170,7 @@ def _together(rows: list[dict[str, Any]], size: str, how: str) -> float:
 
 
 def encoder_table(rows: list[dict[str, Any]]) -> str:
-    """Memory as what bf16 holds more: the rest of the process is in both."""
+    """Memory as the difference to bf16, since both include the rest of the process."""
     plain = rows[0]["held_bytes"]
     lines = ["| T5-XXL | GiB saved | ms / prompt |", "|---|---:|---:|"]
     lines += [

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import hasten
-from hasten.benchmark.environment import look
+from hasten.benchmark.environment import detect
 from hasten.recipe import resolve
 from hasten.report import write_report
 from hasten.results import (
@@ -113,7 +113,7 @@ def baseline(seconds: Sequence[float], steps: int) -> Row:
 
 def write(out: Path, clock: Clock, model: str, steps: int, rows: Sequence[Row]) -> None:
     """The results and the report for one number of steps."""
-    surroundings = look(clock.device, "auto")
+    detected = detect("tiny", clock.device, "auto")
     workload = Workload(
         model=model,
         width=clock.size,
@@ -121,7 +121,7 @@ def write(out: Path, clock: Clock, model: str, steps: int, rows: Sequence[Row]) 
         steps=steps,
         guidance=3.5,
         seed=0,
-        dtype=surroundings.dtype,
+        dtype=detected.dtype,
         prompt_source="studies.presets",
         prompts=(Prompt(id=0, text=PROMPT, seed=0),),
         max_sequence_length=512,
@@ -129,7 +129,7 @@ def write(out: Path, clock: Clock, model: str, steps: int, rows: Sequence[Row]) 
     )
     folder = out / f"{clock.size}-{steps}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / "results.json", with_speedups(workload, surroundings.environment, rows))
+    write_results(folder / "results.json", with_speedups(workload, detected.environment, rows))
     write_report(folder / "results.json", folder)
 
 

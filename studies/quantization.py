@@ -1,10 +1,10 @@
-"""What eight bits cost on the bundled model: each scheme's pictures, and each layer's error.
+"""The cost of 8-bit quantisation on the bundled model: image quality per scheme, error per layer.
 
     python -m studies.quantization studies/results/quantization/tiny.json
 
-Schemes of the blocks' linears are emulated, so any device gives their quality; those of the T5
-encoder only store weights in eight bits and are the real ones. Static scales are calibrated on
-prompts that no picture here is of. Pictures are compared with those of the plain pipeline. Prints
+Schemes of the blocks' linears are emulated, so any device gives their quality. Those of the T5
+encoder are not emulated; they only store weights in eight bits. Static scales are calibrated on
+other prompts than the images'. Images are compared with those of the plain pipeline. Prints
 the tables of docs/passes/quantize.md and docs/passes/text.md.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 import hasten
 from hasten import Recipe, quality
-from hasten.benchmark.environment import look
+from hasten.benchmark.environment import detect
 from hasten.families import family_of
 from hasten.prompts import read_prompts
 from hasten.quantization.report import layer_errors
@@ -57,7 +57,7 @@ def main() -> None:
         "schema": 1,
         "prompts": prompts,
         "rows": rows,
-        "environment": look("cpu", "float32").environment.model_dump(mode="json"),
+        "environment": detect("tiny", "cpu", "float32").environment.model_dump(mode="json"),
     }
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def blocks_table(rows: list[dict[str, Any]]) -> str:
-    """A line for each scheme and granularity."""
+    """One line per scheme and granularity."""
     return "\n".join(
         f"| `{row['scheme']}`{', static' if row.get('activations') else ''} | {row['granularity']} "
         f"| {row['sqnr_db'][0]:.1f} / {median(row['sqnr_db']):.1f} / {row['sqnr_db'][-1]:.1f} "
@@ -78,7 +78,7 @@ def blocks_table(rows: list[dict[str, Any]]) -> str:
 
 
 def text_table(rows: list[dict[str, Any]]) -> str:
-    """A line for each scheme of the T5 encoder."""
+    """One line per scheme of the T5 encoder."""
     return "\n".join(
         f"| `{row['text']}` | {fmean(row['lpips']):.4f} | {fmean(row['ssim']):.4f} "
         f"| {fmean(row['psnr']):.1f} dB |"
@@ -88,7 +88,7 @@ def text_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _static(pipe: Any, granularity: str, prompts: list[str], plain: Tensor) -> dict[str, Any]:
-    """FP8 with scales from the prompts that follow those of the pictures."""
+    """FP8 with scales from the prompts that follow those of the images."""
     others = read_prompts("tiny", limit=PROMPTS + CALIBRATED_ON)[PROMPTS:]
     recipe = Recipe(quantize=Quantize(granularity=granularity))
     found = hasten.calibrate_activations(pipe, others, recipe=recipe, batch=8).quantize
@@ -125,7 +125,7 @@ def _distances(
 
 
 def _pictures(pipe: Any, recipe: dict[str, Any], prompts: list[str]) -> Tensor:
-    """PROMPTS×3×128×128 in [0, 1], by a copy of the pipeline under the recipe."""
+    """PROMPTS×3×128×128 in [0, 1], from a copy of the pipeline with the recipe."""
     fast = hasten.optimize(pipe, Recipe.from_dict(recipe), copy=True)
     return torch.cat([_picture(fast, prompt, seed) for seed, prompt in enumerate(prompts)])
 

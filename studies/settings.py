@@ -1,4 +1,4 @@
-"""What a row was run with, as text for the results: TOML."""
+"""Writes the settings of a row as TOML for the results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def settings_toml(settings: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As TOML can have it: without nulls, and as text what is neither number, list nor table."""
+    """A value that TOML supports: without nulls, and with other types converted to text."""
     if isinstance(value, Mapping):
         return {str(name): _plain(one) for name, one in value.items() if one is not None}
     if isinstance(value, list | tuple):

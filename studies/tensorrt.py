@@ -1,4 +1,4 @@
-"""Exports and builds on a machine without a GPU: seconds, memory, and what they say of FLUX.1-dev.
+"""Exports and builds on a machine without a GPU: seconds, memory, and an estimate for FLUX.1-dev.
 
     python -m studies.tensorrt studies/results/tensorrt/cpu-2-cores.json [commands] [depths]
     python -m studies.tensorrt --tables studies/results/tensorrt/cpu-2-cores.json
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hasten.benchmark.environment import look
+from hasten.benchmark.environment import detect
 from hasten.engines.tensorrt.build import build
 from hasten.engines.tensorrt.export import export_onnx, in_precision
 from hasten.engines.tensorrt.files import DATA, GRAPH
@@ -72,7 +72,7 @@ def main() -> None:
 def _write(path: Path, part: str, measured: dict[str, Any]) -> None:
     """Replace one part of the results."""
     known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    environment = look("cpu", "bfloat16").environment.model_dump(mode="json")
+    environment = detect("tiny", "cpu", "bfloat16").environment.model_dump(mode="json")
     result = {
         **known,
         "schema": SCHEMA,
@@ -191,7 +191,7 @@ def _weights(double: str, single: str, place: str) -> dict[str, Any]:
 
 
 def _streamed(double: str, single: str, place: str) -> dict[str, Any]:
-    """As hasten exports: weights are never in memory together."""
+    """hasten's export, which never has all weights in memory at the same time."""
     transformer, amax = _mapped(int(double), int(single), Path(place))
     folder = Path(place) / "streamed"
     folder.mkdir()
@@ -199,7 +199,7 @@ def _streamed(double: str, single: str, place: str) -> dict[str, Any]:
 
 
 def _naive(double: str, single: str, place: str) -> dict[str, Any]:
-    """As torch.onnx exports and saves: the quantised model as it is, with its weights."""
+    """The export of torch.onnx: the whole quantised model, with its weights."""
     transformer, amax = _mapped(int(double), int(single), Path(place))
     folder = Path(place) / "naive"
     folder.mkdir()
@@ -339,7 +339,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def pictures(result: dict[str, Any]) -> str:
-    """The table of a `hasten bench` with engines: quality of what ran, and why the rest did not."""
+    """The table of a `hasten bench` with engines: quality, or the reason for not running."""
     lines = ["| recipe | computed | LPIPS | SSIM | PSNR dB | |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         if row["status"] != "ok":

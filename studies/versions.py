@@ -3,9 +3,9 @@
     git worktree add ../before COMMIT
     python -m studies.versions --before ../before/src --out versions.json
 
-Each version has a process of its own for each preset, with the transformer and the decoder of
-FLUX.1-dev's shape under random weights; the text is random embeddings. Images are drawn in turns,
-so that both see the same clocks; the ratio is of medians.
+Each version runs in a separate process per preset, with a transformer and decoder of FLUX.1-dev's
+shape with random weights and random text embeddings. The versions render images in turns, so that
+both run at the same clock rates. The ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS = 50
 
 
 def worker(preset: str, latents: Path) -> None:
-    """Answer each line `SIZE SEED` on stdin with the seconds of an image, on stdout."""
+    """For each line `SIZE SEED` on stdin, print the seconds per image to stdout."""
     import time
 
     import torch
@@ -94,7 +94,7 @@ class Version:
 
 
 def compare(before: Path, after: Path, preset: str, sizes: list[int], rounds: int) -> Any:
-    """Rows of one preset: medians, their ratio, and how far apart the latents are."""
+    """Rows of one preset: medians, their ratio, and the distance between the latents."""
     import torch
 
     scratch = Path("/tmp")

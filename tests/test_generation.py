@@ -61,7 +61,7 @@ def test_a_picture_that_overflows_names_likely_causes(pipe: Any) -> None:
     cache = {"kind": "schedule", "steps": 6, "compute": [0, 2], "weights": [[1.0], [1.0]]}
     recipe = Recipe.from_dict({"cache": cache})
     fast = hasten.optimize(spoiled(pipe, 3e38), recipe)
-    with pytest.raises(ModelError, match="mine: the picture has values that are not fin") as caught:
+    with pytest.raises(ModelError, match="mine: the image has values that are not fin") as caught:
         render(fast, replace(REQUEST, recipe=recipe))
     assert "remove weights" in caught.value.fix
     assert "baseline" in caught.value.fix

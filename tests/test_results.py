@@ -180,7 +180,7 @@ def test_other_json_is_not_taken_for_results(tmp_path: Path, data: object) -> No
 
 @pytest.mark.parametrize("version", [0, 3, "1", "2", 1.0, 2.0, True])
 def test_unknown_versions_are_refused(tmp_path: Path, version: object) -> None:
-    assert "not known" in faults_of(written(tmp_path, contract() | {"schema": version}))
+    assert "is unknown" in faults_of(written(tmp_path, contract() | {"schema": version}))
 
 
 def test_every_fault_is_listed_with_its_place(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def broken(path: str, value: object) -> dict[str, Any]:
         ),
         ("rows.0.extra", {"held GiB": 1e16}, "less than or equal to"),
         ("rows.0.extra", {"": 1.0}, "at least 1 character"),
-        ("rows.1.reason", None, "no reason"),
+        ("rows.1.reason", None, "reason is missing"),
         ("rows.1.status", "skipped", "unsupported"),
         ("rows.1", {**CONTRACT["rows"][0], "speedup": 1.0}, "more than one row"),
         ("rows.0", {**CONTRACT["rows"][1], "recipe": "compile"}, "first row"),

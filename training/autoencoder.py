@@ -1,7 +1,7 @@
 """The autoencoder: L1 + MSE + 0.5 LPIPS + 1e-4 KL on fresh composites.
 
-It learns from every picture of both sets except the sixty that only the evaluation sees, and from
-no held-out triple.
+It is trained on all images of both sets except the sixty for the evaluation, and on no held-out
+triple.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def reconstruction_loss(decoded: Tensor, images: Tensor, perceptual: nn.Module) 
 def training_batch(
     pack: Pack, rows: Tensor, extras: Tensor, batch: int, generator: torch.Generator
 ) -> Tensor:
-    """Composites of `rows` triples, and of pictures outside the vocabulary on any colour."""
+    """Composites of `rows` triples, and of images outside the vocabulary on any colour."""
     device = pack.pictures.device
     others = int(batch * EXTRA_SHARE)
     pick = torch.randint(len(rows), (batch - others,), device=device, generator=generator)
@@ -76,7 +76,7 @@ def training_batch(
 
 
 def unseen_composites(run: Run, pack: Pack) -> Tensor:
-    """One composite of each picture that nothing was trained on."""
+    """One composite per image that no model was trained on."""
     generator = run.generator(21)
     rows = pack.rows("unseen")
     colours = torch.arange(len(rows), device=run.device) % len(COLOURS)

@@ -1,8 +1,8 @@
 """Carry a run between machines: one tar file in parts of at most 15 MiB.
 
 A finished run is bundled as what ships (`tiny_flux/`, `teacher/`, `evaluation.json`, grids), an
-unfinished one as what it needs to go on elsewhere: the averaged weights in bf16, without optimiser
-state. Join the parts with `cat DIR/bundle.tar.* | tar -x -C RUN`.
+unfinished one as what it needs to continue elsewhere: the averaged weights in bf16, without
+optimiser state. Join the parts with `cat DIR/bundle.tar.* | tar -x -C RUN`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = ("tiny_flux", "teacher", "evaluation.json")
 
 
 def shrunk(phase: str, state: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint for travelling: one set of weights in bf16, and the clock."""
+    """The checkpoint for another machine: one set of weights in bf16, and the clock."""
     # The judge's batch-norm statistics are in its state; the others are used by their average.
     kept = "model" if phase == "classifier" else "average"
     weights = state[kept]

@@ -1,4 +1,4 @@
-"""Captions: every way a picture is described, as text.
+"""Captions: all textual descriptions of an image.
 
 A caption is style × thing × background colour, in one of `VARIANTS` wordings. Variant 0 is the
 plain wording the prompts use; the others change the name, the style phrase or the background

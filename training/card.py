@@ -1,4 +1,4 @@
-"""The model card and the notice that ship beside the weights."""
+"""The model card and the notice that ship with the weights."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ with names from
 
 
 def notice() -> str:
-    """Attribution of the training pictures."""
+    """Attribution of the training images."""
     return NOTICE
 
 

@@ -1,7 +1,7 @@
 """The judge: a small convolutional network that names thing, style and background colour.
 
-It sees real composites only (fresh jitter, flips, a little blur and noise) and never a held-out
-triple, so what it says about generated pictures is not something the generator was fitted to.
+It is trained on real composites only (random jitter, flips, a little blur and noise) and never on a
+held-out triple, so the generator is not fitted to its judgement of generated images.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Classifier(nn.Module):
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flips, a blur of random strength and noise: what a decoder's errors look like."""
+    """Apply random flips, a blur of random strength and noise, similar to a decoder's errors."""
     count, device = len(images), images.device
     chance = torch.rand(3, count, 1, 1, 1, device=device, generator=generator)
     images = torch.where(chance[0] < 0.5, images, images.flip(-1))

@@ -2,7 +2,7 @@
 
 The student is the teacher with FLUX.1-dev's guidance embedding. Its target at guidance w is
 v_u + w·(v_c - v_u), the teacher's classifier-free guided velocity, with w uniform in 1…5. The text
-encoders stay as the teacher left them.
+encoders are the teacher's, and frozen.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Measure what was trained, with the pipeline as it ships: `evaluation.json` and picture grids.
+"""Evaluate the trained model with the pipeline as it ships: `evaluation.json` and image grids.
 
-Generated pictures are judged by the classifier, which reads real pictures at a known accuracy.
-The same pictures against shuffled prompts must fall to chance, or the judge proves nothing.
+Generated images are classified by the classifier, whose accuracy on real images is known. Against
+shuffled prompts, the accuracy of the same images must fall to chance level.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def grid(pictures: Tensor, labels: list[str], columns: int = 8) -> Image.Image:
-    """A contact sheet, each picture over its label on two lines."""
+    """A contact sheet, with each image above its label on two lines."""
     rows = -(-len(labels) // columns)
     sheet = Image.new("RGB", (columns * SIZE, rows * (SIZE + 24)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -112,7 +112,7 @@ def grid(pictures: Tensor, labels: list[str], columns: int = 8) -> Image.Image:
 
 
 class Judge:
-    """Scores a pipeline's answers to the evaluation prompts."""
+    """Scores a pipeline's images of the evaluation prompts."""
 
     def __init__(self, run: Run, pack: Pack, model: Classifier) -> None:
         vocabulary = things()[: pack.things]
@@ -124,7 +124,7 @@ class Judge:
         self.wanted = wanted_rows([*self.seen, *self.held_out], run.device)
 
     def some(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """What a sweep tries: everything, or in a smoke test its first value."""
+        """The values of a sweep: all, or only the first in a smoke test."""
         return values[:1] if self.smoke else values
 
     def score(self, images: Tensor) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Judge:
         return {**every, **half}
 
     def shuffled(self, images: Tensor) -> dict[str, float]:
-        """Against other prompts' triples: what a picture of nothing in particular would score."""
+        """Scores against other prompts' triples, which are the chance level."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return accuracy(self.model, images, self.wanted[order.to(self.wanted.device)])
 
@@ -159,7 +159,7 @@ def guidance_sweep(pipe: FluxPipeline, judge: Judge, steps: int) -> dict[float, 
 def shift_sweep(
     pipe: FluxPipeline, judge: Judge, steps: int, guidance: float
 ) -> dict[float, dict[str, Any]]:
-    """What other timestep shifts would give; the shipped one is `SHIFT`."""
+    """Scores with other timestep shifts; the shipped one is `SHIFT`."""
     kept, scores = pipe.scheduler, {}
     for shift in judge.some(SHIFTS):
         pipe.scheduler = type(kept).from_config(kept.config, shift=shift)
@@ -171,7 +171,7 @@ def shift_sweep(
 
 
 def teacher_scores(run: Run, pack: Pack, judge: Judge, steps: int) -> dict[float, dict[str, Any]]:
-    """The teacher with true classifier-free guidance, two evaluations a step."""
+    """Scores of the teacher with true classifier-free guidance, two evaluations per step."""
     pipe = build_pipeline(run, pack, load_teacher(run, pack).transformer)
     scores = {}
     for scale in judge.some(TRUE_CFG):

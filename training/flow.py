@@ -1,7 +1,7 @@
 """The teacher: transformer and both text encoders trained together by rectified flow.
 
 x_t = (1 - t)·x_0 + t·noise with t logit-normal; the target is noise - x_0 (Esser et al. 2024,
-arXiv:2403.03206). One caption in ten is empty, so that the teacher knows the unconditional
+arXiv:2403.03206). One caption in ten is empty, so that the teacher learns the unconditional
 velocity that guidance needs.
 """
 
@@ -78,7 +78,7 @@ def caption_table(pack: Pack, device: torch.device) -> CaptionTable:
 def sample_captions(
     triple: Tensor, table: CaptionTable, generator: torch.Generator, empty: float
 ) -> Tensor:
-    """A caption index for each row of B×3 triples: a random wording, sometimes without a part."""
+    """One caption index per row of B×3 triples: a random wording, sometimes without a part."""
     count, device = len(triple), triple.device
     chance = torch.rand(3, count, device=device, generator=generator)
     variant = torch.randint(VARIANTS, (count,), device=device, generator=generator)

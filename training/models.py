@@ -1,6 +1,6 @@
 """The modules of the bundled pipeline, plain Diffusers and Transformers classes, from scratch.
 
-`FULL` is the model that ships, `SMOKE` the same shape of thing small enough for a CPU test.
+`FULL` is the model that ships; `SMOKE` has the same architecture and is small enough for CPU tests.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def clip_text(sizes: Sizes, vocabulary: dict[str, int]) -> CLIPTextModel:
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """FLUX.1-dev's sampler with a fixed shift: at one small size there is nothing to adapt to."""
+    """FLUX.1-dev's sampler with a fixed shift, since the model has only one image size."""
     return FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000,
         shift=SHIFT,

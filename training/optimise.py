@@ -1,4 +1,4 @@
-"""What all training phases share: one loop, its schedule over elapsed time, weight averaging."""
+"""The shared training loop of all phases, its learning-rate schedule, and weight averaging."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def adamw(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.opt
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """bf16 where it is fast."""
+    """bf16 autocast on devices where it is fast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 class Average:
     """Exponential moving average of parameters, updated every `AVERAGE_EVERY` steps.
 
-    Decay min(limit, 1 - 1/(10 + 0.08 n)) a step: the average forgets the start quickly.
+    The decay per step is min(limit, 1 - 1/(10 + 0.08 n)), which forgets the start quickly.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], limit: float = 0.9998) -> None:

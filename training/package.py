@@ -1,4 +1,4 @@
-"""Write the pipeline directory that ships, check it by loading it, and keep the teacher beside it.
+"""Write the pipeline directory that ships, check it by loading it, and store the teacher.
 
 Weights are bf16 safetensors; the text encoders' configs say float32, so that a plain
 `FluxPipeline.from_pretrained(directory)` gives four modules of one type.
@@ -32,7 +32,7 @@ BUDGET_MIB = 26.0
 
 
 def hasten_defaults(guidance: float, steps: int) -> dict[str, Any]:
-    """`hasten.json`: how the pipeline is called when the caller says nothing."""
+    """`hasten.json`: the default arguments of the pipeline call."""
     return {
         "width": SIZE,
         "height": SIZE,
@@ -91,7 +91,7 @@ def directory_mib(folder: Path) -> float:
 
 
 def check(run: Run, pipe: FluxPipeline, folder: Path, defaults: dict[str, Any]) -> float:
-    """Load the directory as a user does; its pictures must be the pipeline's. Largest error."""
+    """Load the directory as a user does and compare its images; returns the largest error."""
     loaded = FluxPipeline.from_pretrained(folder, use_safetensors=True)
     loaded.set_progress_bar_config(disable=True)
     loaded.to(run.device)

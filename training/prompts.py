@@ -1,6 +1,6 @@
-"""Prompts of the bundled model: the two sets that ship, and the set it is judged on.
+"""Prompts of the bundled model: the two sets that ship, and the evaluation set.
 
-`python -m training.prompts` writes `src/hasten/assets/prompts/tiny.txt` and, to calibrate on,
+`python -m training.prompts` writes `src/hasten/assets/prompts/tiny.txt` and, for calibration,
 `tiny-calibration.txt`.
 """
 
@@ -79,7 +79,7 @@ def calibration_prompts() -> list[str]:
 
 
 def evaluation_triples(vocabulary: tuple[Thing, ...], *, seen: bool) -> list[Triple]:
-    """One triple a thing, the one with the smallest hash among the seen or the held-out ones.
+    """One triple per thing, the one with the smallest hash among the seen or the held-out ones.
 
     A thing whose triples are all seen (about one in fifty) is left out of the held-out list.
     """

@@ -1,4 +1,4 @@
-"""A run directory and its clock: phases that stop on time and go on in a later call."""
+"""A run directory and its clock: phases stop on time and continue in a later call."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Run:
         return torch.Generator(self.device).manual_seed(1000 * self.seed + offset)
 
     def finish(self, phase: str, **numbers: float) -> None:
-        """Mark a phase as done and keep what it measured."""
+        """Mark a phase as finished and store its measurements."""
         self.path(f"{phase}.done.json").write_text(json.dumps(numbers, indent=2))
         told = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         print(f"[{phase}] done: {told}", flush=True)

@@ -1,7 +1,7 @@
 """The autoencoder that ships: a narrower one, fitted to the latents of the one that was trained.
 
-The transformer has learnt the wide autoencoder's latents, so those stay what they are: the narrow
-encoder learns to give the wide one's moments, the narrow decoder to decode latents of either. It
+The transformer has learned the wide autoencoder's latents, so those stay the same: the narrow
+encoder learns to predict the wide one's moments, the narrow decoder to decode latents of either. It
 starts from the wide one's weights, cut to size where they are too large.
 """
 

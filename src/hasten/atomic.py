@@ -1,8 +1,8 @@
-"""Files that are whole or absent: every file that hasten writes goes through here.
+"""Atomic writes, used for every file that hasten writes.
 
-A draft is created beside its target, under a name that nobody can predict, exclusively and without
-following links; it is synced, then renamed over the target. Readers see the old file or the whole
-new one, even after a power cut.
+A draft is created in the target's folder, exclusively, with an unpredictable name and without
+following links. It is synced and then renamed over the target. Readers see the old file or the
+complete new one, even after a power failure.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ DRAFTS = ".*.hasten-tmp"
 
 @contextmanager
 def drafted(path: Path) -> Iterator[Path]:
-    """Write to the path that this yields; it becomes `path` when the block succeeds.
+    """Context manager that yields a draft, which replaces `path` if the block succeeds.
 
     Args:
-        path: The file to create or replace. If it is a link, its target is replaced.
+        path: The file to create or replace. If it is a link, the link's target is replaced.
 
     Yields:
-        An empty file in the same folder, owned by this process. Libraries that insist on opening
-        files by name can write to it.
+        An empty file in the same folder. Libraries that open files by name can write to it.
 
     Raises:
-        OSError: The folder cannot be written or the disk is full; `path` is as it was.
+        OSError: The folder cannot be written or the disk is full; `path` is unchanged.
     """
     path = path.resolve() if path.is_symlink() else path
     draft = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.hasten-tmp")
@@ -44,24 +43,24 @@ def drafted(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by this text, in UTF-8 with the line endings that it has."""
+    """Create or replace a file with `text`, in UTF-8 and without translating line endings."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file by these bytes."""
+    """Create or replace a file with `content`."""
     with drafted(path) as draft:
         draft.write_bytes(content)
 
 
 def remove_drafts(folder: Path) -> None:
-    """Delete drafts that killed processes left in a folder that no other process writes to now."""
+    """Delete the drafts of killed processes in a folder that no other process is writing to."""
     for draft in folder.glob(DRAFTS):
         draft.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file is on the disk: only then does a full disk report its error."""
+    """Flush a file to the disk. Some full disks report an error only then."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,7 +69,7 @@ def sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename durable, where folders can be synced."""
+    """Make the rename durable, on file systems that can sync folders."""
     try:
         sync(folder)
     except OSError:  # Windows, and some network disks

@@ -1,17 +1,17 @@
-"""Every error `hasten` raises on purpose.
+"""Every error that `hasten` raises on purpose.
 
-HastenError                 base: one message, one fix
+HastenError                 base class: a message and a fix
 ├── RecipeError             a recipe is not valid: unknown key, bad value, impossible combination
 ├── InputError              a file, directory, prompt set or option is not usable
 ├── UnsupportedError        valid, but this machine, model or library version cannot do it
 ├── ModelError              a model cannot be found, read or recognised
 ├── EngineError             an engine could not be exported, verified, built or run
-├── AlreadyOptimizedError   the pipeline (or the transformer it shares) is optimised already
-└── CallError               an optimised pipeline was driven in a way that cannot be followed
+├── AlreadyOptimizedError   the pipeline (or the transformer it shares) is already optimised
+└── CallError               an optimised pipeline was called in an unsupported order or shape
 
-An error carries its faults, one line each, and one fix. The command line prints exactly these
-lines; from Python `str(error)` is the same text. Whatever text of a file or a library is in them,
-they hold no control characters and are at most 400 characters long (a fix 1,000). `Faults` gathers
+An error has one or more faults, one line each, and a fix. The command line prints exactly these
+lines, and `str(error)` is the same text. A fault is at most 400 characters long and a fix at most
+1,000. Neither has control characters, even where it quotes a file or a library. `Faults` gathers
 errors, so that a user sees all of them at once, each with its own fix.
 """
 
@@ -26,28 +26,32 @@ LONGEST_FAULT, LONGEST_FIX = 400, 1000
 
 
 class Problem(NamedTuple):
-    """Why something cannot work here, in one line, and what to do about it, in one line."""
+    """Why something cannot work here (`fault`) and what to do about it (`fix`), one line each."""
 
     fault: str
     fix: str
 
 
 class Part(NamedTuple):
-    """Faults and what mends them."""
+    """Faults that share a fix."""
 
     faults: tuple[str, ...]
     fix: str
 
-    def lines(self, before: str = "") -> list[str]:
-        """As they are read; before: what stands before each fault."""
-        lines = [f"{before}{fault}" for fault in self.faults]
+    def lines(self, prefix: str = "") -> list[str]:
+        """The lines to print: each fault after `prefix`, then the fix if there is one."""
+        lines = [f"{prefix}{fault}" for fault in self.faults]
         return [*lines, f"fix: {self.fix}"] if self.fix else lines
 
 
 class HastenError(Exception):
-    """Base of all of them: `faults` (one line each) and `fix` (one line, may be empty).
+    """Base class of all errors of hasten.
 
-    parts: faults with the fix that is theirs; several where errors were gathered.
+    Attributes:
+        faults: What is wrong, one line per fault.
+        fix: What to do about it, one line; may be empty.
+        parts: The faults grouped by fix; more than one part where errors were gathered.
+        exit_code: Exit status of the command line.
     """
 
     exit_code = 1
@@ -69,19 +73,19 @@ class HastenError(Exception):
 
 
 class RecipeError(HastenError):
-    """The recipe itself is wrong; every fault is listed at once."""
+    """The recipe is not valid; every fault is listed at once."""
 
     exit_code = 2
 
 
 class InputError(HastenError):
-    """A path, file or option value cannot be used; nothing was written."""
+    """A path, file or option value cannot be used. Nothing was written."""
 
     exit_code = 2
 
 
 class UnsupportedError(HastenError):
-    """The recipe is valid but cannot run here; the fix names the nearest recipe that works."""
+    """The recipe is valid but cannot run here. The fix names the closest recipe that works."""
 
 
 class ModelError(HastenError):
@@ -89,37 +93,40 @@ class ModelError(HastenError):
 
 
 class EngineError(HastenError):
-    """A stage on the way to an engine failed, or a call does not fit the engine. No half-written
-    file is left; the next run goes on from the last finished stage."""
+    """A stage of an engine's export failed, or a call does not fit the engine.
+
+    No incomplete file is left. The next run continues from the last finished stage.
+    """
 
 
 class AlreadyOptimizedError(HastenError):
-    """The pipeline is optimised already; restore it first."""
+    """The pipeline is already optimised; restore it first."""
 
 
 class CallError(HastenError):
-    """The transformer was called in an order or with shapes the step cache cannot follow."""
+    """The transformer was called in an order or with shapes that the step cache cannot follow."""
 
 
 def printable(text: str) -> str:
-    """Text with a space in place of each line break, control character and unknown code."""
+    """Replace each line break, control character and unassigned code point by a space."""
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def one_line(text: str, longest: int = LONGEST_FAULT) -> str:
-    """Text from files and libraries, fit to be printed as one line of a terminal.
+    """Make text from files and libraries safe to print as one line of a terminal.
 
-    Line breaks and control codes become spaces; of longer text, the middle is left out.
+    Line breaks and control characters become spaces. The middle of text that is longer than
+    `longest` characters is left out.
     """
     text = " ".join(printable(text).split())
     if len(text) <= longest:
         return text
     head = longest * 2 // 3
-    return f"{text[:head]} ... {text[head + 5 - longest :]}"
+    return f"{text[:head].rstrip()} ... {text[head + 5 - longest :].lstrip()}"
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """The error, what led to it, what led to that, and so on."""
+    """The error and its chain of causes and contexts, the error itself first."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -130,7 +137,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 @contextmanager
 def writing(path: object, fix: str) -> Iterator[None]:
-    """An InputError for what the file system says while the block writes to `path`."""
+    """Turn an OSError of the block, which writes to `path`, into an InputError with `fix`."""
     try:
         yield
     except OSError as error:
@@ -138,7 +145,10 @@ def writing(path: object, fix: str) -> Iterator[None]:
 
 
 class Faults:
-    """What is wrong so far. `gather()` notes an error of the block and goes on behind it."""
+    """Collects errors, so that all of them can be raised as one.
+
+    `gather()` records an error of its block; execution continues after the block.
+    """
 
     def __init__(self) -> None:
         self.errors: list[HastenError] = []
@@ -154,8 +164,13 @@ class Faults:
             self.errors.append(error)
 
     def raise_any(self) -> None:
-        """A lone error as it was; several as one, each line of theirs once: an InputError where
-        any is of bad input, else an UnsupportedError."""
+        """Raise what was collected; do nothing if there is nothing.
+
+        Raises:
+            HastenError: A single error is raised as it is. Several become one error without
+                duplicate lines: an InputError if any of them has the exit code of one, else an
+                UnsupportedError.
+        """
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -165,7 +180,7 @@ class Faults:
 
 
 def unsupported(problems: Iterable[tuple[str, str]]) -> HastenError:
-    """One error of all that cannot work: faults, each with its fix."""
+    """One UnsupportedError of all `problems`, each a fault and its fix."""
     return _gathered(UnsupportedError, (Part((fault,), fix) for fault, fix in problems))
 
 
@@ -176,7 +191,7 @@ def _gathered(kind: type[HastenError], parts: Iterable[Part]) -> HastenError:
 
 
 def _by_fix(parts: Iterable[Part]) -> list[Part]:
-    """Each fault once, and what has the same fix together."""
+    """The faults grouped by fix, without duplicates."""
     seen: set[str] = set()
     by_fix: dict[str, list[str]] = {}
     for part in parts:
@@ -188,5 +203,5 @@ def _by_fix(parts: Iterable[Part]) -> list[Part]:
 
 
 def join_fixes(fixes: Iterable[str]) -> str:
-    """Several fixes as one line, none of them twice."""
+    """Join fixes into one line, without duplicates."""
     return "; ".join(dict.fromkeys(fix for fix in fixes if fix))

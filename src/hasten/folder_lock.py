@@ -1,4 +1,4 @@
-"""One process per folder: a lock that the kernel releases when its holder ends, however it ends."""
+"""A lock on a folder, which the kernel releases when the process ends, even if it is killed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ LOCK = ".hasten-lock"
 
 
 class FolderLock:
-    """Holds a folder for this process while its block runs.
+    """Context manager that locks a folder for this process.
 
-    The lock is on a file in the folder, which is removed in the end. After a crash the file stays,
-    but nothing holds it any more.
+    The lock is on a file in the folder, which is removed at the end of the block. After a crash
+    the file remains, but is not locked.
 
     Args:
-        folder: An existing folder that can be written.
+        folder: An existing, writable folder.
 
     Raises:
-        InputError: Another process holds the folder, or it cannot be locked. Raised at once.
+        InputError: Another process holds the lock, or the folder cannot be locked. Entering the
+            block does not wait.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +39,7 @@ class FolderLock:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_still(path, self._descriptor):
                     return self
-                os.close(self._descriptor)  # its last holder has removed it meanwhile
+                os.close(self._descriptor)  # the previous holder has just removed it
         except BlockingIOError:
             os.close(self._descriptor)
             raise InputError(
@@ -57,7 +58,7 @@ class FolderLock:
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether the path leads to the open file, and not to a newer one of that name."""
+    """Whether `path` still refers to the open file, not to a newer file with the same name."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""From a request to a picture, and to a PNG that says how to make it again.
+"""Renders a request to an image, and saves it as a PNG that records the request.
 
-Nothing here prints, so that it serves commands and servers alike. Torch loads when a picture is
-drawn.
+This module does not print, so it is usable from commands and servers. It imports torch only when
+an image is rendered.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that decides the picture, resolved: options, then the recipe, then the model."""
+    """Everything that determines the image, with options, recipe and model defaults resolved.
+
+    Attributes:
+        prompt: Text to render.
+        model: Name or path of the model.
+        recipe: How the pipeline is optimised.
+        seed: Seed of the noise.
+        settings: Size, steps, guidance and tokens.
+    """
 
     prompt: str
     model: str
@@ -40,7 +48,7 @@ class Request:
     settings: Settings
 
     def as_json(self) -> dict[str, Any]:
-        """The request as JSON values; the recipe by its name."""
+        """The request as JSON values, with the recipe's name instead of its content."""
         return {
             "prompt": self.prompt,
             "model": self.model,
@@ -52,7 +60,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """A rendered image, the time it took and what the recipe did."""
+    """A rendered image.
+
+    Attributes:
+        image: The image, 8-bit RGB.
+        seconds: Duration of the pipeline call and the conversion to 8 bits.
+        steps: Number of steps of the run.
+        steps_computed: How many of them the transformer computed.
+        summary: What the recipe's passes did.
+    """
 
     image: Image
     seconds: float
@@ -64,16 +80,16 @@ class Picture:
 def render(
     fast: OptimizedPipeline, request: Request, progress: Callable[[int], None] | None = None
 ) -> Picture:
-    """Draw one picture.
+    """Render one image.
 
     Args:
-        fast: The request's model under the request's recipe.
-        request: What to draw.
-        progress: Called after each step with the number of steps that are finished.
+        fast: The request's model, optimised with the request's recipe.
+        request: What to render.
+        progress: Called after each step with the number of finished steps.
 
     Raises:
-        ModelError: The pipeline fails, as with a damaged configuration, or the picture has values
-            that are not finite.
+        ModelError: The pipeline fails, for example because of a damaged configuration, or the image
+            has values that are not finite.
     """
     import numpy as np
     import torch
@@ -84,7 +100,7 @@ def render(
         pixels = fast(
             prompt=request.prompt,
             **request.settings.call_arguments(),
-            # On the CPU, so that a seed gives the same noise on every device.
+            # On the CPU: a seed gives the same noise on every device.
             generator=torch.Generator().manual_seed(request.seed),
             callback_on_step_end=step_callback(progress),
             output_type="np",
@@ -97,7 +113,12 @@ def render(
 
 
 def save_png(path: Path, image: Image, request: Request) -> None:
-    """Write a PNG that holds its request as text chunks; the file is whole or not there.
+    """Write a PNG with its request as text chunks; no incomplete file can remain.
+
+    Args:
+        path: The file to create or replace.
+        image: The image.
+        request: The request that produced it.
 
     Raises:
         InputError: The file cannot be written.
@@ -108,7 +129,10 @@ def save_png(path: Path, image: Image, request: Request) -> None:
 
 
 def png_bytes(image: Image, request: Request) -> bytes:
-    """A PNG with prompt, recipe and request (as JSON, with versions) as text chunks."""
+    """The bytes of a PNG with the text chunks `prompt`, `recipe` (TOML) and `hasten` (JSON).
+
+    `hasten` has the request and the versions of the libraries.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     versions = {name: version_of(name) for name in ("torch", "diffusers", "transformers")}
@@ -124,7 +148,7 @@ def png_bytes(image: Image, request: Request) -> bytes:
 
 @contextmanager
 def _named_failures(model: str) -> Iterator[None]:
-    """A ModelError for what the libraries raise; hasten's errors and lack of memory stay."""
+    """Turn errors of the libraries into a ModelError, except hasten's own and lack of memory."""
     try:
         yield
     except Exception as error:
@@ -132,13 +156,13 @@ def _named_failures(model: str) -> Iterator[None]:
             raise
         raise ModelError(
             f"{model}: the pipeline failed: {type(error).__name__}: {error}",
-            "try the recipe baseline: where it fails too, the model's files are damaged or do not "
-            "belong together; else report what --debug shows",
+            "try the recipe baseline: if it fails too, the model's files are damaged or do not "
+            "belong together; otherwise report the output of --debug",
         ) from error
 
 
 def step_callback(progress: Callable[[int], None] | None) -> Any:
-    """A `callback_on_step_end` of Diffusers that reports each finished step and changes nothing."""
+    """A Diffusers `callback_on_step_end` that reports each finished step to `progress`."""
 
     def at_step_end(_pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
         if progress is not None:
@@ -149,17 +173,17 @@ def step_callback(progress: Callable[[int], None] | None) -> Any:
 
 
 def _not_finite(fast: OptimizedPipeline, request: Request) -> ModelError:
-    """Why a picture has pixels that are NaN or infinite, as far as can be seen."""
-    fault = "the picture has values that are not finite"
+    """The error for an image with NaN or infinite pixels, with the cause if it is known."""
+    fault = "the image has values that are not finite"
     if (weights := _first_not_finite(fast.pipe)) is not None:
         return ModelError(
-            f"{request.model}: {fault}: so have its weights, first {weights}",
-            "copy or download the model again; if it stays so, use another checkpoint",
+            f"{request.model}: {fault}; so do its weights, first {weights}",
+            "copy or download the model again; if that does not help, use another checkpoint",
         )
-    fixes = ["use the recipe baseline to see whether the model itself draws a picture"]
+    fixes = ["use the recipe baseline to check whether the model itself works"]
     if isinstance(request.recipe.cache, ScheduleCache):
         fixes.insert(0, "remove weights from the recipe's [cache]")
-    if "float16" in str(fast.pipe.dtype).split("."):  # its largest number is 65504
+    if "float16" in str(fast.pipe.dtype).split("."):  # overflows above 65504
         fixes.insert(0, "use --dtype bfloat16 or float32")
     return ModelError(f"{request.model}: {fault}", "; or ".join(fixes))
 

@@ -1,10 +1,10 @@
-"""What is logged of long work, passed on: lines at INFO, what is going on just now at DEBUG.
+"""Forwards hasten's log records: lines to keep at INFO, the current activity at DEBUG.
 
-Who listens is a matter of the context, not of the process: of two threads or tasks that work at the
-same time, each gets its own lines, and the level of the logger `hasten` stays the application's.
+Records are forwarded per context, not per process. Of two threads or tasks that run at the same
+time, each receives its own records, and the level of the logger `hasten` is not changed.
 
-In processes that are hasten's own, what the libraries say unasked is silenced: optional packages
-that FLUX does without, dtypes kept for no module. Nothing changes on import.
+In hasten's own processes, irrelevant messages of libraries are silenced, such as those about
+optional packages that FLUX does not need. Importing this module changes nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _sinks: ContextVar[tuple[Sink, ...]] = ContextVar("hasten_log_sinks", default=()
 
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):
-    """The logger `hasten`, which also calls the sinks of the context that it is called in."""
+    """The logger `hasten`, which also calls the sinks of the current context."""
 
     def log(self, level: int, msg: object, *args: Any, **options: Any) -> None:
-        for line, now in _sinks.get():
-            (line if level >= logging.INFO else now)(str(msg) % args if args else str(msg))
+        for line, activity in _sinks.get():
+            (line if level >= logging.INFO else activity)(str(msg) % args if args else str(msg))
         super().log(level, msg, *args, **options)
 
 
@@ -35,14 +35,14 @@ logger = _Logger(logging.getLogger("hasten"), {})
 
 
 @contextmanager
-def forward_log(line: Callable[[str], None], now: Callable[[str], None]) -> Iterator[None]:
-    """Call `line` and `now` with what this context logs while it lasts.
+def forward_log(line: Callable[[str], None], activity: Callable[[str], None]) -> Iterator[None]:
+    """Context manager that forwards the log messages of the current context.
 
     Args:
-        line: Gets what is logged at INFO and above: lines to keep.
-        now: Gets what is logged at DEBUG: what is going on at this moment.
+        line: Called with each message at INFO or above: lines to keep.
+        activity: Called with each message at DEBUG: the current activity.
     """
-    token = _sinks.set((*_sinks.get(), (line, now)))
+    token = _sinks.set((*_sinks.get(), (line, activity)))
     try:
         yield
     finally:
@@ -50,47 +50,45 @@ def forward_log(line: Callable[[str], None], now: Callable[[str], None]) -> Iter
 
 
 VERBOSITY = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
-"""The libraries' own settings, read when they are imported. Processes we start inherit them."""
+"""The libraries' own settings, read when they are imported and inherited by child processes."""
 
-# Warns of the words of a prompt that were cut off, which someone may want to shorten.
-CUTS_PROMPTS = "diffusers.pipelines.flux.pipeline_flux"
+# Warns about prompts that were truncated, which the user may want to shorten.
+TRUNCATION_LOGGER = "diffusers.pipelines.flux.pipeline_flux"
 
 
 def quiet_libraries(*, debug: bool = False) -> None:
-    """Let the libraries report errors only, or with `debug` all they want to.
+    """Have the libraries report errors only, or with `debug` everything.
 
-    Call it before they are imported. A verbosity that is in the environment already stays, be it
-    the user's or, in a process we started, our own.
+    Call this before they are imported. A verbosity that is already set in the environment is kept.
     """
     disable_telemetry()
     for name in VERBOSITY:
         os.environ.setdefault(name, "warning" if debug else "error")
-    logging.getLogger(CUTS_PROMPTS).setLevel(logging.WARNING)
+    logging.getLogger(TRUNCATION_LOGGER).setLevel(logging.WARNING)
 
 
 def disable_telemetry() -> None:
-    """Keep onnxruntime from contacting its vendor and from keeping an identifier of the device.
+    """Prevent onnxruntime from contacting its vendor and from storing a device identifier.
 
-    Importing it does both at once, Diffusers imports it wherever it is installed, and no call
-    afterwards can undo that. Its environment variable is the only switch that is read in time. So
-    the processes of hasten's own set it first of all, by `quiet_libraries`; in other processes it
-    is set where hasten is about to import either library and not on `import hasten`. Processes
-    that we start inherit it. A value that the user has set stays.
+    onnxruntime does both on import, Diffusers imports it if it is installed, and no later call can
+    undo it; only the environment variable is read in time. hasten's own processes set it at the
+    start, in `quiet_libraries`. Other processes set it before hasten imports either library, but
+    not on `import hasten`. Child processes inherit it. A value that the user has set is kept.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 LOGGERS = (
-    "torch.onnx", "torch.export", "torch.utils.cpp_extension",  # which misses a GPU on import
+    "torch.onnx", "torch.export", "torch.utils.cpp_extension",  # warns without a GPU on import
     "onnxscript", "onnx_ir", "modelopt", "diffusers", "transformers",
 )  # fmt: skip
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, nothing on stdout, and of those loggers errors only, while it lasts.
+    """Context manager that suppresses warnings, stdout and the messages of `LOGGERS` below errors.
 
-    Filters and levels are the process's: other threads are quiet too meanwhile.
+    These settings are per process, so other threads are affected as well.
     """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

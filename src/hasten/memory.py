@@ -1,6 +1,6 @@
-"""How much memory there is, how much a stage takes, and bytes as people read them.
+"""Free memory, peak memory, and formatting of byte counts.
 
-The first two are known on Linux only; elsewhere nothing is said.
+Free and peak memory are available on Linux only; elsewhere the functions return None.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Self
 
 from hasten.errors import causes
 
-WORDS = (
+OUT_OF_MEMORY = (
     "can't allocate memory",
     "bad_alloc",
     "Cannot allocate memory",
     "Failed to allocate memory",
 )
-INTERVAL = 0.05  # seconds between two looks
+INTERVAL = 0.05  # seconds between two samples
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int | None:
-    """Bytes that a program can still have, swap included; None where that cannot be told."""
+    """Bytes that a program can still allocate, including swap; None if unknown."""
     free = _kilobytes("meminfo", "MemAvailable")
     if free is None:
         return None
@@ -32,7 +32,7 @@ def free_memory() -> int | None:
 
 
 def memory_limits() -> list[int]:
-    """What the control groups around this process, a container's for one, let all in them have."""
+    """Memory limits in bytes of the control groups of this process, such as a container's."""
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -54,19 +54,19 @@ def memory_limits() -> list[int]:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory was short, which torch and the libraries of engines say in their own words."""
+    """Whether an error or one of its causes is a lack of memory, in Python, torch or an engine."""
     return any(
         isinstance(link, MemoryError)
         or type(link).__name__ == "OutOfMemoryError"  # torch's
-        or any(word in str(link) for word in WORDS)
+        or any(message in str(link) for message in OUT_OF_MEMORY)
         for link in causes(error)
     )
 
 
 def status_bytes(field: str) -> int | None:
-    """A figure of /proc/self/status in bytes: VmHWM is this program's peak of resident memory.
+    """A field of /proc/self/status in bytes, such as VmHWM, the peak of resident memory.
 
-    Not `ru_maxrss`: of a program just started, that counts what its parent had, too.
+    `ru_maxrss` is not used, because in a new process it includes its parent's memory.
     """
     return _kilobytes("self/status", field)
 
@@ -81,7 +81,7 @@ def _kilobytes(file: str, field: str) -> int | None:
 
 
 def _number_in(path: Path) -> list[int]:
-    """The number that a file holds; none where it holds a word or is not there."""
+    """The number in a file; empty if the file is missing or holds something else."""
     try:
         return [int(path.read_text())]
     except (OSError, ValueError):
@@ -89,9 +89,12 @@ def _number_in(path: Path) -> list[int]:
 
 
 class PeakMemory:
-    """The most memory of its own (RssAnon) that this process had while it lasted, in bytes.
+    """Context manager that measures the process's peak anonymous memory (RssAnon).
 
-    Pages of files that are mapped do not count: the system takes them back when it needs them.
+    Pages of mapped files do not count, because the system can reclaim them.
+
+    Attributes:
+        bytes: The peak so far; None if it is unknown.
     """
 
     def __init__(self) -> None:
@@ -100,7 +103,7 @@ class PeakMemory:
         self._thread = Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        self._look()
+        self._sample()
         self._thread.start()
         return self
 
@@ -112,20 +115,20 @@ class PeakMemory:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._look()
+        self._sample()
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL):
-            self._look()
+            self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         now = status_bytes("RssAnon")
         if now is not None:
             self.bytes = max(now, self.bytes or 0)
 
 
 def format_bytes(size: float) -> str:
-    """`1.5 GiB`, `340 MiB`, `12 KiB`: the largest unit of which there is one, or the smallest."""
+    """Format a byte count as `1.5 GiB`, `340 MiB` or `12 KiB`."""
     if size >= 2**30:
         return f"{size / 2**30:.1f} GiB"
     return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"

@@ -1,8 +1,7 @@
-"""Child processes: a fresh interpreter, its progress, and its end.
+"""Child processes: a new interpreter, its progress messages and its termination.
 
-A child never outlives us, however we end. `python -m hasten.process PID MODULE ARGUMENTS` runs a
-module as `python -m MODULE ARGUMENTS` does, in a process that is killed when its parent, PID, is
-gone.
+A child never outlives this process. `python -m hasten.process PID MODULE ARGUMENTS` runs a module
+as `python -m MODULE ARGUMENTS` does, in a process that is killed when its parent, PID, has ended.
 """
 
 from __future__ import annotations
@@ -28,18 +27,21 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """This interpreter running a module; -P: not with whatever lies in the current directory."""
+    """Command that runs a module; -P excludes modules in the current directory."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def bound_command(module: str, *arguments: str) -> list[str]:
-    """The same for a child that ends with us. The thread that starts it must wait for it: Linux
-    takes the end of that thread for ours."""
+    """Command that runs a module in a child that is killed when this process ends.
+
+    The thread that starts the child must wait for it, because Linux kills the child when that
+    thread ends.
+    """
     return python_command("hasten.process", str(os.getpid()), module, *arguments)
 
 
 def python_environment() -> dict[str, str]:
-    """Our environment, with our own import path in its order."""
+    """This process's environment, with its import path as PYTHONPATH."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return {**os.environ, "PYTHONPATH": path}
 
@@ -47,11 +49,13 @@ def python_environment() -> dict[str, str]:
 def start_module(
     module: str, *arguments: str, output: BinaryIO, keep: int
 ) -> subprocess.Popen[bytes]:
-    """Start `python -m module arguments` in a session of its own, so that Ctrl-C reaches only us.
+    """Start `python -m module arguments` in a new session, which Ctrl-C does not reach.
 
     Args:
-        output: Where all that it prints goes.
-        keep: A file descriptor that it gets as it is.
+        module: Name of the module.
+        *arguments: Of the module.
+        output: File for its stdout and stderr.
+        keep: File descriptor that it inherits.
     """
     return subprocess.Popen(
         bound_command(module, *arguments),
@@ -67,11 +71,20 @@ def start_module(
 def run_module(
     module: str, argument: str, *, log: Path, on_message: Callable[[dict[str, Any]], None]
 ) -> int:
-    """Run `python -m module argument FD` to its end and return its exit status (−N: signal N).
+    """Run `python -m module argument FD` until it ends.
 
-    The child writes JSON objects, one per line, to the file descriptor FD; each is passed to
-    `on_message`. Its output goes to `log`. It leads a process group, so that Ctrl-C reaches only
-    us; whatever raises here ends that whole group first.
+    The child is in a new process group, which Ctrl-C does not reach. If this function raises, it
+    ends that whole group first.
+
+    Args:
+        module: Name of the module.
+        argument: Its first argument.
+        log: File for its stdout and stderr.
+        on_message: Called with each JSON object that the child writes, one per line, to the file
+            descriptor FD.
+
+    Returns:
+        The exit status; −N if signal N ended the child.
     """
     receive, send = os.pipe()
     try:
@@ -91,7 +104,7 @@ def run_module(
 
 
 def how_it_ended(status: int) -> str:
-    """An exit status in words."""
+    """Describe an exit status, as returned by `run_module`."""
     if status >= 0:
         return f"its process ended with exit code {status}"
     name = signal.Signals(-status).name
@@ -106,7 +119,7 @@ def _pass_on_messages(
     while True:
         ready, _, _ = select.select([receive], [], [], POLL_SECONDS)
         if not ready:
-            # A worker the child forked may hold the pipe open for longer than the child lives.
+            # A worker that the child forked may keep the pipe open after the child has ended.
             if child.poll() is not None:
                 return
             continue
@@ -119,7 +132,7 @@ def _pass_on_messages(
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """End the child, if it still runs, and every process it left behind."""
+    """End the child if it still runs, and every process that it left running."""
     if child.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
@@ -174,7 +187,7 @@ def _taken_over() -> list[signal.Signals]:
 
 
 def _end_with(parent: int) -> None:
-    """Have this process killed once its parent is gone, which it may be already."""
+    """Have this process killed when its parent ends; it may have ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:

@@ -1,4 +1,7 @@
-"""Sets of prompts: bundled ones by name, or a file of text, CSV, TSV or JSON lines. No torch."""
+"""Sets of prompts: bundled ones, or a file of text, CSV, TSV or JSON lines.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from hasten.sealed import DamagedError, parse_json
 from hasten.user_files import control_character, expand_user, read_text
 
 BUNDLED = ("tiny", "general", "tiny-calibration", "general-calibration")
-"""`tiny` is written for the bundled model, `general` for models that know the world; `bench` draws
-these two, and schedules and scales are learned on the other two."""
+"""`tiny` is for the bundled model, `general` for full-size models. `bench` uses these two by
+default; schedules and scales are calibrated on the other two."""
 
-NAMES = ("prompt", "prompts")  # of the column or key that holds them, in any case
+NAMES = ("prompt", "prompts")  # of the column or key with the prompts, in any case
 
 FIX = (
     "give a text file with one prompt per line, .csv or .tsv with a column prompt, .jsonl with a "
@@ -29,24 +32,27 @@ FIX = (
 def read_prompts(
     source: str | Path, *, last: int | None = None, limit: int | None = None
 ) -> list[str]:
-    """The prompts of a bundled set or a file, in order; at least one.
+    """Read the prompts of a bundled set or a file.
 
-    A `.csv` or `.tsv` file has them in the column `prompt`, a `.jsonl` file under the key `prompt`
-    (or `prompts`, in any case); other files are text, one prompt per line, without blank lines and
-    lines that start with `#`.
+    In a `.csv` or `.tsv` file they are in the column `prompt`, in a `.jsonl` file under the key
+    `prompt` (or `prompts`, in any case). Other files are text with one prompt per line; blank lines
+    and lines that start with `#` are ignored.
 
     Args:
-        source: The name of a bundled set, or the path of a file.
-        last: Keep that many prompts from the end; may be larger than the set.
-        limit: Then keep that many from the start; may be larger than the set.
+        source: Name of a bundled set, or path of a file.
+        last: Keep only this many prompts from the end. May be larger than the set.
+        limit: Of these, keep only this many from the start. May be larger than the set.
+
+    Returns:
+        At least one prompt, in the order of the file.
 
     Raises:
-        InputError: every fault at once: `last` or `limit` below 1, a file that is missing, a
-            directory, unreadable, not UTF-8, of another format, or without prompts, and a prompt
-            with control characters.
+        InputError: `last` or `limit` is below 1, the file cannot be read, is not UTF-8 text or of
+            an unsupported format, or has no prompts, or a prompt has control characters. Every
+            fault is listed.
     """
     faults = [
-        f"{name} {value} is not 1 or more"
+        f"{name} {value} is less than 1"
         for name, value in (("last", last), ("limit", limit))
         if value is not None and value < 1
     ]
@@ -57,15 +63,15 @@ def read_prompts(
         faults += error.faults
         raise InputError(faults, error.fix) from None
     if faults:
-        raise InputError(faults, f"{source} has {len(prompts)} prompts: ask for 1 or more of them")
+        raise InputError(faults, f"give a number from 1 to {len(prompts)}, the size of {source}")
     return prompts[-last if last else None :][:limit]
 
 
 def prompt_hash(prompt: str) -> str:
-    """Twelve hexadecimal digits that name a prompt, whatever white space surrounds it.
+    """Hash of a prompt: twelve hexadecimal digits, independent of surrounding white space.
 
-    Learned schedules list those of their prompts, so that a benchmark can tell whether it scores
-    a schedule on what it was learned from.
+    Learned schedules store the hashes of their prompts, so that a benchmark can report whether it
+    scores a schedule on prompts that it was learned on.
     """
     return hashlib.sha256(prompt.strip().encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
@@ -73,12 +79,12 @@ def prompt_hash(prompt: str) -> str:
 def check_prompt(prompt: str) -> None:
     """Raise InputError for an empty prompt and for one with control characters in it."""
     if not prompt.strip():
-        raise InputError("the prompt is empty", 'say what to draw: hasten generate "a red kite"')
-    found = control_character(prompt)
-    if found and found.startswith("U+D"):  # how Python keeps arguments that are not UTF-8
+        raise InputError("the prompt is empty", 'give one: hasten generate "a red kite"')
+    control = control_character(prompt)
+    if control and control.startswith("U+D"):  # how Python stores arguments that are not UTF-8
         raise InputError("the prompt is not UTF-8 text", "set the terminal to UTF-8")
-    if found:
-        raise InputError(f"the prompt has the control character {found}", "remove it")
+    if control:
+        raise InputError(f"the prompt contains the control character {control}", "remove it")
 
 
 def _prompts_of(source: str | Path) -> list[str]:
@@ -89,51 +95,51 @@ def _prompts_of(source: str | Path) -> list[str]:
     text = read_text(path, "file of prompts", FIX)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path}: prompts are not read from {path.suffix} files", FIX)
+        raise InputError(f"{path}: prompts cannot be read from {path.suffix} files", FIX)
     try:
-        found = [_plain(prompt) for prompt in reader(text)]
+        lines = [_plain(prompt) for prompt in reader(text)]
     except (csv.Error, DamagedError, _FormatError) as error:
         raise InputError(f"{path}: {error}", FIX) from None
-    prompts = [prompt for prompt in found if prompt]
+    prompts = [prompt for prompt in lines if prompt]
     if not prompts:
-        raise InputError(f"{path}: there are no prompts in it", FIX)
+        raise InputError(f"{path}: the file has no prompts", FIX)
     for number, prompt in enumerate(prompts, 1):
         if character := control_character(prompt):
             raise InputError(
-                f"{path}: prompt {number} has the control character {character}",
-                "remove it: a prompt is plain text",
+                f"{path}: prompt {number} contains the control character {character}",
+                "remove it: prompts are plain text",
             )
     return prompts
 
 
 def _plain(prompt: str) -> str:
-    """Without byte order marks, which joined files have inside, and on one line."""
+    """The prompt on one line, without byte order marks, which concatenated files may have."""
     return re.sub(r"\s*[\r\n]+\s*", " ", prompt.replace("\ufeff", "")).strip()
 
 
 class _FormatError(ValueError):
-    """A file is not of the format that its name promises; the message says how."""
+    """A file's content does not have the format of its suffix; the message explains why."""
 
 
 def _of_text(text: str) -> Iterator[str]:
-    # Not splitlines(): a form feed or a U+2028 inside a prompt does not end it.
+    # Not splitlines(), which also splits at a form feed or U+2028 inside a prompt.
     lines = (_plain(line) for line in re.split(r"\r\n?|\n", text))
     return (line for line in lines if not line.startswith("#"))
 
 
 def _of_table(delimiter: str) -> Callable[[str], Iterator[str]]:
     def read(text: str) -> Iterator[str]:
-        # newline="": line breaks within quotes are the csv module's to find.
+        # newline="": the csv module handles line breaks within quotes.
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         head = next(rows, [])
         columns = [i for i, name in enumerate(head) if _plain(name).casefold() in NAMES]
         if len(columns) != 1:
-            raise _FormatError(f"one column must be called prompt; there are {', '.join(head)}")
+            raise _FormatError(f"the columns are {', '.join(head)}; one must be named prompt")
         for row in rows:
             if len(row) > len(head):
                 raise _FormatError(
-                    f"line {rows.line_num} has {len(row)} columns and the first line {len(head)}: "
-                    "a prompt with a separator in it must be quoted"
+                    f"line {rows.line_num} has {len(row)} columns, but the first line {len(head)}: "
+                    "a prompt that contains the separator must be quoted"
                 )
             yield row[columns[0]] if len(row) > columns[0] else ""
 

@@ -40,14 +40,14 @@ Predictor = Literal["reuse", "linear", "damped"]
 StepIndex = Annotated[int, Field(strict=True, ge=0)]
 Sigma = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Largest = Annotated[float, Field(gt=0, le=3e38)]  # what float32 holds
-# Learned weights add up to about 1, and none is above 10. Of 1e3, errors of a bfloat16 are as large
-# as what is drawn; beyond float32's range the picture is black.
+# Learned weights add up to about 1, and none is above 10. At 1e3, bfloat16 rounding errors are as
+# large as the image itself; beyond float32's range the image is black.
 Weight = Annotated[float, Field(ge=-1e3, le=1e3, allow_inf_nan=False)]
 Weights = Annotated[tuple[Weight, ...], Field(strict=False, min_length=1, max_length=4)]
 
 
 class Section(BaseModel):
-    """A table of the recipe: unknown keys refused, values never coerced, immutable."""
+    """Base class of a recipe's tables: immutable, no unknown keys, no coerced values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -64,7 +64,7 @@ Size = Annotated[str, AfterValidator(_is_a_size)]
 
 
 class Sampling(Section):
-    """Defaults for the pipeline call; what the calling code passes wins."""
+    """Defaults of the pipeline call; arguments of the call take precedence."""
 
     steps: Steps | None = Field(default=None, description="number of inference steps")
     guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
@@ -77,10 +77,9 @@ class Sampling(Section):
 
 
 class IntervalCache(Section):
-    """Compute the steps before `start_step`, then every `interval`-th, all from `end_step` on.
+    """Compute all steps before `start_step`, then every `interval`-th, then all from `end_step`.
 
-    Pruna's and the article's `cache_interval = k` reuses an output *for* k steps and so is
-    `interval = k + 1` here.
+    Pruna's `cache_interval = k` reuses an output *for* k steps, which is `interval = k + 1` here.
     """
 
     kind: Literal["interval"] = Field(default="interval", description="this kind; may be left out")
@@ -105,12 +104,12 @@ class IntervalCache(Section):
 
 
 class ScheduleCache(Section):
-    """A static plan, usually learned by `hasten calibrate`: which of `steps` steps to compute.
+    """A static plan of which steps to compute, usually learned by `hasten calibrate`.
 
-    `sigmas` are the noise levels it was learned on; a run on other ones gets it resampled in
-    sigma. `weights`, one row per computed step, combine the newest outputs (newest first) into the
-    velocity used from that step to the next computed one; without them `predictor` does.
-    `fingerprint` names the model it was learned on.
+    `sigmas` are the noise levels of the plan. For a run with other noise levels the plan is
+    resampled in sigma. `weights` has one entry per computed step: it combines the newest outputs
+    (newest first) into the velocity that is used until the next computed step. Without `weights`,
+    `predictor` fills the skipped steps. `fingerprint` identifies the model of the plan.
     """
 
     kind: Literal["schedule"] = Field(default="schedule", description="this kind")
@@ -147,33 +146,34 @@ class ScheduleCache(Section):
     @model_validator(mode="after")
     def _is_a_plan(self) -> Self:
         if self.compute[0] != 0:
-            raise ValueError("compute must begin with step 0: nothing can stand in for it")
+            raise ValueError("compute must begin with step 0, which cannot be predicted")
         if any(b <= a for a, b in pairwise(self.compute)) or self.compute[-1] >= self.steps:
-            raise ValueError(f"compute must rise strictly and stay below steps = {self.steps}")
+            raise ValueError(f"compute must increase strictly and stay below steps = {self.steps}")
         for name, given, length in (
             ("weights", self.weights, len(self.compute)),
             ("sigmas", self.sigmas, self.steps),
         ):
             if given is not None and len(given) != length:
-                raise ValueError(f"{name} must have {length} entries, it has {len(given)}")
+                raise ValueError(f"{name} must have {length} entries, but has {len(given)}")
         if self.sigmas is not None and any(b >= a for a, b in pairwise(self.sigmas)):
-            raise ValueError("sigmas must fall strictly, as noise does")
+            raise ValueError("sigmas must be strictly decreasing")
         return self
 
 
 class BudgetCache(Section):
-    """Compute `budget` steps: by the schedule learned for this model, else by the generic one."""
+    """Compute `budget` steps, by a schedule learned for this model or else a generic one."""
 
     kind: Literal["budget"] = Field(default="budget", description="this kind; may be left out")
     budget: Annotated[int, Field(ge=1, le=1000)] = Field(description="number of steps to compute")
 
 
 class ResidualCache(Section):
-    """Run the first blocks of every step, the others only where what the first ones add changed.
+    """Run the first blocks on every step, and the others only if the residual changed.
 
-    What they add to the image tokens (their residual) is compared with that of the last computed
-    step; below `threshold` the last known residual of the other blocks stands in for them. How
-    many steps are computed depends on the picture, and each decision waits for the device.
+    The residual is what blocks add to the image tokens. It is compared with that of the last
+    computed step. If it changed by less than `threshold`, the other blocks are skipped and their
+    last residual is used. The number of computed steps depends on the image, and each decision
+    waits for the device.
     """
 
     kind: Literal["residual"] = Field(default="residual", description="this kind")
@@ -214,11 +214,11 @@ Cache = Annotated[
 
 
 class Fuse(Section):
-    """Work done once per run instead of per step, and kernels that do several things in one pass.
+    """Work done once per run instead of once per step, and fused kernels.
 
-    `conditioning`: the AdaLN modulations of all steps come from one table made before the first
-    step; so do the rotary and text embeddings. `kernels`: the blocks run on hasten's own fused
-    kernels; "auto" does so where nothing stands in the way and says why where something does.
+    `conditioning`: the AdaLN modulations of all steps, the rotary embeddings and the text
+    embeddings are computed before the first step. `kernels`: the blocks use hasten's fused
+    kernels. "auto" uses them where possible and otherwise reports why not.
     """
 
     conditioning: bool = Field(
@@ -234,20 +234,20 @@ class Quantize(Section):
     """Linears of the repeated blocks in eight bits; embedders, modulations and outputs stay.
 
     `fp8`, `int8`: weights and activations; `fp8-weight`, `int8-weight`: weights only. `emulate`
-    rounds as the scheme does and multiplies in the pipeline's dtype: the scheme's quality on any
-    device, without its speed.
+    rounds as the scheme does and multiplies in the pipeline's dtype. This gives the scheme's
+    quality on any device, without its speed.
 
-    `activations`: scaled as they come ("dynamic"), or with one scale per linear from `amax`
-    ("static", `fp8` only), the largest absolute input that each linear saw when
-    `hasten calibrate-scales` watched the model that `fingerprint` names. Larger inputs
-    become the largest code. `granularity` is then that of the weights alone.
+    `activations`: scales computed per call ("dynamic"), or one fixed scale per linear ("static",
+    `fp8` only). Static scales come from `amax`, the largest absolute input of each linear, which
+    `hasten calibrate-scales` measures on the model with this `fingerprint`. Larger inputs saturate.
+    With static scales, `granularity` applies to the weights only.
     """
 
     scheme: Literal["fp8", "int8", "fp8-weight", "int8-weight"] = Field(
         default="fp8", description="format of weights and activations, or of weights only"
     )
     granularity: Literal["row", "tensor"] = Field(
-        default="row", description="one scale per row (token, output channel) or per tensor"
+        default="row", description="one scale per row (token or output channel) or per tensor"
     )
     skip: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="linears to leave alone, as patterns: transformer_blocks.0.*"
@@ -256,10 +256,10 @@ class Quantize(Section):
         default=False, description="round as the scheme does, multiply in the pipeline's dtype"
     )
     activations: Literal["dynamic", "static"] = Field(
-        default="dynamic", description="scales found in each call, or calibrated ones"
+        default="dynamic", description="scales computed per call, or calibrated ones"
     )
     amax: Mapping[str, Largest] | None = Field(
-        default=None, description="largest absolute input of each linear, by its name"
+        default=None, description="largest absolute input of each linear, by the linear's name"
     )
     fingerprint: str | None = Field(
         default=None, description="fingerprint of the model that amax was measured on"
@@ -280,14 +280,14 @@ class Quantize(Section):
             )
         if not self.amax:
             raise ValueError(
-                'activations = "static" needs [quantize.amax]: `hasten calibrate-scales` '
-                "measures it and writes the recipe"
+                'activations = "static" needs [quantize.amax]: measure it with '
+                "`hasten calibrate-scales`, which writes the recipe"
             )
         return self
 
 
 class Attention(Section):
-    """Which kernel multiplies queries, keys and values; "auto" times them once per shape."""
+    """Which attention kernel to use; "auto" times the available ones once per shape."""
 
     backend: Literal["auto", "native", "cudnn", "flash", "efficient", "math"] = Field(
         default="auto", description='attention kernel; "native" is what torch chooses'
@@ -295,10 +295,10 @@ class Attention(Section):
 
 
 class Compile(Section):
-    """torch.compile of the repeated blocks (one compilation per block class) or of the whole step.
+    """torch.compile of the repeated blocks (one compilation per block class) or the whole step.
 
-    `cuda_graphs`: record the step's kernels once per shape and replay them as one launch; mode
-    "none" does that without torch.compile.
+    `cuda_graphs`: record the kernels of a step once per input shape and replay them in one launch.
+    Mode "none" does this without torch.compile.
     """
 
     mode: Literal["blocks", "full", "none"] = Field(
@@ -310,7 +310,7 @@ class Compile(Section):
     )
     dynamic: bool | None = Field(
         default=None,
-        description="true: shapes symbolic from the start; absent: once a shape has changed",
+        description="true: symbolic shapes from the start; absent: after a shape has changed",
     )
 
     @model_validator(mode="after")
@@ -321,10 +321,10 @@ class Compile(Section):
 
 
 class Text(Section):
-    """Text encoders: embeddings of past prompts kept, and weights in eight bits."""
+    """Text encoders: a cache of prompt embeddings, and 8-bit weights."""
 
     cache_mb: Annotated[int, Field(ge=0, le=65536)] = Field(
-        default=0, description="size of the cache of prompt embeddings, in MiB; 0 keeps none"
+        default=0, description="size of the cache of prompt embeddings, in MiB; 0: no cache"
     )
     scheme: Literal["fp8-weight", "int8-weight"] | None = Field(
         default=None, description="how the T5 encoder's linears are stored"
@@ -339,15 +339,15 @@ class Decoder(Section):
         default=False, description="store the convolutions' weights in channels-last layout"
     )
     tiling: Literal["auto", "on", "off"] = Field(
-        default="off", description='"auto" tiles pictures over 2048x2048 pixels'
+        default="off", description='"auto" tiles images larger than 2048x2048 pixels'
     )
 
 
 class Offload(Section):
-    """Where weights wait.
+    """Which weights stay in host memory until they are needed.
 
     `model` keeps one component at a time on the accelerator. `modulation` keeps the weights that
-    make the conditioning table in host memory and brings them over layer by layer when it is made.
+    produce the conditioning table in host memory and copies them over layer by layer.
     """
 
     kind: Literal["none", "model", "modulation"] = Field(
@@ -356,9 +356,9 @@ class Offload(Section):
 
 
 class Engine(Section):
-    """The transformer's blocks as an exported graph that an engine runs, in torch's place.
+    """The transformer's blocks as an exported graph that an engine runs instead of torch.
 
-    `onnxruntime` runs the graph of the TensorRT engine on a CPU: for its pictures, not for speed.
+    `onnxruntime` runs the TensorRT engine's graph on a CPU, to measure its quality, not its speed.
     """
 
     kind: Literal["tensorrt", "onnxruntime"] = Field(
@@ -368,28 +368,28 @@ class Engine(Section):
         default="fp8", description="number format of the graph's linears"
     )
     calibration: Literal["max", "smoothquant"] = Field(
-        default="max", description="how fp8 finds the scales of the inputs of its linears"
+        default="max", description="how fp8 determines the scales of the inputs of its linears"
     )
     max_size: Size | None = Field(
-        default=None, description="WIDTHxHEIGHT of the largest picture; absent: 2048x2048"
+        default=None, description="WIDTHxHEIGHT of the largest image; absent: 2048x2048"
     )
     path: str | None = Field(
         default=None,
-        description="what `hasten export tensorrt` wrote, from a recipe file's own folder on; "
-        "absent: exported once, then kept",
+        description="folder that `hasten export tensorrt` wrote, relative to the recipe file; "
+        "absent: exported once, then cached",
     )
-    verify: bool = Field(default=True, description="hold the graph to torch when it is exported")
+    verify: bool = Field(default=True, description="compare the exported graph with torch")
     release: bool = Field(default=False, description="free the torch weights of the blocks")
 
     @model_validator(mode="after")
-    def _is_made_or_brought(self) -> Self:
-        making = ("max_size", "calibration", "verify")
+    def _is_exported_or_loaded(self) -> Self:
+        export_only = ("max_size", "calibration", "verify")
         fields = type(self).model_fields
-        settled = [name for name in making if getattr(self, name) != fields[name].default]
-        if self.path is not None and settled:
+        given = [name for name in export_only if getattr(self, name) != fields[name].default]
+        if self.path is not None and given:
             raise ValueError(
-                f"{', '.join(settled)}: for making an engine, and path brings a finished one: "
-                "leave out one or the other"
+                f"{', '.join(given)}: applies to exporting an engine, and path names an exported "
+                "one: remove one or the other"
             )
         return self
 
@@ -397,8 +397,8 @@ class Engine(Section):
 class Recipe(Section):
     """All passes of one optimisation. Order: quantize, fuse, compile, cache, text to offload.
 
-    `name` stands in results and file names. A recipe that was read from a file is called as the
-    file is, whatever name the file gives: copies of one recipe can be told apart.
+    `name` is used in results and file names. A recipe that is read from a file takes the file's
+    name, not the name in its text, so that copies of one recipe can be distinguished.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
@@ -418,7 +418,15 @@ class Recipe(Section):
 
     @classmethod
     def from_toml(cls, text: str, *, source: str = "recipe") -> Recipe:
-        """Parse TOML text; every fault is reported at once as one RecipeError."""
+        """Parse TOML text.
+
+        Args:
+            text: The recipe.
+            source: Where the text comes from; error messages begin with it.
+
+        Raises:
+            RecipeError: The recipe is not valid; every fault is listed.
+        """
         try:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -430,14 +438,20 @@ class Recipe(Section):
         else:
             return cls.from_dict(data, source=source)
         raise RecipeError(
-            f"{source}: {reason}", "see `hasten recipes show cache` for a recipe that is valid"
+            f"{source}: {reason}", "`hasten recipes show cache` prints a valid recipe"
         )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, source: str = "recipe") -> Recipe:
-        """Validate plain data; every fault is reported at once as one RecipeError."""
-        if odd := list(_odd_values(data)):
-            raise RecipeError(_first(f"{source}: {fault}" for fault in odd), "correct these values")
+        """Validate plain data, as `from_toml` does with parsed text.
+
+        Raises:
+            RecipeError: The recipe is not valid; every fault is listed.
+        """
+        if invalid := list(_invalid_values(data)):
+            raise RecipeError(
+                _first(f"{source}: {fault}" for fault in invalid), "correct these values"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -445,17 +459,17 @@ class Recipe(Section):
             raise RecipeError(faults, _recipe_fix(error)) from None
 
     def to_toml(self) -> str:
-        """TOML text that `from_toml` reads back to an equal recipe; unset values are left out."""
+        """The recipe as TOML text, without unset values. `from_toml` returns an equal recipe."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
-        """JSON schema (draft 2020-12) of the TOML file, for editors and other tools."""
+        """JSON schema (draft 2020-12) of a recipe file, for editors and other tools."""
         return cls.model_json_schema()
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether there is no section in it, so that the pipeline runs as it is."""
+        """Whether the recipe has no section, so that the pipeline stays unmodified."""
         return not self.model_dump(exclude_none=True, exclude={"name", "description"})
 
     @property
@@ -469,13 +483,21 @@ class Recipe(Section):
 
 
 def parse_size(text: str, *, at_most: bool = False) -> tuple[int, int]:
-    """`"512x768"` -> (width, height) in pixels; both positive multiples of 16, at most 8192.
+    """Parse a size such as `"512x768"`.
 
-    at_most: it is the largest of several, so that InputError names no smaller one instead.
+    Args:
+        text: WIDTHxHEIGHT in pixels, each a multiple of 16 from 16 to 8192.
+        at_most: The size is an upper bound, so the fix rounds up instead of to the closest size.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        InputError: The text has another form, or a side is out of range.
     """
     match = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text.strip())
     if match is None:
-        raise InputError(f"size {text!r} is not WIDTHxHEIGHT", "write for example 512x512")
+        raise InputError(f"size {text!r} is not WIDTHxHEIGHT", "for example: 512x512")
     width, height = int(match[1]), int(match[2])
     faults = [
         f"{side} {value} is not a multiple of 16 between 16 and 8192"
@@ -484,20 +506,28 @@ def parse_size(text: str, *, at_most: bool = False) -> tuple[int, int]:
     ]
     if faults:
         rounded = math.ceil if at_most else round
-        nearest = "x".join(
+        closest = "x".join(
             str(min(8192, max(16, rounded(value / 16) * 16))) for value in (width, height)
         )
-        raise InputError(faults, f"the nearest size that works is {nearest}")
+        raise InputError(faults, f"the closest valid size is {closest}")
     return width, height
 
 
 def preset_names() -> list[str]:
-    """Names of the presets in the package, in the order of their use; `baseline` is the last."""
+    """Names of the bundled presets, in the order of `hasten.presets.GUIDES`; `baseline` is last."""
     return list(GUIDES)
 
 
 def resolve(recipe: str | Path | Recipe) -> Recipe:
-    """A recipe from a Recipe, a preset's name or the path of a .toml file."""
+    """Turn the name of a preset or the path of a .toml file into a recipe.
+
+    Args:
+        recipe: A preset's name, a path, or a Recipe, which is returned as it is.
+
+    Raises:
+        InputError: The file cannot be read.
+        RecipeError: There is no such preset, or the recipe is not valid.
+    """
     if isinstance(recipe, Recipe):
         return recipe
     text = str(recipe)
@@ -517,19 +547,20 @@ def resolve(recipe: str | Path | Recipe) -> Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe file, in UTF-8 or UTF-16.
 
-    Its name is the file's, without `.toml`; `engine.path` starts at the file's folder.
+    The recipe is named after the file, without `.toml`. A relative `engine.path` is relative to
+    the file's folder.
 
     Raises:
         InputError: The file cannot be read.
-        RecipeError: It is no valid recipe.
+        RecipeError: The recipe is not valid.
     """
     text = read_text(path, "recipe file", "give a preset's name, or the path of a TOML file")
     recipe = Recipe.from_toml(text, source=str(path))
-    return _found_from(path.parent, recipe.but(name=_name_of(path.stem)))
+    return _relative_to(path.parent, recipe.but(name=_name_of(path.stem)))
 
 
 def _name_of(stem: str) -> str:
-    """A file's stem as a recipe's name: ASCII letters and digits, 64 characters at most."""
+    """A valid recipe name from a file's stem: ASCII, at most 64 characters."""
     plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")
     if name and len(name) <= 64:
@@ -538,8 +569,8 @@ def _name_of(stem: str) -> str:
     return f"{name[:55] or 'recipe'}-{digest}"
 
 
-def _found_from(folder: Path, recipe: Recipe) -> Recipe:
-    """The recipe with an `engine.path` that can be followed from where we are."""
+def _relative_to(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe with `engine.path` relative to the current directory instead of `folder`."""
     engine = recipe.engine
     if engine is None or engine.path is None or engine.path.startswith("~"):
         return recipe
@@ -549,37 +580,37 @@ def _found_from(folder: Path, recipe: Recipe) -> Recipe:
 DEEPEST, MOST_FAULTS = 8, 20
 
 
-def _odd_values(value: Any, where: str = "", depth: int = 0) -> Iterator[str]:
-    """A fault for each value that TOML has, or allows in an escape, and no recipe can use."""
+def _invalid_values(value: Any, where: str = "", depth: int = 0) -> Iterator[str]:
+    """A fault for each value that TOML allows, directly or escaped, and recipes do not."""
     here = one_line(where, 80) or "recipe"
     if depth > DEEPEST:
         yield f"{here}: nested too deeply"
     elif isinstance(value, str) and (control := control_character(value)):
-        yield f"{here}: has the control character {control}"
+        yield f"{here}: contains the control character {control}"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        yield f"{here}: a number beyond 64 bits"
+        yield f"{here}: the number exceeds 64 bits"
     elif isinstance(value, dict):
         for key, below in value.items():
             if isinstance(key, str) and (control := control_character(key)):
-                yield f"{here}: a key has the control character {control}"
-            yield from _odd_values(below, f"{where}.{key}" if where else str(key), depth + 1)
+                yield f"{here}: a key contains the control character {control}"
+            yield from _invalid_values(below, f"{where}.{key}" if where else str(key), depth + 1)
     elif isinstance(value, list | tuple):
         for below in value:
-            yield from _odd_values(below, where, depth + 1)
+            yield from _invalid_values(below, where, depth + 1)
 
 
 def _first(faults: Iterator[str]) -> list[str]:
-    """As many faults as someone reads, and how many more there are."""
+    """The first `MOST_FAULTS` faults, and the number of further ones."""
     first = list(faults)
     more = len(first) - MOST_FAULTS
     return [*first[:MOST_FAULTS], *([f"and {more} more like these"] if more > 0 else [])]
 
 
 def _fault(detail: Any) -> str:
-    """One pydantic error as one line: where, what is wrong, what was given."""
+    """One pydantic error as one line: the key, its value and what is wrong."""
     location = list(detail["loc"])
     if location[:1] == ["cache"]:
-        del location[1:2]  # the kind, which pydantic puts there
+        del location[1:2]  # the tag of the union, which pydantic inserts
     where = one_line(".".join(str(part) for part in location), 80) or "recipe"
     if detail["type"] == "extra_forbidden":
         return f"unknown key {where!r}{_closest(detail['loc'])}"
@@ -606,7 +637,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def _closest(location: tuple[Any, ...]) -> str:
-    """The known key nearest to an unknown one; `location` is pydantic's path to it."""
+    """A hint at the valid key that is closest to an unknown one, at pydantic's `location`."""
     section: type[Section] = Recipe
     for part in location[:-1]:
         section = {**SECTIONS, **CACHES}.get(str(part), section)
@@ -620,5 +651,5 @@ def _recipe_fix(error: ValidationError) -> str:
         detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1 for detail in error.errors()
     )
     if unknown_section:
-        return f"this version of hasten knows the keys {', '.join(Recipe.model_fields)}"
+        return f"this version of hasten supports the keys {', '.join(Recipe.model_fields)}"
     return "`hasten recipes show cache-compile` prints a valid recipe; `recipes check` tests yours"

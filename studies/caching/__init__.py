@@ -1,1 +1,1 @@
-"""Step caching side by side: hasten, fewer steps, better solvers, Diffusers' caches, cache-dit."""
+"""Comparison of step caching: hasten, fewer steps, other solvers, Diffusers' caches, cache-dit."""

@@ -1,9 +1,9 @@
-"""What a run really computed: multiply-adds inside the transformer, counted as they happen.
+"""The cost of a run: multiply-adds inside the transformer, counted as they are executed.
 
-A cache's skipped step is seldom free (embedders, a first block to decide with, the output layers),
-so steps are not counted but arithmetic: every linear layer and every attention that PyTorch
-executes between entering and leaving the transformer. Norms, activations, Fourier transforms and a
-predictor's element-wise sums are not counted; wall time shows those.
+A cache's skipped step is seldom free (embedders, a first block for the decision, output layers).
+The cost is therefore arithmetic instead of steps: every linear layer and every attention that
+PyTorch executes inside the transformer. Norms, activations, Fourier transforms and a predictor's
+element-wise sums are not counted; wall time includes them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Unit:
-    """One evaluation: what one image costs in one step of the plain pipeline.
+    """One evaluation: the cost per image of one step of the plain pipeline.
 
     madds: its multiply-adds; branches: transformer calls in it (two under true CFG); partial: what
     a call that leaves early is charged of its own arithmetic. Where blocks are alike, a model of
@@ -99,7 +99,7 @@ class Unit:
         return sum(call if call >= full else self.partial * call for call in calls) / self.madds
 
     def computed(self, calls: list[float]) -> float:
-        """Steps of a run in which (nearly) the whole transformer ran."""
+        """Number of steps of a run in which (nearly) the whole transformer ran."""
         full = self._full()
         return sum(call >= full for call in calls) / self.branches
 
@@ -109,7 +109,7 @@ class Unit:
 
 @contextmanager
 def metered(transformer: nn.Module) -> Iterator[Meter]:
-    """Record every call of this transformer, whatever stands in for its forward."""
+    """Record every call of this transformer, even if its forward is replaced."""
     meter = Meter()
     counters: list[_Counter] = []
 

@@ -2,7 +2,7 @@
 
     python -m studies.caching.figure studies/results/caching tiny
 
-Writes MODEL.md and MODEL.png beside the folders of the model's results.
+Writes MODEL.md and MODEL.png next to the folders of the model's results.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def read_budgets(root: Path, model: str) -> Budgets:
 
 
 def write_figure(root: Path, model: str) -> None:
-    """Write a model's table and plot beside its results."""
+    """Write a model's table and plot next to its results."""
     budgets = read_budgets(root, model)
     draw(budgets, root / f"{model}.png")
     (root / f"{model}.md").write_text(markdown(budgets), "utf-8")
 
 
 def markdown(budgets: Budgets) -> str:
-    """LPIPS by budget, the best one of each in bold."""
+    """LPIPS by budget, with the best of each budget in bold."""
     work = next(iter(budgets.values())).workload
     head = HEAD.format(
         model=work.model,

@@ -1,4 +1,4 @@
-"""What there is to do, cut into jobs."""
+"""Splits the comparison into jobs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEMS = {SCHEDULE: "{model}", GENERIC: "generic-for-{model}"}
 
 @dataclass(frozen=True)
 class Job:
-    """What to do for a row, or for some budgets of it.
+    """The work for a row, or for some of its budgets.
 
     batch: images at a time where that is fair; None: what suits the device. stored: a setting found
     before for each budget: no search then. blocks: charge a call that leaves early as in a model of
@@ -54,7 +54,7 @@ class Job:
 
 
 def limit_of(budget: float) -> float:
-    """The most evaluations a setting may cost and still count for this budget."""
+    """The largest cost, in evaluations, of a setting for this budget."""
     return budget * TOLERANCE
 
 
@@ -67,7 +67,7 @@ def method_of(job: Job) -> Method:
 
 
 def name_of(job: Job) -> str:
-    """What the job's row is called."""
+    """The name of the job's row."""
     known = job.method in STEMS or job.method in METHODS
     return job.method if known else f"recipe:{Path(job.method).name}"
 
@@ -78,7 +78,7 @@ def _is_long(job: Job) -> bool:
 
 
 def jobs_for(whole: Job) -> list[Job]:
-    """A row's jobs: one, or one for each budget where the whole takes long."""
+    """A row's jobs: one, or one per budget if the whole row would take long."""
     if not _is_long(whole):
         return [whole]
     return [replace(whole, budgets=[budget]) for budget in whole.budgets]

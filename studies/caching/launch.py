@@ -1,4 +1,4 @@
-"""Starts jobs in processes of their own and reads what they leave behind."""
+"""Starts jobs in separate processes and reads their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOGS = Path(__file__).resolve().parents[2] / "out" / "caching" / "logs"
 
 
 class Launcher:
-    """Starts a job in a process of its own and reads what it left behind."""
+    """Starts a job in a separate process and reads its results."""
 
     def __init__(self, processes: Any, folder: Path) -> None:
         self.processes = processes

@@ -2,8 +2,8 @@
 
     python -m studies.caching.learn_schedules OUT [--device cuda] [--jobs 6] [--climb 4000]
 
-One process for each model, number of steps and budget; then the generic plans, from the recorded
-runs of both models at once. Writes OUT/MODEL-STEPS-BUDGET.toml, OUT/generic-50-BUDGET.toml (and
+Runs one process per model, number of steps and budget. Then it learns the generic plans from the
+recorded runs of both models. Writes OUT/MODEL-STEPS-BUDGET.toml, OUT/generic-50-BUDGET.toml (and
 generic-for-MODEL-50-BUDGET.toml, from the other model alone: what the comparison shows as generic)
 and OUT/learned.json with the errors on held-back prompts. `tiny-*` and `generic-50-*` are what
 src/hasten/schedules holds.
@@ -26,7 +26,7 @@ import torch
 from studies.caching.workload import MODELS, SIZE, Model
 
 import hasten
-from hasten.calibration.learn import POWERS, SamplingRequest, request_of
+from hasten.calibration.learn import POWERS, SamplingRequest, sampling_request
 from hasten.calibration.objective import relative_error
 from hasten.calibration.search import GapCosts, best_path, gram_matrix
 from hasten.calibration.store import CalibrationStore
@@ -42,7 +42,7 @@ GENERIC_STEPS = 50
 
 
 def learn(name: str, steps: int, budget: int, options: argparse.Namespace) -> None:
-    """One schedule, with its errors beside it."""
+    """Learn one schedule, and write its errors next to it."""
     model = Model(name, device=options.device)
     prompts = read_prompts("tiny", limit=options.prompts + HELD_BACK)
     found = hasten.calibrate(
@@ -79,7 +79,7 @@ class Recorded:
     runs: Trajectories
 
     def error(self, plan: ScheduleCache) -> float:
-        """Relative error of the final latents when the plan really runs on these prompts."""
+        """Relative error of the final latents of running the plan on these prompts."""
         fast = hasten.optimize(self.request.pipe, Recipe(cache=plan))
         try:
             finals = self.request.run_all(fast, range(self.runs.velocities.shape[1]))
@@ -117,7 +117,7 @@ def generic(models: dict[str, Recorded], budget: int, prefix: str) -> Recipe:
 
 @torch.no_grad()
 def write_generic(options: argparse.Namespace) -> None:
-    """Plans from all models, and for each model from the others, to judge such plans by."""
+    """Plans from all models and, to evaluate such plans, for each model from the others."""
     models = {name: recorded(name, options) for name in MODELS}
     for budget in BUDGETS[GENERIC_STEPS]:
         plans = [generic(models, budget, "generic")]
@@ -133,7 +133,7 @@ def recorded(name: str, options: argparse.Namespace) -> Recorded:
     model = Model(name, device=options.device)
     prompts = read_prompts("tiny", limit=options.prompts)
     asked = {**SIZE, **MODELS[name]}
-    request = request_of(model.plain, prompts, GENERIC_STEPS, 0, BATCH, asked)
+    request = sampling_request(model.plain, prompts, GENERIC_STEPS, 0, BATCH, asked)
     runs = record(
         lambda ids: request.run(request.pipe, ids),
         request.pipe,

@@ -1,4 +1,4 @@
-"""The methods under comparison: what settings each offers, and how one is applied to a pipeline.
+"""The methods under comparison: their settings, and how to apply them to a pipeline.
 
 `apply(pipe, setting)` gets a pipeline nobody else uses (its own transformer and its own class, the
 weights shared) and returns what to call in its place. A setting's `steps` is the number of
@@ -34,12 +34,12 @@ MOST_PLANS = 16
 
 
 class UnsupportedError(Exception):
-    """This method cannot run on this model; the message says why."""
+    """This method cannot run on this model; the message explains why."""
 
 
 @dataclass(frozen=True)
 class Knob:
-    """A threshold to search: more of it computes less. `static`: content does not sway it."""
+    """A threshold to search; larger values compute less. `static`: independent of the content."""
 
     name: str
     low: float

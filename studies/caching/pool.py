@@ -1,4 +1,4 @@
-"""Some processes at a time, until the work or the time is over."""
+"""Runs a limited number of processes at a time, until all have ended or a deadline has passed."""
 
 from __future__ import annotations
 

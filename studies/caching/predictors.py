@@ -1,4 +1,4 @@
-"""What should stand in on a skipped step? Candidates on the same steps, against the full run.
+"""Compares candidate predictors for skipped steps, on the same steps, against the full run.
 
     python -m studies.caching.predictors --device cuda
     python -m studies.caching.predictors --held 2 --learn 2 --budgets 10   # a quick look
@@ -52,7 +52,7 @@ MODE_BOUNDS = (0.2, 5.0)  # of a ratio whose logarithm is taken
 
 @dataclass(frozen=True)
 class Ground:
-    """What a weight-based candidate may look at: the steps computed, the N + 1 noise levels, and
+    """The inputs of a weight-based candidate: the steps computed, the N + 1 noise levels, and
     full runs of the prompts to learn on."""
 
     path: tuple[int, ...]
@@ -307,7 +307,7 @@ def paths_of(folder: Path, model: str, budgets: Sequence[int]) -> dict[str, tupl
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Both measures, a row a candidate, a column a set of steps, the least of a column in bold."""
+    """Both measures: one row per candidate, one column per set of steps, the best in bold."""
     lines = [
         f"# What stands in on a skipped step: `{results['model']}`",
         "",
@@ -335,7 +335,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    from hasten.benchmark.environment import look
+    from hasten.benchmark.environment import detect
     from hasten.machine import machine
 
     began = time.time()
@@ -358,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
         "held": options.held,
         "paths": paths,
         "rows": rows,
-        "environment": look(device, "float32").environment.model_dump(exclude_none=True),
+        "environment": detect("tiny", device, "float32").environment.model_dump(exclude_none=True),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     options.results.mkdir(parents=True, exist_ok=True)

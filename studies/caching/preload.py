@@ -1,7 +1,7 @@
-"""What every job imports, imported once, in the process that jobs are forked from.
+"""Imports the modules that all jobs need, once, in the process that jobs are forked from.
 
-A peer is imported in its own jobs alone. A module that is missing here is no fault: a job that
-needs it says so.
+Peers are imported only in their own jobs. A module that is missing here is not an error; a job
+that needs it reports it.
 """
 
 from contextlib import suppress

@@ -1,10 +1,10 @@
-"""A learned schedule away from where it was learned: other steps, other noise levels, other sizes.
+"""Tests a learned schedule on other numbers of steps, other noise levels and other sizes.
 
     python -m studies.caching.resampled [--last 24] [--out DIR]
 
 The bundled model's schedule for 17 of 50 steps, against caches and fewer steps that compute as
 many steps in the same run; each against the full run under the same settings. Settings of the
-others are searched for every run anew, the schedule is taken as it ships. A few minutes on two
+others are searched again for every run, the schedule is used as it ships. A few minutes on two
 cores; writes DIR/resampled-RUN/results.json for each kind of run and their table, DIR/resampled.md.
 Runs whose results are there are kept.
 """
@@ -25,7 +25,7 @@ from studies.caching.row import Bench
 from studies.caching.run import RESULTS, SHIPPED
 from studies.caching.workload import Frame, Model, Prompt, prompts
 
-from hasten.benchmark.environment import look_in_process
+from hasten.benchmark.environment import detect_in_process
 from hasten.report import write_report
 from hasten.results import BASELINE, Results, Row
 from hasten.results_file import read_results
@@ -148,7 +148,7 @@ def measured(run: Run, search: Sequence[Prompt], last: Sequence[Prompt]) -> Iter
 
 
 def run_notes(run: Run) -> list[str]:
-    """What the workload has no field for."""
+    """Notes on properties that the workload has no field for."""
     shift = run.frame.shift
     return [] if shift is None else [f"noise levels of shift {shift:g}"]
 
@@ -164,7 +164,7 @@ def folder_of(out: Path, run: Run) -> Path:
 
 
 def read_runs(out: Path) -> dict[str, Results]:
-    """The results that there are, by the name of their run."""
+    """The available results, by the name of their run."""
     paths = {run.name: folder_of(out, run) / "results.json" for run in RUNS}
     return {name: read_results(path) for name, path in paths.items() if path.is_file()}
 
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"The last {options.last} prompts of the bundled set, settings of the others searched on "
         f"the first {SEARCH}"
     )
-    environment = look_in_process("cpu", "float32").environment
+    environment = detect_in_process("tiny", "cpu", "float32").environment
     environment = environment.model_copy(update={"threads": torch.get_num_threads()})
     there = read_runs(options.out)
     for run in RUNS:

@@ -49,7 +49,7 @@ ORDER: dict[Role, int] = {"baseline": 0, "recipe": 1, "rival": 2, "peer": 3, "gr
 
 @dataclass(frozen=True)
 class Score:
-    """Per prompt: distance and likeness to the reference, and cost."""
+    """Per prompt: distance and similarity to the reference, and cost."""
 
     lpips: list[float]
     ssim: list[float]
@@ -115,7 +115,7 @@ def scored_row(
 
 
 def failed_row(name: str, reason: str, *, unsupported: bool = False) -> Row:
-    """A row that has no point at a budget, and why."""
+    """A row without a measurement at a budget, and the reason."""
     status = "unsupported" if unsupported else "failed"
     return Row(recipe=name, role=_role_of(name), status=status, reason=reason)
 

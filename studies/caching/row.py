@@ -1,4 +1,4 @@
-"""One job in a process of its own: search a method's settings, then measure the best of them.
+"""One job in a separate process: search a method's settings, then measure the best of them.
 
 python -m studies.caching.row JOB.json ROW.json
 """
@@ -40,7 +40,7 @@ Part = dict[str, Any]
 
 
 class Bench:
-    """Applies settings of one method to fresh pipelines and scores what they draw."""
+    """Applies settings of one method to new pipelines and scores their images."""
 
     def __init__(self, model: Model, method: Method, batch: int) -> None:
         self.model = model
@@ -164,7 +164,7 @@ def _recipe_rows(
 def _best_row(
     bench: Bench, job: Job, name: str, finder: Any, budget: float, measured: Sequence[Prompt]
 ) -> Row:
-    """The method's best setting within the budget, or why there is none."""
+    """The row of the method's best setting within the budget, or of the reason there is none."""
     target = limit = limit_of(budget)
     bound = math.inf if job.stored else limit
     for _ in range(RETRIES):

@@ -1,4 +1,4 @@
-"""Compare step caches at equal cost; each job in a process of its own.
+"""Compare step caches at equal cost; each job runs in a separate process.
 
     python -m studies.caching.run                          # all methods on the bundled model
     python -m studies.caching.run --device cuda --model tiny teacher --jobs 10 --deadline 420
@@ -11,7 +11,7 @@
 
 Rows are added to (or replaced in) RESULTS/MODEL-BUDGET/results.json as their jobs finish; reports,
 table and plot follow.
-Exit status 1 where a job failed or the deadline came first; what there is has been written.
+The exit status is 1 if a job failed or the deadline passed; finished results have been written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from studies.caching.pool import run_all
 from studies.caching.results import folder_of, put, setting_of, workload_of
 from studies.caching.workload import prompts
 
-from hasten.benchmark.environment import look_in_process
+from hasten.benchmark.environment import detect_in_process
 from hasten.report import write_report
 from hasten.results import Environment, Results, Row, Workload
 from hasten.results_file import read_results
@@ -83,7 +83,7 @@ def _folder(options: argparse.Namespace, model: str, budget: float) -> Path:
 
 
 def _known(options: argparse.Namespace, model: str) -> dict[float, Results]:
-    """What there is of the model's results by budget."""
+    """The available results of the model, by budget."""
     paths = {one: _folder(options, model, one) / "results.json" for one in options.budgets}
     return {budget: read_results(path) for budget, path in paths.items() if path.is_file()}
 
@@ -163,7 +163,7 @@ def _run(jobs: Sequence[Job], options: argparse.Namespace) -> list[str]:
 
 def _surroundings(options: argparse.Namespace) -> tuple[str, Environment]:
     """(the device that `auto` or `cuda` means, where it is measured)."""
-    here = look_in_process(options.device, "float32")
+    here = detect_in_process("tiny", options.device, "float32")
     if here.fault:
         raise SystemExit(f"{here.fault}: {here.fix}")
     packages = {"cache-dit": metadata.version("cache-dit")} if _installed("cache-dit") else {}

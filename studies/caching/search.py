@@ -1,4 +1,4 @@
-"""Finding each method's best setting within a budget. Pure: no torch, no models."""
+"""Finds a method's best setting within a budget. Uses neither torch nor models."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def gentlest(
     cost: Callable[[Candidate], float],
     guess: int | None = None,
 ) -> int | None:
-    """Index of the first of `candidates` that costs at most `limit`; None where none does.
+    """Index of the first of `candidates` that costs at most `limit`; None if there is none.
 
     Costs fall (or stay) from one to the next: steps that double lead from `guess` (by default the
     middle) to both sides of the limit, bisection to the place. About 2 log2(distance) calls.
     """
-    low, high = -1, len(candidates)  # dearer than the limit, within it; beyond the ends by default
+    low, high = -1, len(candidates)  # above the limit, within it; beyond the ends by default
     probe, stride = guess, 1
     if probe is None:
         probe, stride = len(candidates) // 2, len(candidates)

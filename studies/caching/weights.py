@@ -1,4 +1,4 @@
-"""Candidate predictors as weight functions. Pure: no torch, no models.
+"""Candidate predictors as weight functions. Uses neither torch nor models.
 
 A skipped step's velocity is Σ_k w_k v_k over the computed velocities, newest first. A weight
 function gets their positions, newest first, and the position to fill. A position is a noise level,

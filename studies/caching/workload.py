@@ -1,4 +1,4 @@
-"""What is rendered, on what, and against which reference."""
+"""The prompts, models and references of the comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from studies.caching.cost import Unit, metered
 from torch import Tensor
 
-from hasten.calibration.objective import decode_pictures
+from hasten.calibration.objective import decode_images
 from hasten.prompts import read_prompts
 
 __all__ = ["MODELS", "SIZE", "Frame", "Images", "Model", "Prompt", "prompts"]
@@ -82,7 +82,7 @@ class Images:
 
 
 class Model:
-    """A loaded model on a device, from which every setting gets a pipeline of its own."""
+    """A loaded model on a device, which creates a new pipeline for every setting."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Model:
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Images of final latents, as the pipeline decodes them."""
-        return decode_pictures(self.plain, latents.flatten(1), self.frame.side, self.frame.side)
+        return decode_images(self.plain, latents.flatten(1), self.frame.side, self.frame.side)
 
     def _called(
         self, call: Any, some: Sequence[Prompt], steps: int | None, output_type: str
@@ -184,7 +184,7 @@ class Model:
         return torch.stack([known[str(prompt.id)] for prompt in chosen])
 
     def check_references(self) -> None:
-        """Render one of those on disk anew, and forget them all where it has changed."""
+        """Render one of those on disk again, and delete all of them if it has changed."""
         if not self._known:
             return
         number, kept = next(iter(self._known.items()))
@@ -195,7 +195,7 @@ class Model:
             self._known.clear()
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

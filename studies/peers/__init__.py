@@ -1,1 +1,1 @@
-"""Whole images of hasten and of what else can be installed, timed side by side on one device."""
+"""Times whole images of hasten and of other installable libraries in turns on one device."""

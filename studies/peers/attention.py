@@ -1,4 +1,4 @@
-"""The quickest of Diffusers' attention backends that torch itself provides, by a short trial."""
+"""Selects the fastest of Diffusers' attention backends that torch provides, by a short trial."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Trial:
 
 
 def choose(pipe: Any, workload: Workload) -> Trial:
-    """Try the backends at the workload's sizes and set the quickest on the transformer."""
+    """Time the backends at the workload's sizes and set the fastest on the transformer."""
     config = pipe.transformer.config
     tokens = [tokens_of(pipe, workload, size) for size in workload.sizes]
     dtype: torch.dtype = getattr(torch, workload.dtype)

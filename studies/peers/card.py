@@ -3,7 +3,7 @@
     python -m studies.peers.card
 
 Prints markdown from the committed results. Ratios are against all of the plain pipeline's images in
-the row's own group, and against its quickest one of the whole run.
+the row's own group, and against its fastest one of the whole run.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _number(value: float | None) -> str:
 
 
 def _name(row: Row) -> str:
-    """hasten's rows as code, the baseline as what it is, peers as they are called."""
+    """hasten's rows as code, the baseline described, and peers by their names."""
     if row.role == "baseline":
         return "diffusers"
     name = row.recipe.removeprefix("hasten:")

@@ -1,4 +1,4 @@
-"""JSON objects, one a line, over a socket: how the coordinator and a worker talk."""
+"""The protocol of coordinator and worker: JSON objects, one per line, over a socket."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["Channel", "ClosedError"]
 
 
 class ClosedError(Exception):
-    """The other side is gone."""
+    """The other side has closed the connection."""
 
 
 class Channel:
-    """Sends and receives dictionaries; each side waits for the other's answer."""
+    """Sends and receives dictionaries; each side waits for the other's reply."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.pending = b""
 
     def send(self, message: dict[str, Any]) -> None:
-        """Raises ClosedError where nobody listens any more."""
+        """Send a message; raises ClosedError if the other side has closed the connection."""
         try:
             self.connection.settimeout(None)
             self.connection.sendall(json.dumps(message).encode() + b"\n")

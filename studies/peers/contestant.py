@@ -17,7 +17,7 @@ class Contestant:
         self.row = row
 
     def render(self, number: int, size: int, clock: Clock, limit: float) -> None:
-        """Time image `number` at `size`; the row says why where that fails."""
+        """Time image `number` at `size`. If that fails, the row records the reason."""
         what = {"number": number, "size": size, "variant": self.variant}
         try:
             sample = self.remote.ask("image", clock, limit, **what)

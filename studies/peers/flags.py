@@ -1,4 +1,4 @@
-"""Which of torch.compile's settings a row has changed: part of its recipe."""
+"""Records which of torch.compile's settings a row has changed, as part of its recipe."""
 
 from __future__ import annotations
 

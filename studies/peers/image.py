@@ -1,4 +1,4 @@
-"""One image, timed: the whole of it, its denoising loop, and the memory of that loop."""
+"""Measures one image: its total time, the time of its denoising loop, and the loop's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pipeline that every row starts from, and what it is called with."""
+"""The pipeline that every row starts from, and the arguments of its calls."""
 
 from __future__ import annotations
 

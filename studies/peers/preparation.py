@@ -1,4 +1,4 @@
-"""From a process that has imported to a row that is warm at every size, with what that took."""
+"""Prepares a row in a worker: builds it and warms it up at every size, with the seconds taken."""
 
 from __future__ import annotations
 

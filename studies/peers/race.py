@@ -1,9 +1,9 @@
 """Rows in groups that fit the device together, each group in turns with the base row.
 
 The base row's process lives through all groups, so that every ratio is between two rows that took
-turns, image by image. A group is filled while the device has room for one more row: for as much as
-the base row took, or for its weights alone where the row makes them smaller. A row that runs out of
-memory beside others gets another try beside the base alone.
+turns, image by image. Rows are added to a group while the device has memory for one more: as much
+as the base row took, or only its weights if the row makes them smaller. A row that runs out of
+memory in a group is tried again with the base row only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is kept of a row in the race, and the rows of `results.json` that it makes."""
+"""The measurements of a row in the race, and their conversion to rows of `results.json`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Record:
 
     @classmethod
     def new(cls, kind: str, name: str, sizes: Sequence[int]) -> Record:
-        """A row before anything is known of it."""
+        """A row without measurements."""
         roles: dict[str, Role] = {BASE: "baseline", "hasten": "recipe"}
         own_name = BASELINE if kind == BASE else name
         return cls(own_name, roles.get(kind, "peer"), {size: Timing() for size in sizes})
@@ -123,7 +123,7 @@ def _sum(one: float | None, other: float | None) -> float | None:
 
 
 def recipe_toml(recipe: Mapping[str, Any]) -> str:
-    """What was asked of a row: hasten's recipe as it is, a peer's settings as a TOML document."""
+    """The configuration of a row as TOML: hasten's recipe, or a peer's settings."""
     others = {name: value for name, value in recipe.items() if name != "hasten.optimize"}
     own = recipe.get("hasten.optimize", "")
     if own and not any(others.values()):

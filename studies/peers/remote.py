@@ -1,4 +1,4 @@
-"""A worker seen from the coordinator: started, asked, and ended with all it has started."""
+"""The coordinator's side of a worker: starts it, sends commands, and ends its process group."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Remote:
         self.channel = Channel(ours)
 
     def tell(self, command: str, **what: Any) -> None:
-        """Give a command whose answer is fetched later; a process that is gone answers there."""
+        """Send a command without waiting; `answer` returns its result or raises its error."""
         with suppress(ClosedError):
             self.channel.send({"do": command, **what})
 
@@ -89,7 +89,7 @@ class Remote:
         return self.answer(clock, limit)
 
     def end(self) -> None:
-        """End the process and every other of its group, at once; again is nothing."""
+        """Kill the process and its group. Further calls have no effect."""
         if self.process.returncode is not None:
             return
         self.channel.close()

@@ -6,9 +6,9 @@
     python -m studies.peers.run --warm                 # each row once more, compile caches warm
     python -m studies.peers.run --device cpu --model tiny --sizes 64 128 --steps 4 --rounds 1
 
-Each row has a process of its own. DIR/SIZE/results.json is whole after every stage; at the end the
-report of a benchmark is written beside it. DIR/logs has what the rows' libraries said. Exit
-status 1 where not every row is measured.
+Each row runs in a separate process. DIR/SIZE/results.json is complete after every stage, and at the
+end a report is written next to it. DIR/logs has the output of the rows' libraries. The exit status
+is 1 if not every row was measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from studies.peers.results import all_results, write_all, write_reports
 from studies.peers.rows import KINDS, Spec, read_spec
 from studies.peers.workload import Workload
 
-from hasten.benchmark.environment import Surroundings, look_in_process
+from hasten.benchmark.environment import DetectedEnvironment, detect_in_process
 from hasten.errors import HastenError
 from hasten.models.defaults import check_model, defaults_for
 from hasten.recipe import preset_names
@@ -116,14 +116,14 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--steps and --rounds are 1 or more")
 
 
-def _surroundings(options: argparse.Namespace) -> Surroundings:
-    here = look_in_process(options.device, options.dtype)
+def _surroundings(options: argparse.Namespace) -> DetectedEnvironment:
+    here = detect_in_process("tiny", options.device, options.dtype)
     if here.fault:
         raise ValueError(f"{here.fault}: {here.fix}")
     return here
 
 
-def _workload(options: argparse.Namespace, here: Surroundings) -> Workload:
+def _workload(options: argparse.Namespace, here: DetectedEnvironment) -> Workload:
     defaults = defaults_for(options.model)
     return Workload(
         model=options.model,
@@ -137,7 +137,7 @@ def _workload(options: argparse.Namespace, here: Surroundings) -> Workload:
     )
 
 
-def _environment(here: Surroundings) -> Environment:
+def _environment(here: DetectedEnvironment) -> Environment:
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     return here.environment.model_copy(update={"packages": versions})
 

@@ -1,6 +1,6 @@
 """One row in a process of its own: `python -m studies.peers.worker FD`.
 
-It does what it is told over the socket FD, a command at a time, and waits in between:
+It receives commands over the socket FD and executes them one at a time:
 
     import  load what the row needs, without touching the device
     build   make the pipeline on the device
@@ -8,8 +8,8 @@ It does what it is told over the socket FD, a command at a time, and waits in be
     image   render and time one image
     held    what stays reserved beside what is allocated (CUDA graphs' pools), and the summary
 
-An answer has `fault` ("unsupported", "out of memory" or "failed") and `reason` where a command
-could not be done. The process ends when the coordinator is gone.
+If a command fails, the reply has `fault` ("unsupported", "out of memory" or "failed") and `reason`.
+The process ends when the coordinator closes the socket.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Answer = dict[str, Any]
 
 
 class Row:
-    """The commands; each answers with what it measured."""
+    """The commands; each returns its measurements."""
 
     def __init__(self) -> None:
         self.pipe: Any = None
@@ -100,7 +100,7 @@ class Row:
         return {**image.to_json(), "computed": self.applied.computed(), **self._memory()}
 
     def do_held(self) -> Answer:
-        """What an empty cache of the allocator still keeps: pools of graphs, fragments."""
+        """Memory reserved after emptying the allocator's cache: graph pools, fragments."""
         import torch
 
         assert self.applied is not None
@@ -136,7 +136,7 @@ class Row:
 
 
 def fault_of(error: BaseException) -> Answer:
-    """How an exception is told to the coordinator."""
+    """The reply to the coordinator for an exception."""
     if isinstance(error, HastenError):
         reason = "; ".join([*error.faults, *([f"fix: {error.fix}"] if error.fix else [])])
         kind = "unsupported" if isinstance(error, UnsupportedError) else "failed"
@@ -148,7 +148,7 @@ def fault_of(error: BaseException) -> Answer:
 
 
 def serve(channel: Channel, row: Row) -> None:
-    """Answer commands until the coordinator is gone."""
+    """Execute commands until the coordinator closes the socket."""
     while True:
         try:
             message = channel.receive()

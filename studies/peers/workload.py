@@ -1,4 +1,4 @@
-"""What every row renders: plain data, the same for the coordinator and its workers. No torch."""
+"""The workload of every row, shared by the coordinator and its workers. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Workload"]
 class Workload:
     """One image at a time, `steps` steps, at each of `sizes` (square, pixels) in `rounds` rounds.
 
-    tokens: length of the text embeddings, which are drawn at random, anew for every image.
+    tokens: length of the text embeddings, which are random and differ for every image.
     """
 
     model: str

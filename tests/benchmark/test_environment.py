@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import hasten
-from hasten.benchmark.environment import commit, look, look_in_process
+from hasten.benchmark.environment import commit, detect, detect_in_process
 from hasten.errors import HastenError, UnsupportedError
 
 
 def test_this_machine() -> None:
-    here = look("tiny", "cpu", "auto")
+    here = detect("tiny", "cpu", "auto")
     assert (here.device, here.dtype, here.fault) == ("cpu", "float32", None)
     assert here.environment.torch == torch.__version__
     assert here.environment.cpu
@@ -23,15 +23,15 @@ def test_this_machine() -> None:
 
 
 def test_from_another_process_it_is_the_same() -> None:
-    there, here = look_in_process("tiny", "cpu", "bfloat16"), look("tiny", "cpu", "bfloat16")
+    there, here = detect_in_process("tiny", "cpu", "bfloat16"), detect("tiny", "cpu", "bfloat16")
     assert there.dtype == "bfloat16"
     assert there.environment.torch == here.environment.torch
 
 
 def test_a_python_that_cannot_look_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.benchmark.environment.bound_command", lambda *_: ["false"])
-    with pytest.raises(HastenError, match="it said nothing") as caught:
-        look_in_process("tiny", "cpu", "auto")
+    with pytest.raises(HastenError, match="no error output") as caught:
+        detect_in_process("tiny", "cpu", "auto")
     assert len(caught.value.faults) == 1
 
 
@@ -66,7 +66,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("hasten.models.load.free_memory", lambda: 2**30)
-    monkeypatch.setattr("hasten.benchmark.plan.look_in_process", look)
+    monkeypatch.setattr("hasten.benchmark.plan.detect_in_process", detect)
     with pytest.raises(UnsupportedError, match=r"takes 62\.8 GiB of memory") as caught:
         hasten.bench("shape:flux.1-dev", device="cpu", out=tmp_path / "out")
     assert len(caught.value.faults) == 1

@@ -54,7 +54,7 @@ def test_names_that_are_not_utf8_are_escaped_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "\udcff.txt"
     path.write_text("a kite")
     assert resolved(prompts=path).prompt_source == f"{tmp_path}/\\udcff.txt"
-    with pytest.raises(InputError, match="no report can show"):
+    with pytest.raises(InputError, match="not printable"):
         resolved(model="owner/\udcff")
 
 

@@ -167,18 +167,18 @@ def test_a_model_that_cannot_be_had_is_a_refusal(tmp_path: Path) -> None:
 def test_random_weights_and_missing_references_are_reasons(tmp_path: Path) -> None:
     job = job_for(tmp_path, odd("random"), ("baseline",))
     (quality,) = measure(job, fake_engine, quiet).row.quality
-    assert (quality.n, quality.reason) == (0, "random weights: the pictures mean nothing")
+    assert (quality.n, quality.reason) == (0, "random weights: image quality is meaningless")
     job = job_for(tmp_path, odd("x")).model_copy(update={"references": {"baseline": None}})
     (quality,) = measure(job, fake_engine, quiet).row.quality
-    assert quality.reason == "the reference row baseline has no pictures"
+    assert quality.reason == "the reference row baseline has no images"
 
 
 def test_nobody_waiting_ends_the_row(tmp_path: Path) -> None:
-    def tell(*_: Any) -> None:
+    def progress(*_: Any) -> None:
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        row_module._outcome(job_for(tmp_path, odd("x")), tell)
+        row_module._outcome(job_for(tmp_path, odd("x")), progress)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_nobody_waiting_ends_the_row(tmp_path: Path) -> None:
     [
         ("learned on the first", "its schedule was learned on 1 of these 2 prompts"),
         ("learned on others", "its schedule was learned on none of these 2 prompts"),
-        ("learned on unknown", "its schedule does not name the prompts that it was learned on"),
+        ("learned on unknown", "its schedule does not record the prompts that it was learned on"),
     ],
 )
 def test_a_learned_schedule_says_which_prompts_taught_it(
@@ -214,7 +214,7 @@ def test_other_weights_than_earlier_rows_had_end_the_benchmark(tmp_path: Path) -
     assert found.row.status == "failed"
     assert found.refusal is not None
     assert found.refusal.final
-    assert "not those that earlier rows were measured with" in found.refusal.faults[0]
+    assert "differ from those of earlier rows" in found.refusal.faults[0]
     assert "--overwrite" in found.refusal.fix
 
 
@@ -244,7 +244,7 @@ def test_a_full_disk_is_a_reason_to_end_the_benchmark(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hasten.benchmark.render.write_picture", full)
+    monkeypatch.setattr("hasten.benchmark.render.write_png", full)
     found = outcome(tmp_path, resolve("baseline"))
     assert found.refusal.final
     assert "No space left on device" in found.refusal.faults[0]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.benchmark.rows import PlannedRow, joined_by_rivals, plan_rows, rival_of, rotated
+from hasten.benchmark.rows import PlannedRow, plan_rows, rival_of, rotated, with_rivals
 from hasten.errors import Faults, InputError
 from hasten.recipe import Compile, IntervalCache, Recipe, ResidualCache, Sampling, resolve
 
@@ -155,22 +155,22 @@ def test_a_cache_that_decides_as_it_goes_gets_its_rival_once_measured() -> None:
     order = ["baseline", "cache", "fewer-steps-18", "adaptive", "compile", "baseline-again"]
     assert [row.name for row in rows] == order
     measured = {"baseline": 50.0, "cache": 18.0}
-    assert joined_by_rivals(rows, 50, measured) == tuple(rows), "nothing is known of it yet"
-    joined = joined_by_rivals(rows, 50, {**measured, "adaptive": 20.6})
+    assert with_rivals(rows, 50, measured) == tuple(rows), "nothing is known of it yet"
+    joined = with_rivals(rows, 50, {**measured, "adaptive": 20.6})
     assert [row.name for row in joined] == [*order[:4], "fewer-steps-21", *order[4:]]
     assert joined[4].recipe.cache is None
     assert joined[4].recipe.sampling == Sampling(steps=21)
     assert joined[4].recipe.name == "fewer-steps-21"
-    assert joined_by_rivals(joined, 50, {**measured, "adaptive": 20.6}) == joined
+    assert with_rivals(joined, 50, {**measured, "adaptive": 20.6}) == joined
 
 
 def test_a_measured_rival_that_is_there_already_is_not_run_twice() -> None:
     rows = planned("cache", ADAPTIVE)
-    joined = joined_by_rivals(rows, 50, {"adaptive": 17.7})
+    joined = with_rivals(rows, 50, {"adaptive": 17.7})
     assert [row.name for row in joined] == [row.name for row in rows]
     assert joined[2].rival_of == ("cache", "adaptive")
     both = planned(ADAPTIVE, Recipe(name="other", cache=ResidualCache(threshold=0.2)))
-    joined = joined_by_rivals(both, 50, {"adaptive": 20.0, "other": 20.4})
+    joined = with_rivals(both, 50, {"adaptive": 20.0, "other": 20.4})
     assert [row.name for row in joined].count("fewer-steps-20") == 1
     assert len(joined) == len(both) + 1
 
@@ -179,7 +179,7 @@ def test_a_measured_rival_finds_a_free_name() -> None:
     long = Recipe(name="x" * 64, cache=ResidualCache(), compile=Compile())
     taken = [Recipe(name="fewer-steps-20", compile=Compile()), ADAPTIVE, long]
     rows = planned(*taken)
-    joined = joined_by_rivals(rows, 50, {"adaptive": 20.0, "x" * 64: 1.4})
+    joined = with_rivals(rows, 50, {"adaptive": 20.0, "x" * 64: 1.4})
     added = [row for row in joined if row not in rows]
     assert [row.name for row in added] == ["fewer-steps-20-2", "x" * 50 + "-fewer-steps-1"]
     assert all(row.recipe.name == row.name for row in added)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import hasten
 from hasten import log
-from hasten.benchmark.environment import Surroundings
+from hasten.benchmark.environment import DetectedEnvironment
 from hasten.benchmark.run import _job, _run_row, run_plan
 from hasten.benchmark.store import BenchmarkStore
 from hasten.errors import HastenError, InputError, ModelError
@@ -156,7 +156,7 @@ def test_an_interrupt_keeps_what_is_done_and_resume_goes_on(tmp_path: Path) -> N
     assert (tmp_path / "report.html").exists()
     assert not list(tmp_path.rglob(".*tmp"))
 
-    with pytest.raises(InputError, match="holds a benchmark already"):
+    with pytest.raises(InputError, match="already holds a benchmark"):
         run_plan(make_plan([odd("wait")]), BenchmarkStore(tmp_path), engine=FAKE)
     store = BenchmarkStore(tmp_path, resume=True)
     with pytest.raises(InputError, match="cannot resume: steps was 6, now is 7"):
@@ -264,7 +264,7 @@ def test_a_cache_that_decides_as_it_goes_is_joined_by_its_rival(tmp_path: Path) 
 
 def test_a_measured_rival_is_in_every_round() -> None:
     plan = make_plan([Recipe(name="adaptive", cache=ResidualCache())], rounds=3)
-    turns = [turn.key for turn in plan.joined_by_rivals({"adaptive": 3.6}).turns()]
+    turns = [turn.key for turn in plan.with_rivals({"adaptive": 3.6}).turns()]
     assert [turn for name, turn in turns if name == "fewer-steps-4"] == [0, 1, 2]
     assert turns.index(("fewer-steps-4", 0)) == turns.index(("adaptive", 0)) + 1
 
@@ -287,7 +287,7 @@ def test_rows_of_other_weights_are_never_mixed(
     monkeypatch.setenv(WEIGHTS, "fedcba9876543210")
     store = BenchmarkStore(tmp_path, resume=True)
     results = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(InputError, match="not those that earlier rows were measured with"):
+    with pytest.raises(InputError, match="differ from those of earlier rows"):
         run_plan(make_plan([odd("wait"), resolve("cache")]), store, engine=FAKE)
     assert (tmp_path / "results.json").read_bytes() == results
     assert before <= files_below(tmp_path)
@@ -300,7 +300,7 @@ def test_a_folder_that_vanishes_has_its_own_line(tmp_path: Path) -> None:
         if stage.startswith("baseline-again"):
             shutil.rmtree(out, ignore_errors=True)
 
-    with pytest.raises(HastenError, match="the folder vanished") as caught:
+    with pytest.raises(HastenError, match="the folder was removed") as caught:
         run_plan(make_plan([]), BenchmarkStore(out), engine=FAKE, progress=vanish)
     assert caught.value.fix
 
@@ -359,8 +359,8 @@ def test_a_forced_schedule_reaches_its_process_and_says_so(tmp_path: Path) -> No
 def test_force_is_part_of_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
-    here = Surroundings(environment=ENVIRONMENT, device="cpu", dtype="float32")
-    monkeypatch.setattr("hasten.benchmark.plan.look_in_process", lambda *_: here)
+    here = DetectedEnvironment(environment=ENVIRONMENT, device="cpu", dtype="float32")
+    monkeypatch.setattr("hasten.benchmark.plan.detect_in_process", lambda *_: here)
     monkeypatch.setattr("hasten.benchmark.run.run_plan", lambda plan, *_, **__: plan)
     plan: Any = hasten.bench("owner/name", ["baseline"], tmp_path, limit=1, force=force)
     assert plan.force is force
@@ -369,8 +369,8 @@ def test_force_is_part_of_the_plan(
 def test_results_have_the_command_that_repeats_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = Surroundings(environment=ENVIRONMENT, device="cpu", dtype="float32")
-    monkeypatch.setattr("hasten.benchmark.plan.look_in_process", lambda *_: here)
+    here = DetectedEnvironment(environment=ENVIRONMENT, device="cpu", dtype="float32")
+    monkeypatch.setattr("hasten.benchmark.plan.detect_in_process", lambda *_: here)
     monkeypatch.setattr("hasten.benchmark.run.run_plan", lambda plan, *_, **__: plan)
     recipes = ["compile", resolve("cache")]
     plan: Any = hasten.bench("tiny", recipes, tmp_path, limit=1, force=True, references=["cache"])

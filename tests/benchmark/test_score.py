@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hasten import quality
-from hasten.benchmark.score import save_floats, score, write_picture
+from hasten.benchmark.score import save_floats, score, write_png
 from hasten.results import Quality
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def scored(tmp_path: Path, one: torch.Tensor, other: torch.Tensor) -> Quality:
             save_floats(tmp_path / name, index, image)
     ids = range(len(one))
     folders = (tmp_path / "a", tmp_path / "b")
-    return score(*folders, "baseline", ids, device=CPU, tell=lambda *_: None)
+    return score(*folders, "baseline", ids, device=CPU, progress=lambda *_: None)
 
 
 def test_scores_are_the_metrics_prompt_by_prompt_over_several_batches(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_scores_are_the_metrics_prompt_by_prompt_over_several_batches(tmp_path: 
         assert entry.lpips == pytest.approx(float(quality.lpips(a[None], b[None])), abs=1e-5)
     assert found.lpips == pytest.approx(np.mean([entry.lpips for entry in found.per_prompt]))
     assert found.ms_ssim is None
-    assert found.reason == "MS-SSIM needs sides of at least 161 pixels"
+    assert found.reason == "MS-SSIM requires sides of at least 161 pixels"
 
 
 def test_equal_pictures_are_perfect(tmp_path: Path) -> None:
@@ -55,19 +55,19 @@ def test_small_pictures_say_what_they_have_no_value_for(tmp_path: Path) -> None:
     assert found.lpips is None
     assert found.psnr == 100
     assert found.reason == (
-        "LPIPS needs sides of at least 31 pixels; MS-SSIM needs sides of at least 161 pixels"
+        "LPIPS requires sides of at least 31 pixels; MS-SSIM requires sides of at least 161 pixels"
     )
 
 
 def test_another_size_is_a_reason_not_a_score(tmp_path: Path) -> None:
     found = scored(tmp_path, torch.zeros(2, 3, 32, 64), torch.zeros(2, 3, 32, 32))
     assert found.n == 0
-    assert found.reason == "baseline is 32x32 pixels, this row 64x32"
+    assert found.reason == "baseline has 32x32 pixels, this row 64x32"
 
 
 def test_a_png_rounds_to_the_nearest_of_256(tmp_path: Path) -> None:
     image = torch.tensor([0, 0.4999 / 255, 0.5001 / 255, 1]).expand(3, 2, 4)
-    write_picture(tmp_path / "deep" / "000.png", image)
+    write_png(tmp_path / "deep" / "000.png", image)
     pixels = np.asarray(Image.open(tmp_path / "deep" / "000.png"))
     assert pixels.shape == (2, 4, 3)
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 255]

@@ -61,7 +61,7 @@ def test_an_input_that_is_not_finite_is_refused(
 
 
 def test_a_linear_that_never_ran_is_refused(linears: list[tuple[str, nn.Linear]]) -> None:
-    with pytest.raises(InputError, match="2 linears never ran, the first is layer0"):
+    with pytest.raises(InputError, match="2 linears were never called, the first is layer0"):
         largest_inputs(linears, lambda: linears[1][1](torch.ones(8)))
 
 
@@ -143,7 +143,7 @@ def test_scales_of_another_model_are_refused_unless_forced(pipe: Any) -> None:
     [
         ([], "fp8", "no prompts"),
         (PROMPTS, "cache", "quantises nothing"),
-        (PROMPTS, Recipe(quantize=Quantize(scheme="int8")), '"int8", and static scales'),
+        (PROMPTS, Recipe(quantize=Quantize(scheme="int8")), '"int8", but static scales'),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(

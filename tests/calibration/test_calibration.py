@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hasten
-from hasten.calibration.objective import decode_pictures
+from hasten.calibration.objective import decode_images
 from hasten.calibration.search import (
     GapCosts,
     best_path,
@@ -241,7 +241,7 @@ def test_pictures_are_decoded_as_the_pipeline_does(learned: Any) -> None:
         noise = torch.Generator().manual_seed(0)
         return pipe(prompts[0], generator=noise, output_type=kind, **arguments).images
 
-    pictures = decode_pictures(pipe, draw("latent").flatten(1), 128, 128)
+    pictures = decode_images(pipe, draw("latent").flatten(1), 128, 128)
     torch.testing.assert_close(pictures, draw("pt"), rtol=0, atol=1e-6)
 
 

@@ -12,7 +12,7 @@ from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline
 from PIL import Image
 
 import hasten
-from hasten.calibration.learn import SamplingRequest, request_of
+from hasten.calibration.learn import SamplingRequest, sampling_request
 from hasten.errors import InputError, ModelError
 from hasten.prompts import prompt_hash
 from hasten.recipe import ScheduleCache
@@ -51,7 +51,7 @@ def test_a_late_start_is_learned_on_the_steps_that_it_runs(
     assert cache.steps == round(10 * strength)
     assert found.recipe.name == f"schedule-3-of-{cache.steps}"
     assert found.better
-    request = request_of(late, PROMPTS, 10, 0, 2, arguments)
+    request = sampling_request(late, PROMPTS, 10, 0, 2, arguments)
     plain = as_a_user(request, late)
     begin = 10 - cache.steps
     run = late.scheduler.sigmas[begin:-1].tolist()
@@ -87,7 +87,7 @@ def test_a_pipeline_whose_first_argument_is_an_image(kontext: Any, image: Image.
 def test_a_pipeline_that_draws_another_size_says_so(kontext: Any, image: Image.Image) -> None:
     """Kontext scales what it draws to an area of its own."""
     arguments = {**SMALL, "image": image, "max_area": 64 * 64, "_auto_resize": False}
-    with pytest.raises(InputError, match="called for 32x32 and drew another size") as caught:
+    with pytest.raises(InputError, match="size 32x32, but rendered another size") as caught:
         hasten.calibrate(kontext, PROMPTS, budget=2, steps=4, **FEW, **arguments)
     assert "max_area=1024" in caught.value.fix
 
@@ -126,7 +126,7 @@ def test_whatever_a_recording_depends_on_is_in_its_key(
     arguments = {"image": image, "mask": torch.zeros(1, 4096), "strength": 0.6}
 
     def key() -> dict[str, Any]:
-        return request_of(pipe, PROMPTS, 4, 0, 2, arguments).key()
+        return sampling_request(pipe, PROMPTS, 4, 0, 2, arguments).key()
 
     before = key()
     arguments = {**arguments, "image": image.copy()}

@@ -182,7 +182,7 @@ def test_faults_of_several_options_come_together(
     ended = refused(*command, recipe, "nonesuch", *given, "--device", "toaster", code=2, faults=10)
     for words in ("nonesuch", "width 100", "height 20", "steps", "seed", "/nope: no such model"):
         assert sum(words in line for line in ended.errors) == 1
-    sizes = "fix: the nearest size that works is 96x16"
+    sizes = "fix: the closest valid size is 96x16"
     lines = ended.err.splitlines()
     assert lines[lines.index(sizes) - 1].startswith("error: height 20 ")
 

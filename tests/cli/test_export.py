@@ -44,7 +44,7 @@ def test_every_fault_at_once_and_nothing_written(run: Run, tmp_path: Path) -> No
     for target in ("sm86", "sm90"):  # each is followed by what mends it
         (at,) = (number for number, line in enumerate(lines) if f"target {target}" in line)
         assert lines[at + 1].startswith(f"fix: leave {target} out")
-    assert "fix: the nearest size that works is 112x112" in lines
+    assert "fix: the closest valid size is 112x112" in lines
     assert list(tmp_path.iterdir()) == []
 
 

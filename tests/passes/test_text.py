@@ -210,7 +210,7 @@ def test_encoders_are_not_timed_from_the_cache(
 
     monkeypatch.setattr(EmbeddingStore, "get", get)
     row = measure(job_for(tmp_path, CACHED), small_engine, quiet).row
-    assert "cache of prompt embeddings off while timing" in row.notes
+    assert "the cache of prompt embeddings was off while timing" in row.notes
     other = measure(job_for(tmp_path, Recipe()), small_engine, quiet).row
     assert not any("embeddings" in note for note in other.notes)
 

@@ -1,6 +1,7 @@
-"""The same prompts through several recipes: timed, scored, each row in its own process.
+"""Benchmarks of several recipes on the same prompts: times, memory and image quality.
 
-No torch here, nor in `bench` itself: only in the processes it starts.
+Each row runs in its own process. Neither this package nor `bench` imports torch; only the processes
+that `bench` starts do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ __all__ = ["bench"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: the modules of this package are programs too, and start without the rest.
+    # On first use, because modules of this package are also run as programs.
     if name != "bench":
         raise AttributeError(f"module 'hasten.benchmark' has no attribute {name!r}")
     from hasten.benchmark.run import bench

@@ -1,7 +1,8 @@
-"""Where a benchmark runs, looked at in a process of its own.
+"""Detects the environment of a benchmark in a separate process.
 
-Asking torch about a GPU holds memory on it, which every row would miss; so the parent never does:
-`python -m hasten.benchmark.environment MODEL DEVICE DTYPE` prints `Surroundings` as JSON and ends.
+Querying a GPU through torch allocates memory on it, which the rows would then lack. The parent
+process therefore never does it: `python -m hasten.benchmark.environment MODEL DEVICE DTYPE`
+prints a `DetectedEnvironment` as JSON and ends.
 """
 
 from __future__ import annotations
@@ -22,9 +23,17 @@ from hasten.process import bound_command, python_environment
 from hasten.results import Environment
 
 
-class Surroundings(BaseModel):
-    """The environment, what `auto` means in it, and why `device` cannot be used, if so; `too_large`
-    has a fault and a fix where the model takes more memory than there is."""
+class DetectedEnvironment(BaseModel):
+    """The environment of a benchmark.
+
+    Attributes:
+        environment: Hardware and versions, as in `results.json`.
+        device: The requested device, with `auto` resolved.
+        dtype: The requested dtype, with `auto` resolved.
+        fault: Why the device cannot be used; None if it can.
+        fix: What to do about the fault.
+        too_large: Fault and fix if the model does not fit in memory; None if it does.
+    """
 
     environment: Environment
     device: str
@@ -34,15 +43,15 @@ class Surroundings(BaseModel):
     too_large: tuple[str, str] | None = None
 
 
-def look(model: str, device: str, dtype: str) -> Surroundings:
-    """Look around from this process. Imports torch and initialises CUDA where there is one."""
+def detect(model: str, device: str, dtype: str) -> DetectedEnvironment:
+    """Detect the environment in this process. Imports torch and initialises CUDA if available."""
     import torch
 
     here = machine()
     device = here.device_named(device)
     gpu = here.gpu(device)
     problem = here.device_problem(device)
-    return Surroundings(
+    return DetectedEnvironment(
         environment=Environment(
             device=device,
             torch=here.torch,
@@ -78,8 +87,12 @@ def _too_large(model: str, device: str, dtype: str) -> tuple[str, str] | None:
     return None
 
 
-def look_in_process(model: str, device: str, dtype: str) -> Surroundings:
-    """`look`, from a process that ends. Raises HastenError where torch cannot be imported."""
+def detect_in_process(model: str, device: str, dtype: str) -> DetectedEnvironment:
+    """`detect`, in a child process.
+
+    Raises:
+        HastenError: The process failed, for example because torch cannot be imported.
+    """
     done = subprocess.run(
         bound_command("hasten.benchmark.environment", model, device, dtype),
         env=python_environment(),
@@ -88,19 +101,19 @@ def look_in_process(model: str, device: str, dtype: str) -> Surroundings:
         check=False,
     )
     if done.returncode:
-        last_line = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last_line = (done.stderr.strip().splitlines() or ["no error output"])[-1]
         raise HastenError(
-            f"looking at this machine failed: {last_line}",
-            "check that `python -c 'import torch'` works; `hasten doctor` says more",
+            f"detecting the environment failed: {last_line}",
+            "check that `python -c 'import torch'` works; `hasten doctor` has details",
         )
-    return Surroundings.model_validate_json(done.stdout.splitlines()[-1])
+    return DetectedEnvironment.model_validate_json(done.stdout.splitlines()[-1])
 
 
 def commit() -> str | None:
-    """Git commit of the hasten that is running, `-dirty` where its files have changed.
+    """The git commit of the running hasten, with `-dirty` appended if its files have changed.
 
-    None where it is no checkout; that its folder lies inside one (a virtual environment in
-    somebody's repository) does not count.
+    None if hasten does not run from a checkout. A virtual environment inside another repository is
+    not a checkout.
     """
     package = Path(hasten.__file__)
     if _git(package.parent, "ls-files", "--error-unmatch", package.name) is None:
@@ -111,7 +124,7 @@ def commit() -> str | None:
 
 
 def host() -> str:
-    """A short name for this machine that does not give its host name away."""
+    """A short identifier of this machine that does not reveal its host name."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
 
 
@@ -126,4 +139,4 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 if __name__ == "__main__":
-    print(look(*sys.argv[1:]).model_dump_json())
+    print(detect(*sys.argv[1:]).model_dump_json())

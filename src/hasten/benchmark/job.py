@@ -1,4 +1,4 @@
-"""What a row's process gets and what it leaves: two JSON files."""
+"""Input and output of a row's process, which are JSON files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ class Job(_Message):
     """One row to measure.
 
     Attributes:
-        toml: Its recipe.
+        row: Name of the row.
+        role: As in `hasten.results.Row`.
+        toml: The row's recipe.
+        workload: What to render.
         device: Resolved, never `auto`.
-        weights: Fingerprint that the model must have, because rows measured before have it; None
-            where it is not known yet.
-        images: Folder for its PNGs; None where the pictures are not needed (later rounds).
-        floats: Folder for the same pictures unrounded, kept after the row if `keep_floats`.
-        references: Row name -> folder of its floats; None where it has none.
-        outcome: The file to write.
-        force: Accept a schedule learned on another model.
-        engine: Module with a `load_subject(job)`.
+        weights: Fingerprint that the model must have, which is that of earlier rows; None if it is
+            not known yet.
+        images: Folder for the row's PNGs; None if they are not needed (later rounds).
+        floats: Folder for the same images in float32.
+        keep_floats: Whether `floats` is kept after the row.
+        references: Folder of the floats of each reference row, by row name; None if there is none.
+        outcome: Path of the file to write.
+        force: Whether to accept a schedule learned on another model.
+        engine: Name of a module with a function `load_subject(job)`.
     """
 
     row: str
@@ -45,12 +49,14 @@ class Job(_Message):
 
 
 class Refusal(_Message):
-    """A HastenError that other rows cannot escape either.
+    """A HastenError that would affect other rows as well.
 
     Attributes:
-        kind: Name of its class.
-        final: It ends the benchmark, whichever row meets it; otherwise only the baseline's does,
-            where the model or the input is at fault.
+        kind: Name of the error's class.
+        faults: As in `HastenError`.
+        fix: As in `HastenError`.
+        final: Whether it ends the benchmark in any row. Otherwise it does so only in the baseline,
+            where it means that the model or the input is at fault.
     """
 
     kind: str
@@ -60,8 +66,13 @@ class Refusal(_Message):
 
 
 class Outcome(_Message):
-    """What was measured: `row` has no speed-up yet, which takes the baselines; `weights` is the
-    fingerprint of the model's weights, where it has one."""
+    """The result of a row's process.
+
+    Attributes:
+        row: The row without its speed-up, which requires the baselines.
+        weights: Fingerprint of the model's weights; None if it has none.
+        refusal: An error that would affect other rows as well.
+    """
 
     row: Row
     weights: str | None = None

@@ -1,4 +1,7 @@
-"""From the options to what every row renders, on what, and in which order. No torch."""
+"""Resolves options to the plan of a benchmark: workload, environment and rows in order.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hasten.benchmark.environment import host, look_in_process
-from hasten.benchmark.rows import PlannedRow, joined_by_rivals, plan_rows, rotated
+from hasten.benchmark.environment import detect_in_process, host
+from hasten.benchmark.rows import PlannedRow, plan_rows, rotated, with_rivals
 from hasten.benchmark.store import BenchmarkStore, Identity
 from hasten.errors import Faults, UnsupportedError
 from hasten.models.defaults import ModelDefaults
@@ -28,9 +31,15 @@ DEFAULT_LIMIT = 50
 
 @dataclass(frozen=True)
 class Options(CallOptions):
-    """What was asked for; without a file, `last` and `limit`, the first 50 of the model's set.
+    """Options of a benchmark as the user gave them.
 
-    `force` uses schedules learned on another model.
+    Attributes:
+        prompts: A bundled set or a file; None for the model's set.
+        last: Use only this many prompts from the end.
+        limit: Of these, use only this many from the start. If neither `prompts` nor `last` nor
+            `limit` is given, it is 50.
+        rounds: How often each row renders the prompts.
+        force: Whether to use schedules learned on another model.
     """
 
     prompts: str | Path | None = None
@@ -42,7 +51,7 @@ class Options(CallOptions):
 
 @dataclass(frozen=True)
 class Turn:
-    """One rendering of one row; round 0 is the first."""
+    """One round of one row; the first round is 0."""
 
     row: PlannedRow
     round: int
@@ -54,9 +63,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """The workload, where it runs, and the rows in the table's order.
+    """A resolved benchmark.
 
-    `force` lets rows use schedules learned on another model; `command` repeats the benchmark.
+    Attributes:
+        workload: What every row renders.
+        environment: Where it runs.
+        rows: In the table's order.
+        references: Names of the rows that every row is scored against.
+        force: Whether rows may use schedules learned on another model.
+        command: Command line that repeats the benchmark; None if it is unknown.
     """
 
     workload: Workload
@@ -67,20 +82,23 @@ class BenchmarkPlan:
     command: str | None = None
 
     def turns(self) -> list[Turn]:
-        """Every rendering, in order: each round rotates the rows between the baselines."""
+        """All rounds of all rows, in order. Each round rotates the rows between the baselines."""
         return [
             Turn(row, number)
             for number in range(self.workload.rounds)
             for row in rotated(self.rows, number)
         ]
 
-    def joined_by_rivals(self, measured: Mapping[str, float]) -> BenchmarkPlan:
-        """The plan once more is known: `measured` has the mean number of steps that rows computed
-        in their first round."""
-        return replace(self, rows=joined_by_rivals(self.rows, self.workload.steps, measured))
+    def with_rivals(self, measured: Mapping[str, float]) -> BenchmarkPlan:
+        """The plan with the rivals of caches whose number of computed steps is now known.
+
+        Args:
+            measured: Mean number of steps that rows computed in their first round, by row name.
+        """
+        return replace(self, rows=with_rivals(self.rows, self.workload.steps, measured))
 
     def identity(self, row: PlannedRow) -> Identity:
-        """What a row of this plan is measured with."""
+        """Everything that the measurements of a row depend on."""
         workload = self.workload.model_dump(mode="json", exclude={"rounds"})
         environment = self.environment.model_dump(mode="json", exclude={"date"})
         others = {"host": host(), "references": list(self.references)}
@@ -93,7 +111,17 @@ def plan_benchmark(
     references: Sequence[str],
     store: BenchmarkStore,
 ) -> BenchmarkPlan:
-    """Look at all of the input, and raise everything that is wrong with it at once."""
+    """Resolve and check all inputs of a benchmark.
+
+    Args:
+        options: Model, workload and device.
+        recipes: The recipes to measure.
+        references: Names of further rows to score against.
+        store: The output folder.
+
+    Raises:
+        HastenError: Any input is invalid; every fault is listed.
+    """
     faults = Faults()
     workload = resolve_workload(options, faults)
     resolved = []
@@ -105,25 +133,25 @@ def plan_benchmark(
     with faults.gather():
         store.check()
     if options.device in ("auto", "cpu"):
-        faults.raise_any()  # these two are always there: no need to look
-    here = look_in_process(options.model, options.device, options.dtype)
-    if here.fault:
-        faults.add(here.fault, here.fix)
+        faults.raise_any()  # these two are always available, so detection adds no fault
+    detected = detect_in_process(options.model, options.device, options.dtype)
+    if detected.fault:
+        faults.add(detected.fault, detected.fix)
     faults.raise_any()
-    if here.too_large:
-        raise UnsupportedError(*here.too_large)
-    workload = workload.model_copy(update={"dtype": here.dtype})
-    return BenchmarkPlan(workload, here.environment, rows, all_references, options.force)
+    if detected.too_large:
+        raise UnsupportedError(*detected.too_large)
+    workload = workload.model_copy(update={"dtype": detected.dtype})
+    return BenchmarkPlan(workload, detected.environment, rows, all_references, options.force)
 
 
 def resolve_workload(options: Options, faults: Faults) -> Workload:
-    """The workload of `options`, `dtype` still as asked; what is wrong goes into `faults`.
+    """The workload of `options`, with `dtype` as given.
 
-    Prompt i is drawn with seed `options.seed + i`. After a fault the value is a stand-in, so that
-    everything that follows can still be looked at.
+    Prompt i has the seed `options.seed + i`. Invalid values are added to `faults` and replaced by a
+    default, so that the other inputs can still be checked.
     """
     if not options.model.isprintable():
-        faults.add(f"{options.model!a} has characters that no report can show", "rename the model")
+        faults.add(f"{options.model!a} has characters that are not printable", "rename the model")
     defaults = model_defaults(options.model, faults)
     settings = chosen_settings(options, Settings.of_model(defaults), faults)
     prompts = _prompts(options, defaults, faults)
@@ -146,15 +174,15 @@ def resolve_workload(options: Options, faults: Faults) -> Workload:
 
 
 def settings_of(recipe: Recipe, workload: Workload) -> Settings:
-    """The workload's settings, overridden by what the recipe's `[sampling]` sets."""
+    """The workload's settings, overridden by those that the recipe's `[sampling]` sets."""
     tokens = workload.max_sequence_length or ModelDefaults().max_sequence_length
-    every_row = Settings(workload.width, workload.height, workload.steps, workload.guidance, tokens)
-    return every_row.under(recipe.sampling)
+    settings = Settings(workload.width, workload.height, workload.steps, workload.guidance, tokens)
+    return settings.under(recipe.sampling)
 
 
 def _prompts(options: Options, defaults: ModelDefaults, faults: Faults) -> list[str]:
-    asked = (options.prompts, options.last, options.limit)
-    limit = DEFAULT_LIMIT if asked == (None, None, None) else options.limit
+    selection = (options.prompts, options.last, options.limit)
+    limit = DEFAULT_LIMIT if selection == (None, None, None) else options.limit
     with faults.gather():
         source = defaults.prompts if options.prompts is None else options.prompts
         return read_prompts(source, last=options.last, limit=limit)

@@ -1,4 +1,4 @@
-"""One model under one recipe: loading it, its pictures and its times."""
+"""Loads a model with a recipe, renders its images and measures their times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hasten.apply import optimize
 from hasten.benchmark.job import Job
 from hasten.benchmark.plan import settings_of
-from hasten.benchmark.score import Told, save_floats, write_picture
+from hasten.benchmark.score import Progress, save_floats, write_png
 from hasten.benchmark.timer import timed
 from hasten.errors import HastenError
 from hasten.families import family_of
@@ -27,18 +27,19 @@ from hasten.schedules import nearest_schedule
 from hasten.settings import Settings
 
 DENOISE_RUNS = 3
-DENOISE_SECONDS = 5.0  # once these are spent, a slow model is not run again
+DENOISE_SECONDS = 5.0  # no further run is started after this time
 
 
 class Subject(NamedTuple):
-    """What a row measures.
+    """The pipeline that a row measures.
 
     Attributes:
-        pipe: What lies under `fast`.
-        fast: Called like `pipe`; has `last_run` and `notes`.
-        weights: Fingerprint of all weights; None where they have none.
-        learned_on: Hashes of the prompts that the recipe's schedule was learned on, empty where it
-            does not name them; None without a learned schedule.
+        pipe: The plain pipeline.
+        fast: The optimised pipeline; called like `pipe`, and has `last_run` and `notes`.
+        random_weights: Whether the weights are random, so that image quality is meaningless.
+        weights: Fingerprint of all weights; None if it cannot be computed.
+        learned_on: Hashes of the prompts that the recipe's schedule was learned on; empty if it
+            does not have them; None without a learned schedule.
     """
 
     pipe: Any
@@ -60,9 +61,11 @@ def load_subject(job: Job) -> Subject:
 
 
 def weights_of(pipe: Any) -> str | None:
-    """A fingerprint of the weights and settings of all components, not of the transformer alone:
-    another decoder, text encoder or scheduler draws other pictures as well. None where a component
-    has none."""
+    """A fingerprint of the weights and settings of all components.
+
+    The transformer alone is not enough: another decoder, text encoder or scheduler changes the
+    images, too. None if a component has no fingerprint.
+    """
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         config = getattr(part, "config", {})
@@ -72,13 +75,13 @@ def weights_of(pipe: Any) -> str | None:
         if isinstance(part, nn.Module):
             try:
                 digest.update(fingerprint(_Parameters(part.named_parameters)).encode())
-            except Exception:  # quantised and offloaded weights fail in ways of their own
+            except Exception:  # quantised and offloaded weights raise various errors
                 return None
     return digest.hexdigest()[:16]
 
 
 class _Parameters(NamedTuple):
-    """As much of a transformer as `fingerprint` looks at; settings are hashed on their own."""
+    """The part of a module that `fingerprint` reads; settings are hashed separately."""
 
     named_parameters: Callable[[], Iterator[tuple[str, Tensor]]]
     config: Mapping[str, Any] = {}
@@ -94,41 +97,50 @@ def _learned_on(recipe: Recipe, pipe: Any, steps: int) -> tuple[str, ...] | None
 
 
 def render_image(engine: Any, prompt: Prompt, settings: Settings) -> Tensor:
-    """One image, 3×H×W in [0, 1], on the pipeline's device; its noise is drawn on the CPU so that
-    it is the same on every device."""
+    """Render one image.
+
+    Its noise is generated on the CPU, so that it is the same on every device.
+
+    Returns:
+        3×H×W in [0, 1], on the pipeline's device.
+    """
     arguments = _call_arguments(prompt, settings)
     image: Tensor = engine.fast(prompt=prompt.text, output_type="pt", **arguments).images[0]
     return image
 
 
 def render_all(
-    engine: Any, job: Job, settings: Settings, tell: Told
+    engine: Any, job: Job, settings: Settings, progress: Progress
 ) -> tuple[list[float], list[int]]:
-    """Render each prompt once, alone: its seconds, and how many steps it computed.
+    """Render each prompt once, one at a time, and write the images to the job's folders.
 
-    Between the images, outside the timed region, they are written to the folders the job names.
-    Raises HastenError for an image that is not finite, unless the weights are random.
+    Writing is outside the timed region.
+
+    Returns:
+        Seconds per image, and number of computed steps per image.
+
+    Raises:
+        HastenError: An image is not finite, and the weights are not random.
     """
     device = torch.device(job.device)
     prompts = job.workload.prompts
     seconds, computed = [], []
     for done, prompt in enumerate(prompts):
-        tell("render", done, len(prompts))
+        progress("render", done, len(prompts))
         image, elapsed = timed(device, render_image, engine, prompt, settings)
         seconds.append(elapsed)
         computed.append(engine.fast.last_run.computed)
         if job.images is not None:
             _keep(image, prompt, job, Path(job.images), engine.random_weights)
-    tell("render", len(prompts), len(prompts))
+    progress("render", len(prompts), len(prompts))
     return seconds, computed
 
 
 def denoise_seconds(engine: Any, prompt: Prompt, settings: Settings, device: torch.device) -> float:
-    """Median seconds of all sampling steps, text encoded before and nothing decoded after.
+    """Median seconds of the sampling loop, without decoding and without text encoding.
 
-    The text is encoded each time where a family does not say how to do it before.
-
-    Three runs, or as many (at least one) as begin within five seconds.
+    If the family does not declare how to encode text separately, text encoding is included. The
+    median is over three runs, or as many (at least one) as start within five seconds.
     """
     encode = family_of(engine.pipe).encode
     text = {"prompt": prompt.text}
@@ -157,6 +169,6 @@ def _keep(image: Tensor, prompt: Prompt, job: Job, images: Path, random_weights:
     elif not image.isfinite().all():
         raise HastenError(f"image {prompt.id} has values that are not finite")
     image = image.float().clamp(0, 1)
-    write_picture(images / f"{prompt.id:03d}.png", image)
+    write_png(images / f"{prompt.id:03d}.png", image)
     if job.references or job.keep_floats:
         save_floats(Path(job.floats), prompt.id, image)

@@ -1,4 +1,4 @@
-"""Which rows a benchmark has, and in what order they run. No torch."""
+"""Determines the rows of a benchmark and their order. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ LONGEST_NAME = 64
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row's name, which is also its file name, the recipe it measures, and why it is there: role
-    and rival_of as in `hasten.results.Row`; notes are for the readers of the row."""
+    """A row before it is measured.
+
+    Attributes:
+        name: The row's name, which is also the name of its files.
+        recipe: What it measures.
+        role: As in `hasten.results.Row`.
+        rival_of: As in `hasten.results.Row`.
+        notes: Notes to add to the measured row.
+    """
 
     name: str
     recipe: Recipe
@@ -30,13 +37,19 @@ class PlannedRow:
 def plan_rows(
     recipes: Sequence[Recipe], steps: int, references: Sequence[str], faults: Faults
 ) -> tuple[PlannedRow, ...]:
-    """Rows in the order in which they are rendered for the first time.
+    """Plan the rows, in the order of the first round.
 
-    `baseline` first and `baseline-again` last, always. Other references come right after the
-    baseline, because everything behind them is scored against them. The rest keeps its order; each
-    row with a TensorRT engine is followed by its graph on a CPU (see `graph_of`), and each row
-    that caches by its rival (see `joined_by_rivals`). A recipe that is given twice is one row, and
-    one that is given under two names is two rows; either way their notes say so.
+    `baseline` is always first and `baseline-again` last. Other references come right after the
+    baseline, because later rows are scored against them. The remaining recipes keep their order.
+    Each row with a TensorRT engine is followed by its graph on a CPU (see `graph_of`), and each
+    cached row by its rival (see `with_rivals`). A recipe that is given twice is one row; a recipe
+    that is given under two names is two rows. Their notes mention either case.
+
+    Args:
+        recipes: The requested recipes.
+        steps: Number of inference steps of the workload.
+        references: Names of the rows to score against.
+        faults: Faults are added here.
     """
     plain = resolve(BASELINE)
     rows = {BASELINE: PlannedRow(BASELINE, plain, "baseline")}
@@ -51,7 +64,7 @@ def plan_rows(
     if BASELINE_AGAIN in rows:
         faults.add(*_name_taken(BASELINE_AGAIN))
     last = PlannedRow(BASELINE_AGAIN, plain, "baseline")
-    planned = joined_by_rivals((*map(_noted, rows.values(), repeat(rows)), last), steps, {})
+    planned = with_rivals((*map(_noted, rows.values(), repeat(rows)), last), steps, {})
     names = [row.name for row in planned[:-1]]
     for reference in references:
         if reference not in names:
@@ -62,17 +75,19 @@ def plan_rows(
     return planned
 
 
-def joined_by_rivals(
+def with_rivals(
     rows: Sequence[PlannedRow], steps: int, measured: Mapping[str, float]
 ) -> tuple[PlannedRow, ...]:
-    """The rows, each one that caches followed by its rival.
+    """The rows, with each cached row followed by its rival.
 
-    A row that is the rival already, under whatever name, is not added again, but is the rival of
-    one more row.
+    If a row with the rival's recipe exists under any name, no row is added; that row becomes the
+    rival.
 
     Args:
-        measured: Mean number of steps that rows computed. A cache that decides as it goes has no
-            rival until its row is among them.
+        rows: The rows so far.
+        steps: Number of inference steps of the workload.
+        measured: Mean number of steps that rows computed, by row name. A cache whose number of
+            computed steps depends on the image has no rival until its row is measured.
     """
     joined = list(rows)
     for row in rows:
@@ -92,11 +107,18 @@ def joined_by_rivals(
 
 
 def rival_of(recipe: Recipe, steps: int, measured: float | None = None) -> PlannedRow | None:
-    """The honest rival of a recipe that caches: no cache, and as many steps as it computes.
+    """The fewer-steps rival of a cached recipe: the same number of steps without a cache.
 
-    `measured` is the mean number of steps it has computed, for a cache that cannot tell before; it
-    has no rival until then. Where only the number of steps is left in the rival, it is called
-    `fewer-steps-K`, else `NAME-fewer-steps-K`.
+    It is named `fewer-steps-K` if it sets only the number of steps, otherwise `NAME-fewer-steps-K`.
+
+    Args:
+        recipe: Any recipe.
+        steps: Number of inference steps of the workload.
+        measured: Mean number of steps that the recipe computed. Needed if that number depends on
+            the image.
+
+    Returns:
+        The rival; None if the recipe has no cache, or `measured` is needed and missing.
     """
     if recipe.cache is None:
         return None
@@ -120,18 +142,18 @@ def rival_of(recipe: Recipe, steps: int, measured: float | None = None) -> Plann
 
 
 def graph_of(recipe: Recipe) -> PlannedRow | None:
-    """The row that goes with a TensorRT engine: its very graph on a CPU, for the pictures."""
+    """The row that scores a TensorRT engine's graph on a CPU; None for other recipes."""
     if recipe.engine is None or recipe.engine.kind != "tensorrt":
         return None
     suffix = "-onnxruntime"
     name = f"{recipe.name[: LONGEST_NAME - len(suffix)]}{suffix}"
     engine = recipe.engine.model_copy(update={"kind": "onnxruntime"})
-    described = f"the graph of {recipe.name} on a CPU, for its pictures and not for speed"
-    return PlannedRow(name, recipe.but(name=name, engine=engine, description=described), "graph")
+    description = f"the graph of {recipe.name} on a CPU, to measure its quality, not its speed"
+    return PlannedRow(name, recipe.but(name=name, engine=engine, description=description), "graph")
 
 
 def rotated(rows: Sequence[PlannedRow], turn: int) -> tuple[PlannedRow, ...]:
-    """The order of round `turn` (0 is the first): all but the two baselines move up by `turn`."""
+    """The rows in the order of round `turn`: all but the two baselines are rotated by `turn`."""
     first, *middle, last = rows
     cut = turn % len(middle) if middle else 0
     return (first, *middle[cut:], *middle[:cut], last)
@@ -152,7 +174,7 @@ def _inserted(row: PlannedRow, after: str, rows: Mapping[str, PlannedRow]) -> di
 
 
 def _noted(row: PlannedRow, rows: Mapping[str, PlannedRow]) -> PlannedRow:
-    """The row, which says so where an earlier one has the same recipe under another name."""
+    """The row, with a note if an earlier row has the same recipe under another name."""
     first = next(other.name for other in rows.values() if _same(other.recipe, row.recipe))
     if first == row.name:
         return row
@@ -160,25 +182,25 @@ def _noted(row: PlannedRow, rows: Mapping[str, PlannedRow]) -> PlannedRow:
 
 
 def _role(recipe: Recipe, otherwise: Role) -> Role:
-    """The graph of an engine runs on a CPU, so what it takes is nobody's speed."""
+    """`graph` for an engine's graph on a CPU, whose speed is not compared; else `otherwise`."""
     on_cpu = recipe.engine is not None and recipe.engine.kind == "onnxruntime"
     return "graph" if on_cpu else otherwise
 
 
 def _renamed(row: PlannedRow, taken: Container[str]) -> PlannedRow:
-    """The row under its name, or the first free one that is made of it."""
+    """The row under its own name or, if that is taken, with a number appended."""
     numbered = (f"{row.name[: LONGEST_NAME - 4]}-{number}" for number in count(2))
     name = next(name for name in chain([row.name], numbered) if name not in taken)
     return replace(row, name=name, recipe=row.recipe.but(name=name))
 
 
 def _same(one: Recipe, other: Recipe) -> bool:
-    """Whether two recipes do the same, whatever they are called."""
+    """Whether two recipes are equal apart from name and description."""
     return one.but(name="x", description="") == other.but(name="x", description="")
 
 
 def _name_taken(name: str) -> tuple[str, str]:
     return (
-        f"two different recipes would have the row {name!r}",
-        "give your recipe another name: its first line is name = ...",
+        f"two different recipes have the row name {name!r}",
+        "give your recipe another name: name = ... in its first line",
     )

@@ -63,8 +63,8 @@ def bench(
     """Render the same prompts under several recipes and write results, pictures and a report.
 
     Every recipe gets a row, in a process of its own; `baseline` is rendered first and last, and a
-    recipe with a cache is joined by its honest rival, `fewer-steps-K`, where K is the number of
-    steps it computes (for a cache that decides as it goes, the rounded mean of its first round).
+    recipe with a cache is followed by its fewer-steps rival, `fewer-steps-K`, where K is the number
+    of steps that it computes (if that depends on the image, the rounded mean of its first round).
     Speed-ups are over the mean of the two baselines. What is not given comes from the model's
     defaults; a recipe's `[sampling]` overrides it for its own row.
 
@@ -126,7 +126,7 @@ def run_plan(
         done: Done = {}
         if store.resume:
             done = _finished(plan, store)
-            grown = plan.joined_by_rivals(_steps_computed(done))
+            grown = plan.with_rivals(_steps_computed(done))
             if grown != plan:
                 plan, done = grown, _finished(grown, store)
         store.open(plan.rows, plan.workload)
@@ -138,7 +138,7 @@ def run_plan(
                 )
                 done[turn.key] = _run_row(_job(plan, store, turn, done, engine), turn, store, show)
                 store.write_row(done[turn.key], turn.round, plan.identity(turn.row))
-                plan = plan.joined_by_rivals(_steps_computed(done))
+                plan = plan.with_rivals(_steps_computed(done))
                 store.note(plan.rows, plan.workload)  # new rows are its own too
                 write_results(store.out / "results.json", _results(plan, done))
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A row's pictures, kept unrounded while they are needed, and how close they are to a reference."""
+"""Stores a row's images in float32 and as PNG, and scores them against a reference row."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ BATCH = 4
 METRICS = {"lpips": lpips, "ssim": ssim, "psnr": psnr, "ms_ssim": ms_ssim}
 MIN_SIDE = {"lpips": LPIPS_MIN_SIDE, "ms_ssim": MS_SSIM_MIN_SIDE}
 
-Told = Callable[[str, int, int], None]
-"""Hears a stage's name, how much of it is done, and of how much."""
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, the number of finished units and the total."""
 
 
 def save_floats(folder: Path, prompt: int, image: Tensor) -> None:
-    """Keep one 3×H×W float image in [0, 1] as float32, for `load_floats`."""
+    """Store one 3×H×W float image in [0, 1] as float32, for `load_floats`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"image": image.float().cpu().contiguous()}, _float_file(folder, prompt))
 
 
 def load_floats(folder: Path, prompts: Sequence[int]) -> list[Tensor]:
-    """The images kept for these prompt ids, 3×H×W each."""
+    """The stored images of these prompt ids, 3×H×W each."""
     return [load_file(_float_file(folder, prompt))["image"] for prompt in prompts]
 
 
-def write_picture(file: Path, image: Tensor) -> None:
+def write_png(file: Path, image: Tensor) -> None:
     """Write one 3×H×W float image in [0, 1] as an 8-bit PNG."""
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = image.float().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -48,28 +48,36 @@ def score(
     prompts: Sequence[int],
     *,
     device: torch.device,
-    tell: Told,
+    progress: Progress,
 ) -> Quality:
-    """Quality of the images kept in one folder against those in another, same prompt ids.
+    """Score the images that are stored in one folder against those in another.
 
-    A metric that such small images have no value for is None, with the reason; so is all of it
-    where the two sizes differ.
+    A metric is None, with a reason, if the images are too small for it. All metrics are None if the
+    images of the two folders differ in size.
+
+    Args:
+        candidates: Folder of the row's images.
+        references: Folder of the reference row's images.
+        reference: Name of the reference row.
+        prompts: Ids of the prompts.
+        device: Where to compute the metrics.
+        progress: Called before each batch and at the end.
     """
-    found: list[PromptQuality] = []
+    scores: list[PromptQuality] = []
     missing: list[str] = []
     for start in range(0, len(prompts), BATCH):
-        tell(f"score against {reference}", start, len(prompts))
+        progress(f"score against {reference}", start, len(prompts))
         ids = prompts[start : start + BATCH]
         candidate, target = (
             torch.stack(load_floats(folder, ids)).to(device) for folder in (candidates, references)
         )
         if candidate.shape != target.shape:
-            reason = f"{reference} is {_size(target)} pixels, this row {_size(candidate)}"
+            reason = f"{reference} has {_size(target)} pixels, this row {_size(candidate)}"
             return summarize_quality(reference, (), reason)
         missing = _too_small(candidate)
-        found += _score_batch(ids, candidate, target)
-    tell(f"score against {reference}", len(prompts), len(prompts))
-    return summarize_quality(reference, found, "; ".join(missing) or None)
+        scores += _score_batch(ids, candidate, target)
+    progress(f"score against {reference}", len(prompts), len(prompts))
+    return summarize_quality(reference, scores, "; ".join(missing) or None)
 
 
 def _score_batch(ids: Sequence[int], candidate: Tensor, target: Tensor) -> list[PromptQuality]:
@@ -90,7 +98,7 @@ def _too_small(images: Tensor) -> list[str]:
     side = min(images.shape[-2:])
     names = {"lpips": "LPIPS", "ms_ssim": "MS-SSIM"}
     return [
-        f"{names[metric]} needs sides of at least {least} pixels"
+        f"{names[metric]} requires sides of at least {least} pixels"
         for metric, least in MIN_SIDE.items()
         if side < least
     ]

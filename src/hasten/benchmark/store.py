@@ -1,12 +1,12 @@
-"""The folder a benchmark writes: what lies where, what is an earlier benchmark's, what is done.
+"""The output folder of a benchmark, including results to resume from.
 
 results.json  table.md  speedup.png  report.html
-images/ROW/000.png      8-bit pictures of the first round
-rows/ROW.json           a finished row and what it was measured with (ROW@2: second round)
-logs/ROW.log            what the row's process printed
-.bench.json             rows and numbers of pictures this folder's benchmarks have begun
-.hasten-lock            held by the process that writes here
-.work/                  jobs, and unrounded pictures of references; gone at the end
+images/ROW/000.png      8-bit images of the first round
+rows/ROW.json           a finished row and its identity (ROW@2: second round)
+logs/ROW.log            output of the row's process
+.bench.json             rows and numbers of images that benchmarks in this folder have started
+.hasten-lock            locked by the process that writes to the folder
+.work/                  jobs, and float32 images of references; deleted at the end
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ RowName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 def absolute(out: str | os.PathLike[str]) -> Path:
-    """The folder that `out` names. Raises InputError for a name that none can have."""
+    """The absolute path of a folder.
+
+    Raises:
+        InputError: The path is not valid for a folder.
+    """
     try:
         path = expand_user(out).absolute()
         path.as_posix().encode()  # the results are UTF-8
@@ -50,30 +54,31 @@ def absolute(out: str | os.PathLike[str]) -> Path:
         return path
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"no folder can be there ({reason}): {os.fspath(out)!r}", ANOTHER
-        ) from None
+        raise InputError(f"not a valid folder ({reason}): {os.fspath(out)!r}", ANOTHER) from None
     return path
 
 
 class Identity(BaseModel):
-    """What a row was measured with; rows with different ones do not belong in one table.
+    """Everything that the measurements of a row depend on.
 
-    `facts` are the workload but for `rounds`, which may be added; the references; all that
-    `results.json` records of hardware, driver, threads, library versions and hasten's own commit,
-    but for the date; and `host`, a hash of the host name: two machines of one kind do not run at
-    the same speed. `recipe` is the recipe's text. The weights belong to it as well, but only the
-    row's process can see them: it compares their fingerprint (see `Job.weights`).
+    Rows of one table must agree in `facts`. The fingerprint of the weights would belong here, too,
+    but only a row's process can compute it, and compares it (see `Job.weights`).
+
+    Attributes:
+        facts: The workload except `rounds`, which can be increased; the references; the environment
+            in `results.json` except the date; and `host`, a hash of the host name, because two
+            machines of the same kind differ in speed.
+        recipe: The recipe as TOML.
     """
 
     facts: dict[str, Any]
     recipe: str
 
     def differences(self, now: Identity) -> list[str]:
-        """One line for each fact that `now` has otherwise."""
+        """One line for each fact that differs in `now`."""
         changed = [key for key, value in now.facts.items() if self.facts.get(key) != value]
         return [
-            "the prompts are others"
+            "the prompts differ"
             if key == "prompts"
             else f"{key} was {self.facts.get(key)}, now is {now.facts[key]}"
             for key in changed
@@ -81,7 +86,7 @@ class Identity(BaseModel):
 
 
 class _Finished(BaseModel):
-    """A row's file. `files` are the pictures that it left, by path in the folder, as SHA-256."""
+    """A row's file. `files` has the SHA-256 of its images, by path in the folder."""
 
     identity: Identity
     round: int
@@ -97,10 +102,13 @@ class _Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class BenchmarkStore:
-    """The output folder; nothing is touched before `open`.
+    """The output folder, which is not modified before `open`.
 
-    Without `resume` (keep its finished rows) and `overwrite` (replace them), a folder that holds a
-    benchmark already is refused.
+    Attributes:
+        out: Path of the folder.
+        resume: Keep the finished rows of an existing benchmark.
+        overwrite: Replace an existing benchmark. Without `resume` or `overwrite`, a folder that
+            holds a benchmark is refused.
     """
 
     out: Path
@@ -108,11 +116,15 @@ class BenchmarkStore:
     overwrite: bool = False
 
     def check(self) -> None:
-        """Raise InputError unless `out` can be made and written, belongs to no other process and
-        holds nothing that a benchmark would replace unasked. Changes nothing."""
+        """Check, without changing anything, that a benchmark can write to `out`.
+
+        Raises:
+            InputError: `out` cannot be created or written, is locked by another process, or has
+                files that must not be replaced.
+        """
         if self.resume and self.overwrite:
             raise InputError(
-                "--resume keeps the rows that --overwrite deletes", "leave out one of the two"
+                "--resume keeps the rows that --overwrite deletes", "remove one of the two"
             )
         existing = next(folder for folder in (self.out, *self.out.parents) if folder.exists())
         if not existing.is_dir():
@@ -125,19 +137,19 @@ class BenchmarkStore:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Hold the folder, made if need be, for this process; errors of its disk get their fix."""
+        """Context manager that creates and locks the folder, and explains errors of its disk."""
         with writing(self.out, ANOTHER):
             self.out.mkdir(parents=True, exist_ok=True)
         try:
             with FolderLock(self.out):
                 yield
-        except BrokenPipeError:  # of whoever reads our progress
+        except BrokenPipeError:  # from the reader of the progress output
             raise
         except OSError as error:
             if not self.out.is_dir():
                 raise HastenError(
-                    f"{self.out}: the folder vanished during the benchmark",
-                    "run the same command again: what it held has to be measured again",
+                    f"{self.out}: the folder was removed during the benchmark",
+                    "run the same command again; its rows have to be measured again",
                 ) from None
             raise HastenError(
                 f"{error.filename or self.out}: {error.strerror}",
@@ -146,7 +158,7 @@ class BenchmarkStore:
             ) from None
 
     def open(self, rows: Sequence[PlannedRow], workload: Workload) -> None:
-        """Make the folders; with `overwrite`, first delete what earlier benchmarks wrote."""
+        """Create the folders. Without `resume`, first delete the files of earlier benchmarks."""
         self._check_content()
         if not self.resume:
             self._delete(self._manifest())
@@ -162,7 +174,7 @@ class BenchmarkStore:
             remove_drafts(folder)
 
     def note(self, rows: Sequence[PlannedRow], workload: Workload) -> None:
-        """Write down what is this benchmark's own, before it is written."""
+        """Record in the manifest which files belong to this benchmark, before writing them."""
         before = self._manifest()
         manifest = _Manifest(
             rows=list(dict.fromkeys([*before.rows, *(row.name for row in rows)])),
@@ -172,7 +184,7 @@ class BenchmarkStore:
         write_text(self.out / MANIFEST, seal(manifest.model_dump()))
 
     def row_file(self, name: str, turn: int) -> Path:
-        """Where a row of round `turn` (0 is the first) is kept; @ is in no recipe's name."""
+        """The file of a row in round `turn`, from 0; a recipe's name cannot contain @."""
         return self.out / "rows" / f"{_stem(name, turn)}.json"
 
     def log_file(self, name: str, turn: int) -> Path:
@@ -196,7 +208,7 @@ class BenchmarkStore:
         return self.images(name), self.floats(name)
 
     def write_row(self, outcome: Outcome, turn: int, identity: Identity) -> None:
-        """Keep a row, with what it was measured with and the checksums of its pictures."""
+        """Store a row with its identity and the checksums of its images."""
         name = outcome.row.recipe
         pictures = [] if turn else [self.out / image for image in outcome.row.images]
         floats = sorted(self.floats(name).glob("*.safetensors")) if pictures else []
@@ -205,13 +217,14 @@ class BenchmarkStore:
         write_text(self.row_file(name, turn), seal(finished.model_dump(mode="json"), indent=1))
 
     def finished_row(self, planned: PlannedRow, turn: int, identity: Identity) -> Outcome | None:
-        """The row if it was measured before, is ok, and is what was written.
+        """The stored outcome of a row, if it is ok and undamaged.
 
-        None, with a line in the log, for a row to be measured again: its file or a picture of it is
-        damaged, or nobody knows the weights that it was measured with.
+        Returns:
+            None if the row must be measured: there is no file, it or an image is damaged, or the
+            fingerprint of the weights is unknown. Damage is logged.
 
         Raises:
-            InputError: It was measured with something else; every difference is named.
+            InputError: The row has another identity; every difference is listed.
         """
         finished = self._read_row(planned.name, turn)
         if finished is None or finished.outcome.row.status != "ok":
@@ -222,20 +235,20 @@ class BenchmarkStore:
         if differences:
             raise InputError(
                 [f"{self.out}: cannot resume: {line}" for line in differences],
-                f"{ANOTHER}, or replace --resume by --overwrite to measure every row again",
+                f"{ANOTHER}, or replace --resume by --overwrite to measure all rows again",
             )
         images = set(finished.outcome.row.images)
         if finished.outcome.weights is None:
             reason = "the fingerprint of its weights is unknown"
         elif damaged := self._damaged(finished, images):
-            reason = f"{damaged} is not what was written"
+            reason = f"{damaged} was damaged or edited"
         else:
             return finished.outcome
         logger.info("row %s is measured again: %s", planned.name, reason)
         return None
 
     def has_floats(self, name: str, workload: Workload) -> bool:
-        """Whether a reference's unrounded pictures are all still there, as they were written."""
+        """Whether all float32 images of a reference exist and are undamaged."""
         finished = self._read_row(name, 0)
         names = {f".work/{name}/{prompt.id:03d}.safetensors" for prompt in workload.prompts}
         return finished is not None and not self._damaged(finished, names)
@@ -244,20 +257,20 @@ class BenchmarkStore:
         shutil.rmtree(self.out / ".work", ignore_errors=True)
 
     def _check_content(self) -> None:
-        """Refuse what a benchmark here would replace, delete or write to unasked."""
+        """Refuse a folder with files that a benchmark must not replace."""
         for name in FOLDERS:
             _refuse_link(self.out / name)
         there = [name for name in (*REPORT, *FOLDERS) if (self.out / name).exists()]
         if there and not os.path.lexists(self.out / MANIFEST):
             raise InputError(
-                f"{self.out}: there is {', '.join(there)} that no benchmark here wrote",
-                f"{ANOTHER}, or move them away",
+                f"{self.out}: has {', '.join(there)}, not written by a benchmark in this folder",
+                f"{ANOTHER}, or move them to another folder",
             )
         self._manifest()
         used = any(name in REPORT for name in there) or any((self.out / "rows").glob("*"))
         if used and not (self.resume or self.overwrite):
             raise InputError(
-                f"{self.out}: holds a benchmark already",
+                f"{self.out}: already holds a benchmark",
                 f"{ANOTHER}, or add --resume to keep its finished rows, "
                 "or --overwrite to replace it",
             )
@@ -268,7 +281,7 @@ class BenchmarkStore:
             return unseal_file(path, _Manifest) or _Manifest()
         except DamagedError as error:
             raise InputError(
-                f"{path}: {error}, so nobody knows which files here are a benchmark's",
+                f"{path}: {error}, so the files of the benchmark cannot be identified",
                 f"{ANOTHER}, or delete {self.out} yourself",
             ) from None
 
@@ -285,7 +298,7 @@ class BenchmarkStore:
         return finished
 
     def _damaged(self, finished: _Finished, names: Iterable[str]) -> str | None:
-        """The first of these pictures that is missing, changed or not the row's."""
+        """The first of these files that is missing, changed or not recorded in the row."""
         for name in sorted(names):
             try:
                 if finished.files.get(name) != _sha256(self.out / name):
@@ -315,8 +328,8 @@ class BenchmarkStore:
 def _refuse_link(folder: Path) -> None:
     if folder.is_symlink():
         raise InputError(
-            f"{folder}: a link, and a benchmark writes and deletes only inside of its folder",
-            f"{ANOTHER}, or replace the link by a folder",
+            f"{folder}: a link, but a benchmark writes and deletes only inside its folder",
+            f"{ANOTHER}, or replace the link with a folder",
         )
 
 

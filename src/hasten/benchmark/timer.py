@@ -1,4 +1,4 @@
-"""Time and memory, measured so that a device's queue cannot hide anything."""
+"""Measures time and memory, synchronising with the device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -28,7 +28,11 @@ def synchronize(device: torch.device) -> None:
 def timed(
     device: torch.device, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> tuple[T, float]:
-    """The result of `work(*args, **kwargs)` and its seconds, the device idle before and after."""
+    """Call `work(*args, **kwargs)`, with the device synchronised before and after.
+
+    Returns:
+        The result of the call, and its duration in seconds.
+    """
     synchronize(device)
     start = perf_counter()
     result = work(*args, **kwargs)
@@ -37,23 +41,23 @@ def timed(
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget the peak so far, where it is the device's own."""
+    """Reset the peak memory of a CUDA device. The peak of other devices cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Peak bytes since the last reset, and what was counted."""
+    """Peak bytes since the last reset, and a note on how they were measured."""
     if device.type == "cuda":
-        counted = "peak memory: what torch allocated on the GPU"
-        return torch.cuda.max_memory_allocated(device), counted
+        note = "peak memory: allocated by torch on the GPU"
+        return torch.cuda.max_memory_allocated(device), note
     return _peak_resident(), "peak memory: resident set of the process"
 
 
 def storage_bytes(components: Iterable[object]) -> int:
-    """Bytes of all parameters and buffers, each storage once however many tensors share it.
+    """Bytes of all parameters and buffers; a storage that several tensors share counts once.
 
-    Components that are no modules, such as tokenizers, have none.
+    Components that are not modules, such as tokenizers, do not count.
     """
     storages = {}
     for module in (part for part in components if isinstance(part, nn.Module)):

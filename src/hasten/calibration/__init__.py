@@ -1,5 +1,5 @@
-"""Learn a schedule for one model: which steps to compute, and how to fill the others.
+"""Learns a schedule for a model: which steps to compute, and how to fill the others.
 
-record full runs -> search the steps on inner products -> fit the weights in closed loop -> check on
-prompts that nothing was fitted to.
+Stages: record full runs, search the steps to compute on inner products of their velocities, fit the
+weights in closed loop, and check the result on held-back prompts.
 """

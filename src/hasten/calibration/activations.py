@@ -1,4 +1,4 @@
-"""`hasten.calibrate_activations`: static scales for a recipe, from a pipeline and some prompts."""
+"""`hasten.calibrate_activations`: measures static activation scales on a pipeline and prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.calibration.inputs import dynamic
-from hasten.calibration.learn import request_of
+from hasten.calibration.learn import sampling_request
 from hasten.errors import InputError, ModelError
 from hasten.families import family_of
 from hasten.kernels.quantize import TINY
@@ -36,43 +36,43 @@ def calibrate_activations(
 ) -> Recipe:
     """Measure static scales for the inputs of the linears that a recipe quantises.
 
-    Samples the prompts with the plain pipeline, which stays as it was, and keeps the largest
-    absolute input of each linear over all steps. Deterministic per seed.
+    Samples the prompts with the plain pipeline, which is not modified, and records the largest
+    absolute input of each linear over all steps. Deterministic for a given seed.
 
     Args:
         pipe: A plain pipeline.
-        prompts: 16 are enough.
-        recipe: One with `[quantize] scheme = "fp8"`; static scales that it has are replaced.
-        steps: `num_inference_steps` of the pipeline's call.
-        batch: Prompts per call.
-        seed: Seed of the first prompt's noise; each prompt's is one higher.
-        progress: Called with the stage, the prompts done and their number.
-        **arguments: Of the pipeline's call.
+        prompts: Prompts to sample; 16 are enough.
+        recipe: A recipe with `[quantize] scheme = "fp8"`. Its static scales, if any, are replaced.
+        steps: Number of inference steps.
+        batch: Number of prompts per pipeline call.
+        seed: Seed of the first prompt's noise; prompt i uses `seed + i`.
+        progress: Called with the stage, the number of finished prompts and the total.
+        **arguments: Further arguments of the pipeline call.
 
     Returns:
         The recipe with static scales.
 
     Raises:
-        InputError: There are no prompts, the recipe cannot have static scales, or a linear never
-            ran.
-        UnsupportedError: The recipe or the pipeline cannot be quantised; nothing has run.
+        InputError: There are no prompts, the recipe cannot have static scales, or a linear was
+            never called.
+        UnsupportedError: The pipeline cannot be quantised as the recipe requires. Nothing has run.
         ModelError: An input is not finite.
     """
-    show = progress or (lambda *_: None)
+    report = progress or (lambda *_: None)
     if not prompts:
-        raise InputError("there are no prompts to calibrate on", "16 are enough")
+        raise InputError("there are no prompts to calibrate on", "give prompts; 16 are enough")
     recipe = resolve(recipe)
     quantize = dynamic(recipe)
-    request = request_of(pipe, prompts, steps, seed, batch, arguments)
+    request = sampling_request(pipe, prompts, steps, seed, batch, arguments)
     transformer = request.pipe.transformer
     linears = family_of(request.pipe).quantizable(transformer)
     names = set(plan_linears(transformer, linears, quantize).names)
 
     def run() -> None:
         for ids in request.batches(range(len(prompts))):
-            show("record activations", ids.start, len(prompts))
+            report("record activations", ids.start, len(prompts))
             request.run(request.pipe, ids)
-        show("record activations", len(prompts), len(prompts))
+        report("record activations", len(prompts), len(prompts))
 
     amax = largest_inputs([item for item in linears if item[0] in names], run)
     scales = {"activations": "static", "amax": amax, "fingerprint": fingerprint(transformer)}
@@ -89,9 +89,9 @@ def _with_scales(recipe: Recipe, quantize: Quantize) -> Recipe:
 
 
 def largest_inputs(linears: Linears, run: Callable[[], object]) -> dict[str, float]:
-    """Largest absolute input of each of these linears while `run` runs, 1e-12 or more.
+    """The largest absolute input of each linear during `run()`, at least 1e-12.
 
-    Nothing stays on the linears. Waits for the device once.
+    The linears are left unmodified. Synchronises with the device once.
 
     Raises:
         InputError: A linear was never called.
@@ -103,16 +103,16 @@ def largest_inputs(linears: Linears, run: Callable[[], object]) -> dict[str, flo
     idle = [name for name, _ in linears if name not in seen]
     if idle:
         raise InputError(
-            f"{len(idle)} linears never ran, the first is {idle[0]}",
-            "name them in quantize.skip, or calibrate with calls that use them",
+            f"{len(idle)} linears were never called, the first is {idle[0]}",
+            "add them to quantize.skip, or calibrate with calls that use them",
         )
     amax = dict(
         zip(seen, torch.stack([value.cpu() for value in seen.values()]).tolist(), strict=True)
     )
-    broken = [name for name, value in amax.items() if not value < float("inf")]
-    if broken:
+    invalid = [name for name, value in amax.items() if not value < float("inf")]
+    if invalid:
         raise ModelError(
-            f"inputs of {len(broken)} linears are not all finite, the first is {broken[0]}",
+            f"the inputs of {len(invalid)} linears are not finite, the first is {invalid[0]}",
             "load the model in bfloat16 or float32",
         )
     return {name: max(amax[name], TINY) for name, _ in linears}
@@ -125,6 +125,6 @@ def _keep_largest(
     args: tuple[Tensor, ...],
     _output: Tensor,
 ) -> None:
-    """A forward hook; `torch.maximum` keeps what is not a number."""
+    """A forward hook that updates `seen`; `torch.maximum` propagates NaN."""
     largest = args[0].detach().abs().amax().float()
     seen[name] = torch.maximum(seen[name], largest) if name in seen else largest

@@ -1,8 +1,9 @@
-"""Fit a plan's weights while it runs, so that each gap also mends what earlier gaps left.
+"""Fits a plan's weights while the plan runs, so that each gap also corrects earlier errors.
 
-At a computed step i, with the sample x̂_i that the plan has really reached, the weights of the gap
-to the next computed step j are those that bring x̂_i + (σ_j − σ_i) Σ_k w_k v_k closest to the x_j of
-the full run. Starting from the real x̂_i, and not from x_i, keeps errors from adding up.
+Let x̂_i be the sample of the running plan at a computed step i, and x_j that of the full run at the
+next computed step j. The weights of the gap from i to j minimise the distance from
+x̂_i + (σ_j − σ_i) Σ_k w_k v_k to x_j. Starting from x̂_i, not from x_i, prevents errors from
+accumulating.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from hasten.passes.cache.predict import Weights
 
 
 class ClosedLoop:
-    """Replaces each step's velocity during one batch of runs, fitting weights at computed steps."""
+    """Replaces the velocity of each step of one batch, and fits weights at computed steps.
+
+    Args:
+        full: The full runs of the same prompts.
+        path: The computed steps, in ascending order, the first one 0.
+        order: How many computed velocities a gap combines at most.
+    """
 
     def __init__(self, full: Trajectories, path: Sequence[int], order: int) -> None:
         self.full = full
@@ -31,7 +38,7 @@ class ClosedLoop:
         self.weights: list[Weights] = []
 
     def __call__(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """The velocity of this step (shape of `velocity`) instead of what the pipeline has."""
+        """The velocity to use at step `index` instead of the pipeline's, in the same shape."""
         if index in self.path:
             self.known = [velocity.flatten(1).float(), *self.known][: self.order]
             self.weights.append(self._fit(index, sample))
@@ -44,8 +51,8 @@ class ClosedLoop:
     def _fit(self, index: int, sample: Tensor) -> Weights:
         stop = next((step for step in self.path if step > index), self.full.steps)
         span = self.full.sigmas[stop] - self.full.sigmas[index]
-        wanted = self.full.latents[stop].to(sample.device) - sample.flatten(1).float()
-        vectors = torch.stack([*self.known, wanted / span]).flatten(1).double()
+        change = self.full.latents[stop].to(sample.device) - sample.flatten(1).float()
+        vectors = torch.stack([*self.known, change / span]).flatten(1).double()
         gram = (vectors @ vectors.T / vectors.shape[1]).cpu().numpy()
         target = np.zeros(len(vectors))
         target[-1] = 1.0
@@ -63,10 +70,22 @@ def fit_closed_loop(
     batch: int,
     objective: Objective | None = None,
 ) -> tuple[tuple[Weights, ...], float]:
-    """(weights of each computed step, what the objective says of these runs' final latents).
+    """Fit the weights of a plan on all prompts of `full`.
 
-    `sample(ids)` runs those prompts under a plan that computes the steps of `path`. Weights are
-    fitted over a batch and averaged over batches. Without an objective, the relative error.
+    Weights are fitted per batch and averaged over the batches.
+
+    Args:
+        sample: Samples the prompts with the given ids under a plan that computes the steps of
+            `path`, and returns their final latents.
+        scheduler: The scheduler of the pipeline that `sample` calls.
+        full: The full runs of all prompts.
+        path: The computed steps, in ascending order, the first one 0.
+        order: How many computed velocities a gap combines at most.
+        batch: Number of prompts per call of `sample`.
+        objective: Rates the final latents; by default, by their relative error.
+
+    Returns:
+        The weights of each computed step, and the objective's value during the fit.
     """
     objective = objective or relative_error(full.latents[-1])
     count = full.velocities.shape[1]

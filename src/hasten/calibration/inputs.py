@@ -1,4 +1,4 @@
-"""What a calibration can work with, checked before torch is loaded."""
+"""Checks of a calibration's inputs that do not need torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hasten.recipe import Quantize, Recipe
 
 
 def check_budget(budget: int, steps: int) -> None:
-    """Raise InputError unless a run of `steps` steps can compute `budget` of them."""
+    """Raise an InputError unless `budget` is from 1 to `steps`."""
     if not 1 <= budget <= steps:
         raise InputError(
             f"budget = {budget} is not between 1 and the {steps} steps of a run",
@@ -17,29 +17,29 @@ def check_budget(budget: int, steps: int) -> None:
 
 
 def check_held_back(held_back: int, prompts: int) -> None:
-    """Raise InputError unless prompts to learn from remain without the ones held back."""
+    """Raise an InputError unless at least one prompt is held back and one is not."""
     if not 1 <= held_back < prompts:
         raise InputError(
-            f"{prompts} prompts are too few: held_back = {held_back} of them check the result",
-            "hold back at least one prompt and keep at least one to learn from; 8 and 16 are usual",
+            f"{prompts} prompts are too few for held_back = {held_back}",
+            "hold back at least one prompt, and give at least one more; 8 of 24 is usual",
         )
 
 
 def dynamic(recipe: Recipe) -> Quantize:
-    """The recipe's `[quantize]` without the static scales that it may have.
+    """The recipe's `[quantize]` with dynamic scales in place of any static ones.
 
     Raises:
-        InputError: It quantises nothing, or by a scheme that has no static scales.
+        InputError: The recipe has no `[quantize]`, or its scheme does not support static scales.
     """
     if recipe.quantize is None:
         raise InputError(
-            f"the recipe {recipe.name} quantises nothing", "give one with [quantize]: fp8"
+            f"the recipe {recipe.name} quantises nothing", "give one with [quantize], such as fp8"
         )
     if not SCHEMES[recipe.quantize.scheme].static:
         raise InputError(
-            f'the recipe {recipe.name} quantises in "{recipe.quantize.scheme}", and static scales '
-            'are for "fp8"',
-            'set scheme = "fp8" in it, or give the recipe fp8',
+            f'the recipe {recipe.name} has scheme = "{recipe.quantize.scheme}", but static scales '
+            'require "fp8"',
+            'set scheme = "fp8" in it, or use the recipe fp8',
         )
     changes = {"activations": "dynamic", "amax": None, "fingerprint": None}
     return Quantize(**{**dict(recipe.quantize), **changes})

@@ -1,4 +1,4 @@
-"""`hasten.calibrate`: from a pipeline and some prompts to a recipe with a learned schedule."""
+"""`hasten.calibrate`: learns a schedule for a pipeline from prompts, and returns it as a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hasten.calibration.inputs import check_budget, check_held_back
 from hasten.calibration.objective import (
     Objective,
     ObjectiveName,
-    picture_distance,
+    image_distance,
     relative_error,
 )
 from hasten.calibration.search import (
@@ -40,20 +40,24 @@ from hasten.recipe import Cache, IntervalCache, Recipe, ScheduleCache
 from hasten.settings import Settings
 
 ORDERS = (1, 2, 3, 4)  # how many computed velocities a gap combines
-POWERS = (1.0, 2.0)  # of a gap's error in the searched cost: each gives a path to start from
-CLIMB = 120  # evaluations of the transformer, a batch of prompts each
-REACHES = (2, 4, 8)  # how far a climb moves a computed step; the next once one is exhausted
+POWERS = (1.0, 2.0)  # of a gap's error in the search cost; each gives a starting path
+CLIMB = 120  # evaluations of the transformer, each on a batch of prompts
+REACHES = (2, 4, 8)  # how far a climb moves a computed step; used in turn when one is exhausted
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was learned, and how good it is on held-back prompts.
+    """A learned schedule and its quality on held-back prompts.
 
-    recipe: the schedule; interval: the plain interval with at least as many computed steps; error
-    and interval_error: their relative errors of the final latents; lpips and interval_lpips: mean
-    LPIPS of their pictures against the full run's; better: whether the schedule is worth having, by
-    the objective it was learned for.
+    Attributes:
+        recipe: A recipe with the schedule.
+        interval: The plain interval cache with at least as many computed steps.
+        error: Relative error of the schedule's final latents against the full run.
+        interval_error: The same for `interval`.
+        lpips: Mean LPIPS of the schedule's images against those of the full run.
+        interval_lpips: The same for `interval`.
+        objective: What the schedule was optimised for.
     """
 
     recipe: Recipe
@@ -66,6 +70,7 @@ class Calibration:
 
     @property
     def better(self) -> bool:
+        """Whether the schedule is better than `interval` by its objective."""
         if self.objective == "lpips":
             return self.lpips < self.interval_lpips
         return self.error < self.interval_error
@@ -73,9 +78,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """A pipeline and how to sample it: prompt i gets the noise of seed + i.
+    """A pipeline and how to sample it.
 
-    arguments: of the pipeline's call, with `num_inference_steps`, `height` and `width`.
+    Attributes:
+        pipe: The plain pipeline.
+        prompts: All prompts; an id is an index into them.
+        seed: Prompt i has noise of seed `seed + i`.
+        batch: Number of prompts per pipeline call.
+        arguments: Of the pipeline call, including `num_inference_steps`, `height` and `width`.
     """
 
     pipe: Any
@@ -85,10 +95,10 @@ class SamplingRequest:
     arguments: dict[str, Any]
 
     def run(self, call: Callable[..., Any], ids: Sequence[int]) -> Tensor:
-        """Final latents, P×tokens×channels, of these prompts."""
+        """The final latents of these prompts under `call`, P×tokens×channels."""
         noise = [torch.Generator("cpu").manual_seed(self.seed + i) for i in ids]
         arguments = dict(self.arguments)
-        if isinstance(arguments.get("negative_prompt"), str):  # pipelines want one per prompt
+        if isinstance(arguments.get("negative_prompt"), str):  # pipelines require one per prompt
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(ids)
         latents: Tensor = call(
             prompt=[self.prompts[i] for i in ids],
@@ -99,33 +109,33 @@ class SamplingRequest:
         return latents
 
     def batches(self, ids: range) -> list[range]:
-        """Ids of each call. Image pipelines draw differently in other company."""
+        """The ids of each call. An image's pixels can depend on the rest of its batch."""
         return [ids[first : first + self.batch] for first in range(0, len(ids), self.batch)]
 
     def run_all(self, call: Callable[..., Any], ids: range) -> Tensor:
-        """Final latents of these prompts, in batches; P×D, float32, on the CPU."""
+        """The final latents of these prompts under `call`, in batches; P×D, float32, on the CPU."""
         parts = [self.run(call, batch) for batch in self.batches(ids)]
         return torch.cat(parts).flatten(1).float().cpu()
 
     def plain_run(self, ids: Sequence[int]) -> Tensor:
-        """`run` of the plain pipeline.
+        """`run` with the plain pipeline.
 
         Raises:
-            InputError: The pipeline does not draw the size that it is called with.
+            InputError: The pipeline renders another size than it is called with.
         """
         latents = self.run(self.pipe, ids)
         height, width = self.arguments["height"], self.arguments["width"]
         side = 2 * self.pipe.vae_scale_factor
         if latents.shape[1] != (height // side) * (width // side):
             raise InputError(
-                f"the pipeline was called for {width}x{height} and drew another size",
-                f"call it for what it draws; FluxKontextPipeline takes max_area={width * height}",
+                f"the pipeline was called with size {width}x{height}, but rendered another size",
+                f"call it with its size; FluxKontextPipeline takes max_area={width * height}",
             )
         return latents
 
     @contextmanager
     def optimized(self, cache: Cache) -> Iterator[OptimizedPipeline]:
-        """The pipeline under a step cache, while the block runs."""
+        """Context manager that yields the pipeline optimised with a step cache."""
         fast: OptimizedPipeline = optimize(self.pipe, Recipe(cache=cache))
         try:
             yield fast
@@ -133,15 +143,15 @@ class SamplingRequest:
             fast.restore()
 
     def objective(self, name: ObjectiveName, full: Trajectories) -> Objective:
-        """Judges final latents of the prompts that `full` recorded."""
+        """The objective `name` for final latents of the prompts of `full`."""
         reference = full.latents[-1]
         if name == "latent":
             return relative_error(reference)
         height, width = self.arguments["height"], self.arguments["width"]
-        return picture_distance(self.pipe, reference, height, width)
+        return image_distance(self.pipe, reference, height, width)
 
     def key(self) -> dict[str, Any]:
-        """What recordings and trials depend on, as JSON values."""
+        """Everything that recordings and trials depend on, as JSON values."""
         scheduler = self.pipe.scheduler
         return {
             "fingerprint": fingerprint(self.pipe.transformer),
@@ -157,7 +167,7 @@ class SamplingRequest:
 
 
 def _identity(value: Any) -> str:
-    """A hash of a call's argument by what is in it; tensors and images may be among it."""
+    """A hash of an argument's content, which may include tensors and images."""
     digest = hashlib.sha256(type(value).__name__.encode())
     if isinstance(value, Mapping):
         digest.update(_identity([[name, value[name]] for name in sorted(value)]).encode())
@@ -173,7 +183,7 @@ def _content(value: Any) -> bytes:
     if isinstance(value, Tensor):
         shape = f"{value.dtype}{tuple(value.shape)}".encode()
         return shape + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-    if hasattr(value, "tobytes"):  # an image of Pillow, an array of numpy
+    if hasattr(value, "tobytes"):  # a Pillow image or numpy array
         kind = [getattr(value, name, "") for name in ("mode", "size", "dtype", "shape")]
         content: bytes = repr(kind).encode() + value.tobytes()
         return content
@@ -196,54 +206,65 @@ def calibrate(
     progress: Progress | None = None,
     **arguments: Any,
 ) -> Calibration:
-    """Learn which steps to compute on a pipeline, which stays as it was. Deterministic per seed.
+    """Learn which steps of a pipeline to compute.
+
+    The pipeline is not modified. Deterministic for a given seed.
 
     Args:
         pipe: A plain pipeline.
-        prompts: 16 to learn from and 8 to check on are enough for FLUX-like models.
-        budget: How many steps of a run to compute.
-        steps: `num_inference_steps` of the pipeline's call.
-        objective: Whether to keep the final latents close to the full run's, or the image (LPIPS).
-        climb: Transformer evaluations, each of a batch of prompts, to refine the schedule with.
-        held_back: How many of the last prompts only check what the others taught.
-        batch: Prompts per call.
-        seed: Seed of the first prompt's noise; each prompt's is one higher.
-        state: A folder from which a later call continues, also with another budget.
-        progress: Called with the stage, the units done and their number.
-        **arguments: Of the pipeline's call (height, width, guidance_scale, image …).
+        prompts: Prompts to learn from, then `held_back` to check on. For FLUX-like models, 16 and 8
+            are enough.
+        budget: Number of steps to compute, from 1 to `steps`.
+        steps: Number of inference steps.
+        objective: What to keep close to the full run: the final latents ("latent") or the image
+            ("lpips").
+        climb: Number of transformer evaluations, each on a batch of prompts, for refining the
+            schedule.
+        held_back: How many of the last prompts are used only to check the schedule.
+        batch: Number of prompts per pipeline call.
+        seed: Seed of the first prompt's noise; prompt i uses `seed + i`.
+        state: A folder for intermediate results, from which a later call continues, even with
+            another budget.
+        progress: Called with the stage, the number of finished units and the total.
+        **arguments: Further arguments of the pipeline call (height, guidance_scale, image …).
+
+    Returns:
+        The schedule and its quality on the held-back prompts.
 
     Raises:
-        InputError: A budget outside 1…steps, too few prompts, or a state that is damaged, of
-            another calibration, in use, or cannot be written.
+        InputError: The budget is not from 1 to `steps`, there are too few prompts, or the state is
+            damaged, belongs to another calibration, is in use or cannot be written.
+        UnsupportedError: The pipeline's family is not supported.
+        AlreadyOptimizedError: The pipeline is optimised.
         ModelError: The model's full runs are not finite.
     """
-    show = progress or (lambda *_: None)
+    report = progress or (lambda *_: None)
     check_held_back(held_back, len(prompts))
     check_budget(budget, steps)
-    request = request_of(pipe, prompts, steps, seed, batch, arguments)
+    request = sampling_request(pipe, prompts, steps, seed, batch, arguments)
     learned, held = range(len(prompts))[:-held_back], range(len(prompts))[-held_back:]
     with open_store(
         state, request.key() | {"learned": len(learned), "objective": objective}
     ) as store:
-        full, checked = _full_runs(request, learned, held, store, show)
-        check_budget(budget, full.steps)  # a late start has fewer of them
-        judge = request.objective(objective, full)
-        best = search_plan(request, full, budget, judge, climb, store, show)
-    return _checked(request, _schedule(request, full, best), objective, checked, held, show)
+        full, checked = _full_runs(request, learned, held, store, report)
+        check_budget(budget, full.steps)  # a late start has fewer steps
+        loss = request.objective(objective, full)
+        best = search_plan(request, full, budget, loss, climb, store, report)
+    return _checked(request, _schedule(request, full, best), objective, checked, held, report)
 
 
 def _full_runs(
-    request: SamplingRequest, learned: range, held: range, store: CalibrationStore, show: Progress
+    request: SamplingRequest, learned: range, held: range, store: CalibrationStore, report: Progress
 ) -> tuple[Trajectories, Trajectories]:
-    """Recordings of the prompts to learn from, and of those to check on."""
-    every = record(
+    """Recordings of the prompts to learn from, and of the held-back prompts."""
+    recorded = record(
         request.plain_run,
         request.pipe,
         [*request.batches(learned), *request.batches(held)],
-        lambda done, total: show("record full runs", done, total),
+        lambda done, total: report("record full runs", done, total),
         store,
     )
-    return every.of(slice(0, held.start)), every.of(slice(held.start, None))
+    return recorded.of(slice(0, held.start)), recorded.of(slice(held.start, None))
 
 
 def _schedule(request: SamplingRequest, full: Trajectories, best: Fitted) -> ScheduleCache:
@@ -263,17 +284,17 @@ def _checked(
     objective: ObjectiveName,
     full: Trajectories,
     held: range,
-    show: Progress,
+    report: Progress,
 ) -> Calibration:
-    """The schedule and its errors on held-back prompts, with those of the plain interval."""
+    """The schedule with its errors, and those of the plain interval, on the held-back prompts."""
     budget, steps = len(schedule.compute), schedule.steps
     interval = _interval_of(budget, steps)
-    judges = request.objective("latent", full), request.objective("lpips", full)
-    show("check on held-back prompts", 0, 2)
-    error, lpips = _held_back(request, schedule, judges, held)
-    show("check on held-back prompts", 1, 2)
-    interval_error, interval_lpips = _held_back(request, interval, judges, held)
-    show("check on held-back prompts", 2, 2)
+    losses = request.objective("latent", full), request.objective("lpips", full)
+    report("check on held-back prompts", 0, 2)
+    error, lpips = _held_back(request, schedule, losses, held)
+    report("check on held-back prompts", 1, 2)
+    interval_error, interval_lpips = _held_back(request, interval, losses, held)
+    report("check on held-back prompts", 2, 2)
     recipe = Recipe(
         name=f"schedule-{budget}-of-{steps}",
         description=f"{budget} of {steps} steps, learned on {held.start} prompts",
@@ -289,13 +310,13 @@ def search_plan(
     objective: Objective,
     climb: int,
     store: CalibrationStore,
-    show: Progress,
+    report: Progress,
 ) -> Fitted:
-    """Search on inner products, then climb from there by what a plan really gives when it runs."""
+    """Search a path on inner products, then improve it by the measured error of running plans."""
 
     def run(path: tuple[int, ...], order: int) -> Fitted:
-        known = store.trial(path, order)
-        if known is None:
+        trial = store.trial(path, order)
+        if trial is None:
             with request.optimized(
                 ScheduleCache(steps=full.steps, compute=path, predictor="reuse")
             ) as fast:
@@ -308,60 +329,60 @@ def search_plan(
                     batch=request.batch,
                     objective=objective,
                 )
-            known = Fitted(error, path, order, weights)
-            store.keep_trial(known)
-        return known
+            trial = Fitted(error, path, order, weights)
+            store.keep_trial(trial)
+        return trial
 
     costs = GapCosts(gram_matrix(full), full.sigmas)
     starts = dict.fromkeys(best_path(costs, full.steps, budget, power) for power in POWERS)
     pairs = [(path, order) for path in starts for order in ORDERS]
-    found = []
+    fits = []
     for number, (path, order) in enumerate(pairs):
-        show("fit", number, len(pairs))
-        found.append(run(path, order))
-    best = min(found, key=lambda fitted: fitted.error)
+        report("fit", number, len(pairs))
+        fits.append(run(path, order))
+    best = min(fits, key=lambda fitted: fitted.error)
     tried = set(starts)
     trials = climb // budget
     for trial in range(trials):
-        show("climb", trial, trials)
-        near = _untried(best.path, full.steps, tried)
-        if not near:
+        report("climb", trial, trials)
+        candidates = _untried(best.path, full.steps, tried)
+        if not candidates:
             break
-        path = min(near, key=lambda path: path_cost(costs, path, full.steps))
+        path = min(candidates, key=lambda path: path_cost(costs, path, full.steps))
         tried.add(path)
         best = min(best, run(path, best.order), key=lambda fitted: fitted.error)
-    show("climb", trials, trials)
+    report("climb", trials, trials)
     return best
 
 
 def _untried(
     path: tuple[int, ...], steps: int, tried: set[tuple[int, ...]]
 ) -> list[tuple[int, ...]]:
-    """Paths near this one, from the least reach that has any left."""
+    """Untried neighbours of `path`, at the smallest reach that has any."""
     for reach in REACHES:
-        near = [other for other in neighbours(path, steps, reach) if other not in tried]
-        if near:
-            return near
+        untried = [other for other in neighbours(path, steps, reach) if other not in tried]
+        if untried:
+            return untried
     return []
 
 
 def _held_back(
-    request: SamplingRequest, cache: Cache, judges: tuple[Objective, Objective], ids: range
+    request: SamplingRequest, cache: Cache, losses: tuple[Objective, Objective], ids: range
 ) -> tuple[float, float]:
-    """What both say of the final latents of these prompts, sampled as a user would."""
+    """Both losses of the final latents of these prompts, sampled through the public API."""
     with request.optimized(cache) as fast:
         finals = request.run_all(fast, ids)
-    return judges[0](finals), judges[1](finals)
+    return losses[0](finals), losses[1](finals)
 
 
-def request_of(
+def sampling_request(
     pipe: Any, prompts: Sequence[str], steps: int, seed: int, batch: int, arguments: dict[str, Any]
 ) -> SamplingRequest:
-    """The plain pipeline with the arguments that a call of it would have.
+    """The plain pipeline with the resolved arguments of its call.
 
     Raises:
-        UnsupportedError: The pipeline is of no supported family.
-        AlreadyOptimizedError: It is optimised.
+        UnsupportedError: The pipeline's family is not supported.
+        AlreadyOptimizedError: The pipeline is optimised.
     """
     plain = pipe.pipe if type(pipe) is OptimizedPipeline else pipe
     family_of(plain)
@@ -374,7 +395,7 @@ def request_of(
 
 
 def _interval_of(budget: int, steps: int) -> IntervalCache:
-    """The interval plan (start 2) that computes at least as many steps, and as few as it can."""
+    """The interval plan (start 2) with the fewest computed steps that are at least `budget`."""
     start = min(2, budget)
     interval = max(1, (steps - start) // max(1, budget - start))
     return IntervalCache(start_step=start, interval=interval)

@@ -1,4 +1,4 @@
-"""What a schedule is to keep near the full run: the final latents, or their picture."""
+"""Objectives of a calibration: the distance of final latents, or of their images, to a full run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hasten.families import family_of
 from hasten.quality import lpips
 
 ObjectiveName = Literal["latent", "lpips"]
-Objective = Callable[[Tensor], float]  # of P final latents, P×D
+Objective = Callable[[Tensor], float]  # maps P final latents, P×D, to a loss
 BATCH = 8
 
 
 def relative_error(reference: Tensor) -> Objective:
-    """Mean over P of ‖latents − reference‖ / ‖reference‖, both P×D."""
+    """The objective that averages ‖latents − reference‖ / ‖reference‖ over P; both are P×D."""
 
     def error(latents: Tensor) -> float:
         return float(((latents - reference).norm(dim=1) / reference.norm(dim=1)).mean())
@@ -26,33 +26,42 @@ def relative_error(reference: Tensor) -> Objective:
     return error
 
 
-def picture_distance(pipe: Any, reference: Tensor, height: int, width: int) -> Objective:
-    """Mean LPIPS between the pictures of final latents and of `reference`, both P×D."""
-    wanted = decode_pictures(pipe, reference, height, width)
+def image_distance(pipe: Any, reference: Tensor, height: int, width: int) -> Objective:
+    """The objective that averages the LPIPS of the images of latents and `reference`; both P×D."""
+    target = decode_images(pipe, reference, height, width)
 
     def distance(latents: Tensor) -> float:
-        return float(lpips(decode_pictures(pipe, latents, height, width), wanted).mean())
+        return float(lpips(decode_images(pipe, latents, height, width), target).mean())
 
     return distance
 
 
 @torch.no_grad()
-def decode_pictures(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    """Pictures, P×3×H×W in [0, 1], float32, on the pipeline's device; latents are P×D.
+def decode_images(pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    """Decode final latents.
+
+    Args:
+        pipe: A pipeline of a family that declares `decode`.
+        latents: P×D.
+        height: In pixels.
+        width: In pixels.
+
+    Returns:
+        P×3×H×W in [0, 1], float32, on the pipeline's device.
 
     Raises:
-        UnsupportedError: How to decode latents is not declared for this family.
+        UnsupportedError: The family does not declare how to decode latents.
     """
     family = family_of(pipe)
     if family.decode is None:
         raise UnsupportedError(
-            f"how final latents of {family.name} become pictures is not declared",
-            'calibrate with objective = "latent", or declare it: hasten.register_family',
+            f"the family {family.name} does not declare how to decode latents",
+            'calibrate with objective = "latent", or declare it with hasten.register_family',
         )
     channels = pipe.transformer.config.in_channels
-    pictures = []
-    for some in torch.split(latents, BATCH):
-        packed = some.view(len(some), -1, channels).to(pipe._execution_device, pipe.vae.dtype)
+    images = []
+    for part in torch.split(latents, BATCH):
+        packed = part.view(len(part), -1, channels).to(pipe._execution_device, pipe.vae.dtype)
         image = family.decode(pipe, packed, height, width)
-        pictures.append((image.float() / 2 + 0.5).clamp(0, 1))
-    return torch.cat(pictures)
+        images.append((image.float() / 2 + 0.5).clamp(0, 1))
+    return torch.cat(images)

@@ -1,10 +1,11 @@
-"""Which K of N steps to compute: what leaving a step for a later one costs, and the search.
+"""Search for the K of N steps to compute, and the cost of the gaps between them.
 
-Over a gap from step i to step j the full run moves by S_ij = Σ_{m=i}^{j-1} Δσ_m v_m; a plan moves
-by Δσ_ij · Σ_k w_k u_k, with u_k the newest computed velocities and w fitted by least squares over
-all calibration prompts. Both are linear in the N recorded velocities, so every error is a vector of
-N coefficients and its squared norm a quadratic form in their N×N Gram matrix: no latent is touched
-while searching. The cost conditioned on earlier key steps follows DPCache (arXiv:2602.22654).
+Over a gap from step i to step j, the full run moves by S_ij = Σ_{m=i}^{j-1} Δσ_m v_m. A plan moves
+by Δσ_ij · Σ_k w_k u_k, where u_k are the newest computed velocities and w is fitted by least
+squares over all calibration prompts. Both are linear in the N recorded velocities. Every error is
+therefore a vector of N coefficients, and its squared norm is a quadratic form in the N×N Gram
+matrix of the velocities, so the search reads no latents. The cost conditioned on earlier computed
+steps follows DPCache (arXiv:2602.22654).
 """
 
 from __future__ import annotations
@@ -20,18 +21,24 @@ from hasten.passes.cache.predict import WEIGHTS
 
 Array = NDArray[np.float64]
 LONGEST_GAP = 4.0  # times the mean gap
-RIDGE = 1e-4  # of the newest velocity's squared norm: pulls the weights towards plain reuse
+RIDGE = 1e-4  # of the newest velocity's squared norm; regularises towards plain reuse
 
 
 def gram_matrix(trajectories: Trajectories) -> Array:
-    """N×N mean inner products of the velocities, over prompts and latent values."""
+    """Inner products of the N velocities, N×N, averaged over prompts and latent values."""
     velocities = trajectories.velocities.flatten(1).double()
     gram: Array = (velocities @ velocities.T / velocities.shape[1]).numpy()
     return gram
 
 
 class GapCosts:
-    """Errors of gaps, each computed once: with fitted weights, or as a predictor fills them."""
+    """Errors of gaps, each computed once.
+
+    Args:
+        gram: Inner products of the velocities, N×N.
+        sigmas: The N + 1 noise levels.
+        predictor: Name of the predictor that fills gaps; None for fitted weights.
+    """
 
     def __init__(
         self, gram: Array, sigmas: tuple[float, ...], predictor: str | None = None
@@ -42,45 +49,55 @@ class GapCosts:
         self._known: dict[tuple[int, ...], Array] = {}
 
     def error(self, stop: int, known: tuple[int, ...]) -> Array:
-        """Coefficients (N) of the error made from step known[0] to step `stop`; `known` are the
-        computed steps whose velocities it combines, newest first."""
+        """The error of the gap from step `known[0]` to step `stop`, as N coefficients.
+
+        Args:
+            stop: The next computed step, or N.
+            known: The computed steps whose velocities the gap combines, newest first.
+        """
         key = (stop, *known)
         if key not in self._known:
             self._known[key] = self._fit(stop, known)
         return self._known[key]
 
     def norm(self, coefficients: Array) -> float:
-        """Root mean square error that these coefficients of velocities stand for."""
+        """The root mean square of the combination of velocities with these N coefficients."""
         return math.sqrt(max(0.0, float(coefficients @ self.gram @ coefficients)))
 
     def _fit(self, stop: int, known: tuple[int, ...]) -> Array:
         start = known[0]
-        wanted = np.zeros(len(self.gram))
-        wanted[start:stop] = np.diff(self.sigmas)[start:stop]
+        target = np.zeros(len(self.gram))
+        target[start:stop] = np.diff(self.sigmas)[start:stop]
         if self.predictor is not None:
-            return self._predicted(stop, known) - wanted
+            return self._predicted(stop, known) - target
         span = self.sigmas[stop] - self.sigmas[start]
-        weights = fit_weights(self.gram, wanted / span, known)
-        made = np.zeros_like(wanted)
-        made[list(known)] = weights * span
-        return made - wanted
+        weights = fit_weights(self.gram, target / span, known)
+        predicted = np.zeros_like(target)
+        predicted[list(known)] = weights * span
+        return predicted - target
 
     def _predicted(self, stop: int, known: tuple[int, ...]) -> Array:
         weigh = WEIGHTS[str(self.predictor)]
-        made = np.zeros(len(self.gram))
+        predicted = np.zeros(len(self.gram))
         levels = [float(self.sigmas[step]) for step in known]
         for step in range(known[0], stop):
             weights = weigh(levels, float(self.sigmas[step]))
             span = self.sigmas[step + 1] - self.sigmas[step]
             for known_step, weight in zip(known, weights, strict=False):
-                made[known_step] += weight * span
-        return made
+                predicted[known_step] += weight * span
+        return predicted
 
 
 def fit_weights(gram: Array, target: Array, known: tuple[int, ...]) -> Array:
-    """Weights w (newest first) that bring Σ w_k v_known[k] closest to Σ target_m v_m.
+    """Fit weights by ridge regression towards plain reuse, w = (1, 0, …), on the Gram matrix.
 
-    Least squares with a ridge towards plain reuse, w = (1, 0, …), solved from the Gram matrix.
+    Args:
+        gram: Inner products of the velocities, N×N.
+        target: N coefficients of the velocity to approximate.
+        known: Indices of the velocities to combine, newest first.
+
+    Returns:
+        The weights w that minimise the distance from Σ_k w_k v_known[k] to Σ_m target_m v_m.
     """
     among = gram[np.ix_(known, known)]
     ridge = RIDGE * gram[known[0], known[0]] * np.eye(len(known))
@@ -90,12 +107,20 @@ def fit_weights(gram: Array, target: Array, known: tuple[int, ...]) -> Array:
 
 
 def best_path(costs: GapCosts, steps: int, budget: int, power: float = 1.0) -> tuple[int, ...]:
-    """K steps, from step 0, that minimise the sum of the gaps' errors, each to a power.
+    """Find the K steps that minimise the sum of the gaps' errors, each raised to `power`.
 
-    Power 1 is as if they added up, 2 as if they were orthogonal; the worst gap counts more with 2.
+    Power 1 assumes that errors add up, power 2 that they are orthogonal; power 2 gives the worst
+    gap more weight. The error of a gap depends on the computed step before it, so the states of the
+    dynamic programme are pairs (previous, current). The run time is O(K · N · gap²).
 
-    A gap's error depends on the computed step before it, so the states of the dynamic programme
-    are pairs (previous, current); O(K · N · gap²).
+    Args:
+        costs: Errors of the gaps.
+        steps: N, the number of steps of a run.
+        budget: K, the number of steps to compute.
+        power: Exponent of each error.
+
+    Returns:
+        The computed steps in ascending order, the first one 0.
     """
     longest = max(2, int(LONGEST_GAP * steps / budget))
     # best[(previous, current)] = (cost so far, path)
@@ -119,7 +144,7 @@ def best_path(costs: GapCosts, steps: int, budget: int, power: float = 1.0) -> t
 
 
 def path_cost(costs: GapCosts, path: tuple[int, ...], steps: int) -> float:
-    """What `best_path` minimises at power 1: the sum of the gaps' errors."""
+    """The sum of the errors of a path's gaps, which `best_path` minimises at power 1."""
     total = 0.0
     for number, start in enumerate(path):
         stop = path[number + 1] if number + 1 < len(path) else steps
@@ -129,7 +154,7 @@ def path_cost(costs: GapCosts, path: tuple[int, ...], steps: int) -> float:
 
 
 def neighbours(path: tuple[int, ...], steps: int, reach: int) -> Iterator[tuple[int, ...]]:
-    """Paths in which one computed step, other than the first, is up to `reach` steps elsewhere."""
+    """Paths that differ in one computed step, not the first, which moves by up to `reach`."""
     for number in range(1, len(path)):
         low = path[number - 1]
         high = path[number + 1] if number + 1 < len(path) else steps

@@ -1,9 +1,9 @@
-"""What a calibration has done so far, in a folder, so that an interrupted one can be resumed.
+"""Stores intermediate results of a calibration in a folder, so that it can be resumed.
 
-Recordings are most of the work on a large model, closed-loop trials most of it on a small one; both
-are kept as they finish. Each carries a checksum over its content and over what it is of, so that
-nothing is taken over that is damaged, edited or of another calibration. Nothing of a recording
-depends on the budget, so one folder serves several.
+Recordings are most of the work for a large model, and closed-loop trials for a small one. Both are
+stored as soon as they are finished. Each has a checksum over its content and the calibration that
+it belongs to, so that damaged, edited or unrelated results are not used. Recordings do not depend
+on the budget, so several budgets can use the same folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHECKSUM = "sha256"  # in the metadata of a recording
 
 
 class Fitted(NamedTuple):
-    """A path, its weights fitted in closed loop, and the error that leaves at the end."""
+    """A path, its weights as fitted in closed loop, and the objective's value with them."""
 
     error: float
     path: tuple[int, ...]
@@ -42,21 +42,21 @@ class Fitted(NamedTuple):
 
 
 class _State(BaseModel):
-    """What a calibration is of, and the trials that it has made."""
+    """The key of a calibration and its trials so far."""
 
     key: dict[str, Any]
     trials: list[Fitted]
 
 
 class CalibrationStore:
-    """Recordings and trials by what they are of. Without a folder, it only remembers trials."""
+    """Recordings and trials of a calibration. Without a folder, trials are kept in memory only."""
 
     def __init__(self, folder: Path | None = None, key: dict[str, Any] | None = None) -> None:
-        """Use an existing folder.
+        """Open the store, and create its folder if necessary.
 
         Args:
-            folder: Where to keep everything; no other process may use it meanwhile.
-            key: JSON values that say what is learned.
+            folder: Where to store results; no other process may use it at the same time.
+            key: JSON values that identify the calibration.
 
         Raises:
             InputError: The folder holds another calibration, is damaged, or cannot be used.
@@ -72,10 +72,10 @@ class CalibrationStore:
         self._claim(folder / STATE)
 
     def recording(self, number: int) -> dict[str, Tensor] | None:
-        """Tensors of batch `number`, if it has been recorded.
+        """The tensors of batch `number`, or None if it has not been recorded.
 
         Raises:
-            InputError: The file is not what was written for this batch of this calibration.
+            InputError: The file is damaged, or of another batch or calibration.
         """
         path = self._batch(number)
         if path is None or not path.is_file():
@@ -83,11 +83,11 @@ class CalibrationStore:
         with _usable(path), _intact(path):
             tensors, checksum = _load(path)
             if checksum != self._checksum(number, tensors):
-                raise DamagedError("its content is not what was written: the checksum differs")
+                raise DamagedError("it was damaged or edited: the checksum differs")
         return tensors
 
     def keep_recording(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Keep a finished batch, whole or not at all.
+        """Store a finished batch atomically.
 
         Raises:
             InputError: The file cannot be written.
@@ -98,11 +98,11 @@ class CalibrationStore:
                 save_file(tensors, draft, {CHECKSUM: self._checksum(number, tensors)})
 
     def trial(self, path: tuple[int, ...], order: int) -> Fitted | None:
-        """The closed-loop fit of a path, if it has been run."""
+        """The closed-loop fit of a path, or None if it has not been run."""
         return self._trials.get((path, order))
 
     def keep_trial(self, fitted: Fitted) -> None:
-        """Remember a fit, and write it down.
+        """Store a fit.
 
         Raises:
             InputError: The file cannot be written.
@@ -115,7 +115,7 @@ class CalibrationStore:
         return None if self.folder is None else self.folder / f"recording-{number:04d}.safetensors"
 
     def _checksum(self, number: int, tensors: dict[str, Tensor]) -> str:
-        """Over what the calibration is of, the batch, and names, types, shapes and values."""
+        """A checksum over key, batch number, and the tensors' names, types, shapes and values."""
         names = sorted(tensors)
         kinds = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
         about = json.dumps([self.key, number, kinds], sort_keys=True)
@@ -125,19 +125,19 @@ class CalibrationStore:
         return digest.hexdigest()
 
     def _claim(self, path: Path) -> None:
-        """Take over the trials of this calibration. Refuses the folder of another."""
+        """Load the trials of this calibration; refuse the folder of another calibration."""
         with _intact(path):
-            there = unseal_file(path, _State)
-        if there is None:
+            state = unseal_file(path, _State)
+        if state is None:
             self._write_state(path)
             return
-        other = [name for name in self.key if there.key.get(name) != self.key[name]]
-        if other:
+        different = [name for name in self.key if state.key.get(name) != self.key[name]]
+        if different:
             raise InputError(
-                f"{path.parent} holds another calibration: it differs in {', '.join(other)}",
-                f"delete {path.parent}, or repeat the command that it is of",
+                f"{path.parent} holds another calibration: it differs in {', '.join(different)}",
+                f"delete {path.parent}, or repeat the command that created it",
             )
-        self._trials = {(fit.path, fit.order): fit for fit in there.trials}
+        self._trials = {(fit.path, fit.order): fit for fit in state.trials}
 
     def _write_state(self, path: Path) -> None:
         state = _State(key=self.key, trials=list(self._trials.values()))
@@ -147,10 +147,15 @@ class CalibrationStore:
 
 @contextmanager
 def open_store(folder: Path | None, key: dict[str, Any]) -> Iterator[CalibrationStore]:
-    """The store in a folder, which no other process can open meanwhile.
+    """Context manager that yields the store in a folder, which is locked for other processes.
+
+    Args:
+        folder: The folder; None for a store in memory.
+        key: JSON values that identify the calibration.
 
     Raises:
-        InputError: Another process uses the folder, or as `CalibrationStore` raises.
+        InputError: Another process uses the folder, it holds another calibration, is damaged, or
+            cannot be used.
     """
     if folder is None:
         yield CalibrationStore()
@@ -162,7 +167,7 @@ def open_store(folder: Path | None, key: dict[str, Any]) -> Iterator[Calibration
 
 
 def remove_store(folder: Path) -> None:
-    """Delete what a store keeps in a folder, and the folder if nothing else is in it.
+    """Delete a store's files, and its folder if it is then empty.
 
     Raises:
         InputError: Another process uses the folder, or its files cannot be deleted.
@@ -173,12 +178,12 @@ def remove_store(folder: Path) -> None:
         remove_drafts(folder)
         for path in (folder / STATE, *folder.glob(RECORDINGS)):
             path.unlink(missing_ok=True)
-    with suppress(OSError):  # something else is in it
+    with suppress(OSError):  # not empty
         folder.rmdir()
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Tensors of a file, and the checksum that it carries."""
+    """The tensors of a file and its checksum."""
     with safe_open(path, "pt") as file:
         checksum = (file.metadata() or {}).get(CHECKSUM)
         return {name: file.get_tensor(name) for name in file.keys()}, checksum  # noqa: SIM118
@@ -186,24 +191,24 @@ def _load(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 @contextmanager
 def _usable(path: Path) -> Iterator[None]:
-    """Errors of the file system, a full disk among them, as one line."""
+    """Turn errors of the file system, such as a full disk, into an InputError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"{path}: cannot be used: {reason}",
-            "make room there or choose another place; what was finished before is kept",
+            "free some space there or choose another folder; finished results are kept",
         ) from None
 
 
 @contextmanager
 def _intact(path: Path) -> Iterator[None]:
-    """Errors of a damaged file, as one line."""
+    """Turn errors of a damaged file into an InputError."""
     try:
         yield
     except (DamagedError, SafetensorError) as error:
         raise InputError(
             f"{path}: {' '.join(str(error).split())[:200]}",
-            f"delete {path}: what was in it is then computed again",
+            f"delete {path}: its content is then computed again",
         ) from None

@@ -1,4 +1,4 @@
-"""Full sampling runs, recorded where every pipeline agrees: at the scheduler's step."""
+"""Records full sampling runs at the scheduler's step, which every pipeline calls."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from hasten.errors import ModelError
 
 @dataclass(frozen=True)
 class Trajectories:
-    """P full runs of N steps. D is the number of latent values of one image.
+    """P full runs of N steps; D is the number of latent values per image.
 
-    sigmas: N + 1 falling noise levels, the last is the end; velocities: N×P×D, what the scheduler
-    was given (after guidance); latents: (N+1)×P×D, from pure noise to the result. Float32, CPU.
+    Attributes:
+        sigmas: N + 1 decreasing noise levels.
+        velocities: The scheduler's inputs, after guidance; N×P×D, float32, on the CPU.
+        latents: From the initial noise to the final latents; (N+1)×P×D, float32, on the CPU.
     """
 
     sigmas: tuple[float, ...]
@@ -31,7 +33,7 @@ class Trajectories:
         return len(self.sigmas) - 1
 
     def of(self, rows: slice) -> Trajectories:
-        """Some of the P runs."""
+        """The selected runs, of the P runs."""
         return Trajectories(self.sigmas, self.velocities[:, rows], self.latents[:, rows])
 
 
@@ -40,12 +42,13 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
 @contextmanager
 def at_scheduler_step(scheduler: Any, on_step: OnStep) -> Iterator[None]:
-    """Inside, every `scheduler.step` first calls `on_step`, and steps with what it returns.
+    """Context manager that passes the velocity of every `scheduler.step` through `on_step`.
 
     Args:
         scheduler: A Diffusers scheduler with `step_index` and `begin_index`.
-        on_step: Called with the index of the step within the run, the velocity and the sample. A
-            late start (image to image) counts from its own first step. It returns a velocity.
+        on_step: Called with the index of the step within the run, the velocity and the sample, and
+            returns the velocity to use. A run with a late start (image to image) has index 0 at its
+            own first step.
     """
     original = scheduler.step
 
@@ -62,7 +65,7 @@ def at_scheduler_step(scheduler: Any, on_step: OnStep) -> Iterator[None]:
 
 
 def _begin(scheduler: Any) -> int:
-    """Index of the run's first step among the scheduler's sigmas: above 0 for a late start."""
+    """The index of the run's first step in the scheduler's sigmas; above 0 for a late start."""
     return int(scheduler.begin_index or 0)
 
 
@@ -73,14 +76,14 @@ def record(
     progress: Callable[[int, int], None],
     store: CalibrationStore | None = None,
 ) -> Trajectories:
-    """Record full runs in batches, each step's velocity as the scheduler saw it.
+    """Record full runs in batches.
 
     Args:
-        sample: Samples the prompts with these ids and returns their final latents.
+        sample: Samples the prompts with the given ids and returns their final latents.
         pipe: The pipeline that `sample` calls.
-        batches: Ids of the prompts of each call.
-        progress: Called with the number of recorded prompts and that of all.
-        store: Keeps each batch; a batch that it already has is not run again.
+        batches: The ids of the prompts of each call.
+        progress: Called with the number of recorded prompts and the total.
+        store: Stores each batch. A batch that it already has is not run again.
 
     Raises:
         ModelError: A velocity or a latent is not finite.
@@ -129,7 +132,7 @@ def _record(
     }
     if not all(tensor.isfinite().all() for tensor in recorded.values()):
         raise ModelError(
-            "the model's full runs are not finite: nothing can be learned from them",
-            "load the model in bfloat16 or float32; if it is, its weights are damaged",
+            "the latents or velocities of the model are not finite",
+            "load the model in bfloat16 or float32; if it already is, its weights are damaged",
         )
     return recorded

@@ -1,16 +1,17 @@
-"""How close a candidate image is to its reference: tensors in, numbers out.
+"""Metrics of the similarity between images and their references.
 
-Every metric is a function `metric(candidate, reference)` of two N×3×H×W float tensors in [0, 1] on
-any one device, computed in float32, that returns N float32 values on that device:
+Every metric is a function `metric(candidate, reference)`. Its arguments are two N×3×H×W float
+tensors in [0, 1] on the same device. It computes in float32 and returns N float32 values on that
+device:
 
-psnr     dB, higher is closer, 100 for identical images
-ssim     structural similarity, higher is closer, 1 for identical images
-ms_ssim  the same over five scales; sides from `MS_SSIM_MIN_SIDE` pixels up
-lpips    learned perceptual distance, lower is closer, 0 for identical images; sides from
-         `LPIPS_MIN_SIDE` pixels up; `hasten.quality.lpips.LPIPS` is its differentiable module
+psnr     in dB; higher is closer; 100 for identical images
+ssim     structural similarity; higher is closer; 1 for identical images
+ms_ssim  SSIM over five scales; sides of at least `MS_SSIM_MIN_SIDE` pixels
+lpips    learned perceptual distance; lower is closer; 0 for identical images; sides of at least
+         `LPIPS_MIN_SIDE` pixels; `hasten.quality.lpips.LPIPS` is a differentiable module
 
-Anything else is refused with `hasten.errors.InputError`: integer images, values outside [0, 1],
-other shapes, two sizes, two devices.
+All other inputs raise `hasten.errors.InputError`: integer images, values outside [0, 1], other
+shapes, and batches that differ in size or device.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """LPIPS, the learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924).
 
-Version 0.1 on AlexNet, with the linear heads the authors fitted to human judgements: the variant
-papers report. The weights are bundled (`assets/lpips_alex.safetensors`, convolutions and heads
-in float16) and the arithmetic is float32; next to the authors' float32 weights a value moves by
-at most 0.1 % of itself. Nothing is downloaded. On an NVIDIA GPU torch lets convolutions round
-their inputs to TF32 unless `torch.backends.cudnn.allow_tf32` is off; that moves a value by less
-than 1e-4.
+Version 0.1 on AlexNet with the authors' linear heads, fitted to human judgements: the variant that
+papers report. The weights are bundled (`assets/lpips_alex.safetensors`, convolutions and heads in
+float16), so nothing is downloaded. The arithmetic is float32. Compared with the authors' float32
+weights, values differ by at most 0.1 %. On NVIDIA GPUs, torch rounds the inputs of convolutions to
+TF32 unless `torch.backends.cudnn.allow_tf32` is off, which changes values by less than 1e-4.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from hasten.errors import InputError
 from hasten.quality.images import check_batches, checked_pair
 
 LPIPS_MIN_SIDE = 31
-"""The smallest side that leaves AlexNet's last convolutions one position."""
+"""The smallest side, in pixels, for which AlexNet's last convolutions have an output."""
 
-# (stride, padding, max-pooled before) of AlexNet's five convolutions; the kernels say the rest.
+# (stride, padding, max-pooled before) of AlexNet's five convolutions.
 _CONVOLUTIONS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))
 # The authors' input normalisation, for images in [-1, 1].
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -33,16 +32,16 @@ _EPSILON = 1e-10
 
 
 class LPIPS(nn.Module):
-    """The distance as a module, differentiable in both images; use it as a training loss.
+    """LPIPS as a module that is differentiable in both images, for use as a training loss.
 
-    `forward(candidate, reference)` takes N×3×H×W float images nominally in [0, 1], sides >= 31,
-    and returns N float32 distances >= 0. The range is not checked here, because a decoder's raw
-    output overshoots it and a check would wait for the device at every step. Autocast is switched
-    off inside. The weights are constants: no parameters, and absent from `state_dict()`; they
-    follow `.to(device)`.
+    `forward(candidate, reference)` takes N×3×H×W float images, nominally in [0, 1], with sides of
+    at least 31 pixels. It returns N float32 distances >= 0. The range is not checked, because a
+    decoder's raw output exceeds it and a check would synchronise with the device on every step.
+    Autocast is disabled inside. The weights are non-persistent buffers: they move with
+    `.to(device)`, but are not parameters and not in `state_dict()`.
 
     Raises:
-        InputError: wrong shape or dtype, or the two batches differ in shape or device.
+        InputError: The shape or dtype is wrong, or the batches differ in shape or device.
     """
 
     def __init__(self) -> None:
@@ -57,8 +56,8 @@ class LPIPS(nn.Module):
     def forward(self, candidate: Tensor, reference: Tensor) -> Tensor:
         check_batches(candidate, reference, "lpips", LPIPS_MIN_SIDE)
         with torch.autocast(candidate.device.type, enabled=False):
-            # Two passes, not one over both batches: equal images then take equal paths through
-            # every kernel, whatever the batch, and their distance is exactly 0.
+            # Two passes instead of one over both batches: equal images are then computed by the
+            # same kernels at any batch size, so their distance is exactly 0.
             pairs = zip(
                 self._features(candidate.float()), self._features(reference.float()), strict=True
             )
@@ -83,14 +82,22 @@ class LPIPS(nn.Module):
 
 
 def lpips(candidate: Tensor, reference: Tensor, *, batch_size: int = 8) -> Tensor:
-    """Perceptual distance of N image pairs: N float32 values >= 0, on the images' device.
+    """Perceptual distance of N image pairs. Lower is closer.
 
-    Lower is closer; identical images give exactly 0. `candidate` and `reference` are N×3×H×W
-    float tensors in [0, 1] with sides >= 31. `batch_size` pairs pass the network at once, which
-    bounds memory (about 0.1 GB a pair at 1024²). No gradient: for that, use `LPIPS`.
+    The result has no gradient; use `LPIPS` for training.
+
+    Args:
+        candidate: N×3×H×W, float, in [0, 1], with sides of at least 31 pixels.
+        reference: The same shape, on the same device.
+        batch_size: Number of pairs per pass of the network. A pair at 1024×1024 pixels takes about
+            0.1 GB.
+
+    Returns:
+        N float32 values >= 0 on the images' device; exactly 0 for identical images.
 
     Raises:
-        InputError: wrong shape, range or dtype, mismatched batches, or batch_size < 1.
+        InputError: The shape, range or dtype is wrong, the batches differ in shape or device, or
+            `batch_size` is less than 1.
     """
     if batch_size < 1:
         raise InputError(f"lpips: batch_size is {batch_size}", "give 1 or more")
@@ -109,13 +116,13 @@ def _network(device: torch.device) -> LPIPS:
 
 
 def _unit_length(features: Tensor) -> Tensor:
-    # The square root's slope is infinite at 0, which a black patch reaches in every channel;
-    # the floor makes its gradient 0 there instead of NaN and changes no value.
+    # The slope of the square root is infinite at 0, which occurs in black areas. The floor makes
+    # the gradient 0 there instead of NaN, and does not change any value.
     squared = features.square().sum(dim=1, keepdim=True).clamp_min(_EPSILON**2)
     return features / (squared.sqrt() + _EPSILON)
 
 
 def _distance(candidate: Tensor, reference: Tensor, head: Tensor) -> Tensor:
-    """One layer's share (equation 1): weighted squared difference, averaged over positions."""
+    """One layer's term of equation 1: weighted squared difference, averaged over positions."""
     weighted = (candidate - reference).square() * head.view(1, -1, 1, 1)
     return weighted.sum(dim=1).mean(dim=(1, 2))
