@@ -107,7 +107,7 @@ RTX = dataclasses.replace(
 @pytest.mark.parametrize(
     ("targets", "precision", "fault"),
     [
-        (None, "fp8", "no manifest.json, so no export is there"),
+        (None, "fp8", "no manifest.json, so there is no export"),
         (("sm120",), "fp8", None),
         (("sm120",), "fp8", "flux/model.onnx: missing"),
         (("sm120",), "fp8", "flux/model.onnx: damaged"),
