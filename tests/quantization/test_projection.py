@@ -96,7 +96,7 @@ def test_kinds_that_do_not_go_together() -> None:
     assert same_kind(fp8, torch.bfloat16) == []
     assert "not torch.float32" in same_kind(fp8, torch.float32)[0]
     assert "Fp8Linear, Linear" in same_kind([plain[0], fp8[1]], torch.bfloat16)[0]
-    assert "one scale a tensor" in same_kind(tensor, torch.bfloat16)[0]
+    assert "per-tensor scales" in same_kind(tensor, torch.bfloat16)[0]
     int8 = [Int8Linear.from_linear(linear) for linear in plain]
     assert same_kind(int8, torch.float32) == same_kind(int8, torch.bfloat16) == []
     assert "Int8Linear, Linear" in same_kind([plain[0], int8[1]], torch.bfloat16)[0]
@@ -133,7 +133,7 @@ def test_inputs_that_do_not_belong_together_are_refused(pipe: Any) -> None:
     }
     with pytest.raises(CallError, match="latents are a batch of 2, text of 1"):
         transformer(**given)
-    with pytest.raises(CallError, match="7 text and image tokens, and positions of 8"):
+    with pytest.raises(CallError, match="7 text and image tokens, but 8 positions"):
         transformer(
             **{**given, "encoder_hidden_states": torch.randn(2, 3, 24)}
             | {"img_ids": torch.zeros(5, 3)}

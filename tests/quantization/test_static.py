@@ -139,7 +139,7 @@ def test_the_scale_moves_and_is_kept(linear: nn.Linear, granularity: Any, emulat
 
 def test_kernels_that_find_their_own_scales_do_not_take_them(linear: nn.Linear) -> None:
     found = same_kind([made(linear, static(1.0))], torch.bfloat16)
-    assert found == ["its linears have calibrated scales, the kernels find one for each row"]
+    assert found == ["its linears have calibrated scales, the kernels compute per-row scales"]
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_missing_and_unknown_linears_are_one_error_before_anything_changes(pipe:
     del amax[first], amax[second]
     wrong = Quantize(activations="static", amax={**amax, "proj_out": 1.0}, emulate=True)
     (problem,) = plan_problems(pipe.transformer, linears, wrong)
-    assert f"no value for {first} (2 in all)" in problem.fault
-    assert "no quantisable linear is called proj_out (1 in all)" in problem.fault
+    assert f"no value for {first} (2 in total)" in problem.fault
+    assert "no quantisable linear is called proj_out (1 in total)" in problem.fault
     assert "hasten calibrate-scales" in problem.fix
     before = dict(pipe.transformer.named_modules())
     with pytest.raises(UnsupportedError, match="no value for"):
