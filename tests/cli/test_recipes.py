@@ -111,7 +111,7 @@ RTX = dataclasses.replace(
         (("sm120",), "fp8", None),
         (("sm120",), "fp8", "flux/model.onnx: missing"),
         (("sm120",), "fp8", "flux/model.onnx: damaged"),
-        (("sm120",), "bf16", "holds fp8, and engine.precision is 'bf16'"),
+        (("sm120",), "bf16", "has fp8, and engine.precision is 'bf16'"),
         (("sm89",), "fp8", "has an engine for sm89, and this GPU is sm120"),
     ],
 )

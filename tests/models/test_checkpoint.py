@@ -89,8 +89,7 @@ def test_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
         load_pipeline("shape:flux.1-dev", device="cpu")
     (fault,) = caught.value.faults
     assert fault == (
-        "shape:flux.1-dev: loading it in float32 takes 62.8 GiB of memory, and 48.0 GiB are free "
-        "here"
+        "shape:flux.1-dev: loading it in float32 takes 62.8 GiB of memory, and 48.0 GiB are free"
     )
     assert caught.value.fix == (
         "use a machine with more memory, or --dtype bfloat16, which takes 31.4 GiB"

@@ -77,7 +77,7 @@ def test_fp8_before_ada() -> None:
     assert error.fix == (
         "remove sm86 (fp8 works on sm89, sm120, sm121), or export it separately in bf16"
     )
-    assert "export it apart in fp16" in refused(("sm75",), "bf16").fix
+    assert "export it separately in fp16" in refused(("sm75",), "bf16").fix
 
 
 @pytest.mark.parametrize(
