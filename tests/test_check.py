@@ -52,7 +52,7 @@ def test_check_raises_all_problems_at_once(pipe: Any) -> None:
 
 def test_compiled_blocks_are_not_compiled_again(pipe: Any) -> None:
     pipe.transformer.transformer_blocks[0].compile()
-    with pytest.raises(UnsupportedError, match="compiled already"):
+    with pytest.raises(UnsupportedError, match="already compiled"):
         check(resolve("compile"), pipe, FLUX1, Capable())  # type: ignore[arg-type]
 
 

@@ -29,12 +29,12 @@ REFUSED: list[tuple[dict[str, Any], str, str, str, dict[str, Any]]] = [
      {"compile": {"mode": "blocks"}}),
     ({**RESIDUAL, **ON}, "cuda", 'compile.cuda_graphs = "on"', 'compile.cuda_graphs = "auto"',
      {"compile": {"mode": "none", "cuda_graphs": "auto"}}),
-    ({**RESIDUAL, "fuse": {}}, "cpu", "[fuse] takes them as one", "leave it out", {"fuse": None}),
+    ({**RESIDUAL, "fuse": {}}, "cpu", "[fuse] runs them as one", "remove it", {"fuse": None}),
     ({**RESIDUAL, **AUTO}, "cuda", 'attention.backend = "auto"', 'attention.backend = "native"',
      {"attention": {"backend": "native"}}),
     ({**RESIDUAL, "fuse": {}}, "cpu", "[fuse]", 'kind = "interval"', {"cache": {}}),
     *(
-        ({"engine": GRAPH, name: section}, "cpu", f"[{name}] changes them", f"leave [{name}] out",
+        ({"engine": GRAPH, name: section}, "cpu", f"[{name}] changes them", f"remove [{name}]",
          {name: None})
         for name, section in (
             ("quantize", {"emulate": True}), ("fuse", {}), ("compile", {}),
@@ -42,23 +42,23 @@ REFUSED: list[tuple[dict[str, Any], str, str, str, dict[str, Any]]] = [
         )
     ),
     ({**RESIDUAL, "engine": GRAPH}, "cpu", "[engine] runs them", '"interval"', {"cache": {}}),
-    ({**MODEL, "engine": GRAPH}, "cuda", "runs in its place", '"modulation"', MODULATION),
+    ({**MODEL, "engine": GRAPH}, "cuda", "which [engine] replaces", '"modulation"', MODULATION),
     ({**FULL, "fuse": {}}, "cpu", "[fuse] splits", '"blocks"', {"compile": {"mode": "blocks"}}),
-    ({**FULL, **AUTO}, "cuda", "tries backends out", '"blocks"', {"compile": {"mode": "blocks"}}),
+    ({**FULL, **AUTO}, "cuda", "times the backends", '"blocks"', {"compile": {"mode": "blocks"}}),
     ({"attention": {"backend": "cudnn"}}, "cpu", "NVIDIA", '"native"',
      {"attention": {"backend": "native"}}),
     ({**KERNELS, "compile": {}}, "cpu", "compiled instead", 'fuse.kernels = "auto"', {"fuse": {}}),
     ({**KERNELS, **MODEL}, "cuda", "moves the weights", 'fuse.kernels = "auto"', {"fuse": {}}),
     ({**KERNELS, "quantize": {"scheme": "int8-weight"}}, "cuda", '"int8-weight" ones', '"auto"',
      {"fuse": {}}),
-    ({**KERNELS, "quantize": {"emulate": True}}, "cpu", 'no emulated "fp8" ones', '"auto"',
+    ({**KERNELS, "quantize": {"emulate": True}}, "cpu", 'not emulated "fp8" ones', '"auto"',
      {"fuse": {}}),
-    ({**KERNELS, "quantize": {"granularity": "tensor"}}, "cuda", "row by row", '"auto"',
+    ({**KERNELS, "quantize": {"granularity": "tensor"}}, "cuda", 'granularity = "row"', '"auto"',
      {"fuse": {}}),
     (ON, "cpu", "NVIDIA GPU, and this is cpu", 'cuda_graphs = "auto"',
      {"compile": {"mode": "none", "cuda_graphs": "auto"}}),
-    ({**ON, **MODEL}, "cuda", "addresses of weights", '"modulation"', {**MODULATION, "fuse": {}}),
-    (MODEL, "cpu", "this is the CPU", "leave [offload] out", {"offload": None}),
+    ({**ON, **MODEL}, "cuda", "weight addresses", '"modulation"', {**MODULATION, "fuse": {}}),
+    (MODEL, "cpu", "this is the CPU", "remove [offload]", {"offload": None}),
     (MODULATION, "cuda", "without the conditioning table", "conditioning = true", {"fuse": {}}),
     ({**MODULATION, "fuse": {"conditioning": False}}, "cuda", "without the conditioning table",
      "conditioning = true", {"fuse": {}}),
@@ -148,7 +148,7 @@ def test_a_forward_that_fusion_would_bypass_is_refused(pipe: Any) -> None:
     pipe.transformer.forward = lambda *args, **kwargs: plain(*args, **kwargs)
     with pytest.raises(UnsupportedError, match="was replaced or compiled") as caught:
         check(Recipe.from_dict({"fuse": {}}), pipe, FLUX1, Capable())  # type: ignore[arg-type]
-    assert "take [fuse] out" in caught.value.fix
+    assert "remove [fuse]" in caught.value.fix
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])

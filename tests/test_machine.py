@@ -243,7 +243,7 @@ RTX_3090 = Gpu(0, "NVIDIA GeForce RTX 3090", (8, 6), 24 * GIB)
             "tensorrt",
             "fp8",
             "runs on an RTX GPU, and this is cpu",
-            "draw with its graph on the CPU",
+            "run its graph on the CPU",
         ),
         (H100, "tensorrt", "bf16", "no engines for NVIDIA H100", "preset fp8"),
         (RTX_3090, "tensorrt", "fp8", "needs compute capability 8.9", '"bf16"'),
@@ -275,7 +275,7 @@ def test_engines_run_where_they_can(gpu: Gpu | None, kind: str, precision: str) 
 def test_packages_of_the_engines_that_are_missing_are_named() -> None:
     here = dataclasses.replace(CPU_ONLY, **{**ENGINES, "onnx": None, "tensorrt": None})
     (problem,) = here.engine_problems("cpu", "onnxruntime", "fp8")
-    assert problem.fault == 'engine.kind = "onnxruntime" needs onnx, not installed here'
+    assert problem.fault == 'engine.kind = "onnxruntime" needs onnx, which is not installed'
     assert "hasten[tensorrt]" in problem.fix
     here = dataclasses.replace(here, onnxscript=None)
     assert here.engine_problems("cpu", "onnxruntime", "fp8", exported=True) == [problem]
@@ -283,5 +283,5 @@ def test_packages_of_the_engines_that_are_missing_are_named() -> None:
     assert runner.engine_problems("cuda:1", "tensorrt", "fp8", exported=True) == []
     here = dataclasses.replace(here, onnxscript="1.0")
     faults = [problem.fault for problem in here.engine_problems("cpu", "tensorrt", "fp8")]
-    assert "needs tensorrt, onnx, not installed" in faults[0]
+    assert "needs tensorrt, onnx, which is not installed" in faults[0]
     assert len(faults) == 2

@@ -1,4 +1,4 @@
-"""`hasten.optimize`: check everything, then apply the passes in order."""
+"""`hasten.optimize`: checks the recipe, then applies the passes in order."""
 
 from __future__ import annotations
 
@@ -39,20 +39,25 @@ from hasten.structural_copy import structural_copy
 def optimize(
     pipe: Any, recipe: str | Path | Recipe, *, copy: bool = False, force: bool = False
 ) -> OptimizedPipeline:
-    """Apply a recipe to a Diffusers pipeline and return it as a callable of the same signature.
+    """Apply a recipe to a Diffusers pipeline.
 
-    If it raises, the pipeline is as it was, or the error carries a note of what is not.
+    If an error is raised, the pipeline is restored first. A note on the error lists changes that
+    could not be undone.
 
     Args:
-        pipe: The pipeline; it is changed in place.
-        recipe: A preset's name, the path of a .toml file or a Recipe.
-        copy: Leave the pipeline as it is, and work on a structural copy that shares the weights.
+        pipe: A Diffusers pipeline, or the result of an earlier call. It is changed in place.
+        recipe: A preset name, the path of a .toml file, or a Recipe.
+        copy: Leave the pipeline unchanged and optimise a structural copy that shares its weights.
         force: Accept a schedule or static scales that were learned on another model.
 
+    Returns:
+        The optimised pipeline, called with the same arguments as the original one.
+
     Raises:
-        RecipeError: The recipe is not valid; InputError: it cannot be read.
-        UnsupportedError: This model or machine cannot do it.
-        AlreadyOptimizedError: The pipeline is optimised, and `copy` is not set.
+        RecipeError: The recipe is not valid.
+        InputError: The recipe file cannot be read.
+        UnsupportedError: This model or machine does not support the recipe.
+        AlreadyOptimizedError: The pipeline is already optimised and `copy` is false.
     """
     recipe = resolve(recipe)
     if type(pipe) is OptimizedPipeline:
@@ -74,11 +79,11 @@ def optimize(
 
 @contextmanager
 def _suspended(optimization: Optimization, pipe: Any) -> Iterator[None]:
-    """The pipeline is plain while it lasts."""
-    stuck = [done.cannot_undo for done in optimization.applied if done.cannot_undo]
-    if stuck:
+    """Restore the plain pipeline inside the context; apply the passes again afterwards."""
+    permanent = [done.cannot_undo for done in optimization.applied if done.cannot_undo]
+    if permanent:
         raise AlreadyOptimizedError(
-            f"the pipeline is optimised already, and a plain copy of it cannot be made: {stuck[0]}",
+            f"the pipeline is already optimised and cannot be copied as plain: {permanent[0]}",
             "load the pipeline again",
         )
     with optimization.lock:
@@ -90,7 +95,7 @@ def _suspended(optimization: Optimization, pipe: Any) -> Iterator[None]:
 
 
 def _apply(pipe: Any, optimization: Optimization, applied: list[Applied]) -> None:
-    """The passes in order; each adds to `applied` as soon as it has changed something."""
+    """Run the passes in order; append each to `applied` as soon as it has changed something."""
     recipe, verdict, family = optimization.recipe, optimization.verdict, optimization.family
     chain, transformer = optimization.chain, pipe.transformer
     if recipe.quantize and verdict.linears:
@@ -99,11 +104,11 @@ def _apply(pipe: Any, optimization: Optimization, applied: list[Applied]) -> Non
         applied.append(_run_on_engine(pipe, optimization))
     else:
         _speed_up_a_step(optimization, pipe, applied)
-    if recipe.cache:  # around all that, so that the decision stays outside compiled code and graphs
+    if recipe.cache:  # outermost: the decision stays outside compiled code and graphs
         applied.append(cache_steps(chain, _policy(recipe.cache, optimization)))
     applied.extend(improve_decoder(getattr(pipe, "vae", None), recipe.decoder or Decoder()))
     text = recipe.text or Text()
-    if text.scheme is not None:  # before the cache, so that no answer of the old weights is kept
+    if text.scheme is not None:  # before the cache, which would keep embeddings of the old weights
         applied.append(store_in_eight_bits(pipe.text_encoder_2, text.scheme))
     if text.cache_mb:
         applied.append(cache_embeddings(pipe, text.cache_mb))
@@ -114,14 +119,14 @@ def _apply(pipe: Any, optimization: Optimization, applied: list[Applied]) -> Non
 
 
 def _run_on_engine(pipe: Any, optimization: Optimization) -> Applied:
-    """The blocks as an engine, exported first where it is not there yet; the log says how far."""
+    """Run the blocks on an engine; a missing export is made first, and its progress is logged."""
     from hasten.engines.load import load_body
 
     recipe = optimization.recipe.engine
     assert recipe is not None
     sampling = optimization.recipe.sampling
     body = load_body(pipe, recipe, sampling)
-    description = f"the blocks in {recipe.precision} by {body.driver.what}"
+    description = f"the blocks in {recipe.precision} by {body.driver.description}"
     return run_on_engine(
         optimization.chain,
         optimization.family,
@@ -133,7 +138,7 @@ def _run_on_engine(pipe: Any, optimization: Optimization) -> Applied:
 
 
 def _speed_up_a_step(optimization: Optimization, pipe: Any, applied: list[Applied]) -> None:
-    """Attention, fusion, compilation and graphs: what happens within one computed step."""
+    """Apply the passes within a computed step: attention, fusion, compilation and CUDA graphs."""
     recipe, verdict, family = optimization.recipe, optimization.verdict, optimization.family
     chain, attend = optimization.chain, Attend("native")
     mode = recipe.compile.mode if recipe.compile else "none"
@@ -151,12 +156,12 @@ def _speed_up_a_step(optimization: Optimization, pipe: Any, applied: list[Applie
         if verdict.graphs:
             applied.append(no_graphs(verdict.graphs))
         else:
-            insist = recipe.compile.cuda_graphs == "on"
-            applied.append(record_graphs(chain, insist=insist))
+            required = recipe.compile.cuda_graphs == "on"
+            applied.append(record_graphs(chain, required=required))
 
 
 def _policy(cache: Cache, optimization: Optimization) -> Policy:
-    """What the `[cache]` section asks for."""
+    """The step cache policy for a `[cache]` section."""
     if not isinstance(cache, ResidualCache):
         return PlannedPolicy(Planner(cache, optimization.verdict.fingerprint))
     family, transformer = optimization.family, optimization.chain.transformer

@@ -1,6 +1,6 @@
-"""Every conflict of recipe × model × machine, found before anything is touched.
+"""Checks a recipe against the model and the machine before anything is changed.
 
-What is decided here is the verdict that the passes obey.
+The result is a `Verdict` that the passes follow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hasten.quantization.plan import LinearPlan
 
 
-MARK = "_hasten_optimization"  # attribute of an optimised transformer: what was done to it
+MARK = "_hasten_optimization"  # attribute of an optimised transformer: its `Optimization`
 
 FORCED_SCHEDULE = "schedule learned on another model, used by force"
 FORCED_SCALES = "static scales calibrated on another model, used by force"
@@ -27,14 +27,15 @@ FORCED_SCALES = "static scales calibrated on another model, used by force"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the passes do.
+    """The decisions that the passes follow.
 
     Attributes:
-        fingerprint: Of the transformer's weights, where something was learned and they can be read.
-        linears: Which linears are quantised; None where none are.
-        kernels: Why the blocks do not run on fused kernels; None where they do.
-        graphs: Why no CUDA graphs are recorded; None where they are.
-        notes: What results must say.
+        fingerprint: Fingerprint of the transformer's weights if the recipe needs one and they are
+            readable.
+        linears: The linears to quantise; None without `[quantize]`.
+        kernels: Why the blocks do not run on fused kernels; None if they do.
+        graphs: Why no CUDA graphs are recorded; None if they are.
+        notes: Notes that belong with every result.
     """
 
     fingerprint: str | None = None
@@ -45,7 +46,13 @@ class Verdict:
 
 
 def problems(recipe: Recipe, machine: Machine, device_type: str) -> list[Problem]:
-    """What of this recipe cannot run on a device of this type here. Needs no model."""
+    """Everything in a recipe that this machine cannot run on such a device. Needs no model.
+
+    Args:
+        recipe: The recipe.
+        machine: The machine.
+        device_type: "cpu", "cuda" or "mps".
+    """
     return [
         *_machine_problems(recipe, machine, device_type),
         *conflicts(recipe, device_type),
@@ -58,14 +65,14 @@ def check(
     """Decide what the passes do.
 
     Args:
-        recipe: What was asked for.
+        recipe: The recipe.
         pipe: The plain pipeline.
-        family: Its transformer's.
-        machine: What this machine can do.
+        family: The family of its transformer.
+        machine: The machine that it runs on.
         force: Accept a schedule and static scales that were learned on another model.
 
     Raises:
-        UnsupportedError: Everything that stands in the way, at once.
+        UnsupportedError: The recipe cannot be applied. All problems are listed at once.
     """
     transformer = pipe.transformer
     name, unknown = _fingerprint(recipe, transformer)
@@ -103,40 +110,40 @@ def refuse_optimized(pipe: Any) -> None:
         raise AlreadyOptimizedError(
             "the pipeline's transformer is already optimised with the recipe "
             f"{optimization.recipe.name!r}",
-            "hasten.restore(pipe) makes it plain again",
+            "call hasten.restore(pipe) first, or pass copy=True",
         )
 
 
 def empty_weights(transformer: Any) -> Problem | None:
-    """Weights that an engine has let go of; None where all are there."""
+    """The problem of weights that an engine has freed; None if all are present."""
     empty = [name for name, weight in transformer.named_parameters() if not weight.numel()]
     if not empty:
         return None
     return Problem(
-        f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …), as "
-        "engine.release = true leaves them",
+        f"{len(empty)} parameters of the transformer are empty ({empty[0]}, …): "
+        "engine.release = true freed them",
         "load the pipeline again",
     )
 
 
 def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> Iterator[Problem]:
-    if trouble := empty_weights(pipe.transformer):
-        yield trouble
+    if problem := empty_weights(pipe.transformer):
+        yield problem
     if recipe.compile is not None:
         blocks = family.repeated_blocks(pipe.transformer)
         compiled = [name for name, block in blocks if block._compiled_call_impl is not None]
         if compiled or pipe.transformer._compiled_call_impl is not None:
             yield Problem(
-                f"the transformer is compiled already ({len(compiled)} of its blocks)",
-                "leave the compiling to the recipe, or take [compile] out of it",
+                f"the transformer is already compiled ({len(compiled)} of its blocks)",
+                "pass an uncompiled pipeline, or remove [compile] from the recipe",
             )
     if recipe.cache is not None and not (
         hasattr(pipe.scheduler, "step_index") and hasattr(pipe.scheduler, "sigmas")
     ):
         yield Problem(
             f"{type(pipe.scheduler).__name__} has no step_index or no sigmas",
-            "step caching needs a flow-matching scheduler, which has both: "
-            "FlowMatchEulerDiscreteScheduler, for example",
+            "step caching needs a flow-matching scheduler that has both, such as "
+            "FlowMatchEulerDiscreteScheduler",
         )
     if recipe.cache is not None and getattr(pipe.transformer, "is_cache_enabled", False):
         yield Problem(
@@ -146,7 +153,7 @@ def _model_problems(recipe: Recipe, pipe: Any, family: Family) -> Iterator[Probl
 
 
 def _machine_problems(recipe: Recipe, machine: Machine, device_type: str) -> Iterator[Problem]:
-    """What this machine lacks."""
+    """Requirements of the recipe that this machine does not meet."""
     quantize, engine, decoder = recipe.quantize, recipe.engine, recipe.decoder
     if quantize is not None:
         problem = machine.quantize_problem(
@@ -160,7 +167,7 @@ def _machine_problems(recipe: Recipe, machine: Machine, device_type: str) -> Ite
         )
     if recipe.text is not None and recipe.text.scheme == "fp8-weight" and device_type == "mps":
         yield Problem(
-            'text.scheme = "fp8-weight": there is no FP8 on mps', 'set scheme = "int8-weight"'
+            'text.scheme = "fp8-weight": mps does not support FP8', 'set scheme = "int8-weight"'
         )
     if recipe.compiles or (decoder is not None and decoder.compile):
         instead = "leave decoder.compile out"
@@ -172,7 +179,7 @@ def _machine_problems(recipe: Recipe, machine: Machine, device_type: str) -> Ite
 
 
 def _linear_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterator[Problem]:
-    """Why the transformer's linears cannot be quantised as `[quantize]` asks."""
+    """Why the transformer's linears cannot be quantised under `[quantize]`."""
     if recipe.quantize is not None:
         from hasten.quantization.plan import plan_problems
 
@@ -189,19 +196,19 @@ def _plan(recipe: Recipe, transformer: Any, family: Family) -> LinearPlan | None
 
 
 def _against_kernels(recipe: Recipe, transformer: Any, family: Family) -> str | None:
-    """Why the blocks will not run on fused kernels, once they are quantised; None where they do."""
+    """Why the blocks will not run on fused kernels once they are quantised; None if they will."""
     if recipe.fuse is None or recipe.fuse.kernels == "off":
         return 'kernels = "off"'
     if why := why_no_kernels(recipe):
         return why
     if family.kernels is None:
         return f"there are no fused kernels for {family.name}: only FLUX.1 has them"
-    reasons = family.kernels.reasons_against(transformer, _to_be(recipe, transformer, family))
+    reasons = family.kernels.reasons_against(transformer, _planned(recipe, transformer, family))
     return reasons[0] if reasons else None
 
 
-def _to_be(recipe: Recipe, transformer: Any, family: Family) -> Mapping[Any, type]:
-    """What `[quantize]` will put in the place of linears before the kernels take over."""
+def _planned(recipe: Recipe, transformer: Any, family: Family) -> Mapping[Any, type]:
+    """The classes that will replace linears under `[quantize]`, by linear."""
     plan = _plan(recipe, transformer, family)
     if plan is None or recipe.quantize is None:
         return {}
@@ -212,8 +219,8 @@ def _to_be(recipe: Recipe, transformer: Any, family: Family) -> Mapping[Any, typ
 
 
 def _fingerprint(recipe: Recipe, transformer: Any) -> tuple[str | None, str]:
-    """The weights' fingerprint where something learned is compared with it; else None, and why it
-    cannot be had."""
+    """The fingerprint of the weights if the recipe needs one, else None; and why it is unreadable,
+    if it is."""
     cache = recipe.cache
     learned = isinstance(cache, BudgetCache | ScheduleCache)
     if not learned and (recipe.quantize is None or recipe.quantize.fingerprint is None):
@@ -225,29 +232,28 @@ def _fingerprint(recipe: Recipe, transformer: Any) -> tuple[str | None, str]:
 
 
 def _learned_problems(recipe: Recipe, name: str | None, unknown: str) -> Iterator[Problem]:
-    """A schedule or static scales that were learned on another model, or on who knows which."""
-    here = f"this one is {name}" if name else f"of this one it is not known: {unknown}"
+    """A schedule or static scales that were learned on another, or an unidentified, model."""
+    this_model = f"this one is {name}" if name else f"this one is not identified: {unknown}"
     schedule: str | None = getattr(recipe.cache, "fingerprint", None)
     if schedule not in (None, name):
         yield Problem(
-            f"the schedule was learned on another model ({schedule}; {here})",
-            "learn one for this model with `hasten calibrate`, or insist with --force (force=True)",
+            f"the schedule was learned on another model ({schedule}; {this_model})",
+            "learn one for this model with `hasten calibrate`, or use --force (force=True)",
         )
     scales = recipe.quantize.fingerprint if recipe.quantize else None
     if scales not in (None, name):
         yield Problem(
-            f"the static scales were calibrated on another model ({scales}; {here})",
-            "calibrate this one with `hasten calibrate-scales`, or insist with --force "
-            "(force=True)",
+            f"the static scales were calibrated on another model ({scales}; {this_model})",
+            "calibrate this one with `hasten calibrate-scales`, or use --force (force=True)",
         )
 
 
 def _notes(recipe: Recipe, family: Family, name: str | None, unknown: str) -> tuple[str, ...]:
     notes = []
     if unknown and isinstance(recipe.cache, BudgetCache):
-        notes.append(f"a generic schedule, since the model is not recognised: {unknown}")
+        notes.append(f"a generic schedule: the model is not recognised: {unknown}")
     if not family.declared:
-        notes.append(f"hasten was not tried with {family.name}")
+        notes.append(f"hasten has not been tested with {family.name}")
     if getattr(recipe.cache, "fingerprint", None) not in (None, name):
         notes.append(FORCED_SCHEDULE)
     if recipe.quantize is not None and recipe.quantize.fingerprint not in (None, name):
@@ -256,7 +262,7 @@ def _notes(recipe: Recipe, family: Family, name: str | None, unknown: str) -> tu
 
 
 def _family_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterator[Problem]:
-    """Sections that need something of the family which nobody has declared."""
+    """Sections that need facts about the family that are not declared."""
     blocks = bool(family.stacks)
     compiles = recipe.compile is not None and recipe.compile.mode == "blocks"
     layers = True
@@ -267,30 +273,30 @@ def _family_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterat
     sizes = ("num_attention_heads", "attention_head_dim")
     sized = all(transformer.config.get(name) for name in sizes)
     auto = recipe.attention is not None and recipe.attention.backend == "auto"
-    for there, section, knowledge, known in (
-        (recipe.quantize, "[quantize]", "which blocks it repeats", blocks),
-        (compiles, 'compile.mode = "blocks"', "which blocks it repeats", blocks),
-        (recipe.fuse, "[fuse]", "how it is conditioned", family.conditioning is not None),
-        (recipe.engine, "[engine]", "how it is exported", family.export is not None),
+    for present, section, requirement, declared in (
+        (recipe.quantize, "[quantize]", "repeated blocks", blocks),
+        (compiles, 'compile.mode = "blocks"', "repeated blocks", blocks),
+        (recipe.fuse, "[fuse]", "conditioning inputs", family.conditioning is not None),
+        (recipe.engine, "[engine]", "the parts of an export", family.export is not None),
         (recipe.attention, "[attention]", "attention layers whose backend can be set", layers),
         (auto, 'attention.backend = "auto"', "the sizes of its attention heads", sized),
     ):
-        if there and not known:
+        if present and not declared:
             yield Problem(
-                f"{section} needs to know of {family.name} {knowledge}, and it is not declared",
-                f"leave {section.partition(' ')[0]} out, or declare it: hasten.register_family",
+                f"{section} needs {requirement}, and {family.name} does not declare them",
+                f"remove {section.partition(' ')[0]}, or declare them: hasten.register_family",
             )
 
 
 def _weight_problems(recipe: Recipe, transformer: Any) -> Iterator[Problem]:
-    """Sections that need the weights where they are used."""
+    """Sections that need the weights on the device."""
     sections = [name for name in ("quantize", "fuse", "engine") if getattr(recipe, name)]
     from hasten.models.fingerprint import offloaded
 
     if sections and (how := offloaded(transformer)):
         yield Problem(
             f"the transformer's weights are {how}, and [{sections[0]}] needs them in place",
-            "optimise the pipeline before it is offloaded, or let the recipe offload it",
+            "optimise the pipeline before offloading it, or use [offload] in the recipe",
         )
 
 
@@ -302,7 +308,7 @@ def _text_encoder_problems(recipe: Recipe, pipe: Any) -> Iterator[Problem]:
     if t5 is None and (recipe.text.scheme or clip is None):
         yield Problem(
             "the pipeline has no " + ("text encoders" if clip is None else "text_encoder_2"),
-            "load the pipeline with its text encoders, or take [text] out of the recipe",
+            "load the pipeline with its text encoders, or remove [text] from the recipe",
         )
         return
     if recipe.text.scheme is None:
@@ -318,22 +324,22 @@ def _vae_problems(recipe: Recipe, vae: Any) -> Iterator[Problem]:
     if recipe.decoder is not None and vae is None:
         yield Problem(
             "the pipeline has no vae",
-            "load the pipeline with it, or take [decoder] out of the recipe",
+            "load the pipeline with it, or remove [decoder] from the recipe",
         )
     elif recipe.decoder and recipe.decoder.compile and vae.decoder._compiled_call_impl is not None:
         yield Problem(
-            "the VAE's decoder is compiled already",
-            "leave the compiling to the recipe, or set decoder.compile = false",
+            "the VAE's decoder is already compiled",
+            "pass an uncompiled pipeline, or set decoder.compile = false",
         )
 
 
 def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterator[Problem]:
-    """Why it cannot be decided between the transformer's blocks."""
+    """Why `kind = "residual"` cannot decide between the transformer's blocks."""
     if not isinstance(recipe.cache, ResidualCache):
         return
     if not family.declared or not family.stacks:
         yield Problem(
-            f'cache.kind = "residual" needs to know the blocks of {family.name}',
+            f'cache.kind = "residual" needs the blocks of {family.name}, which are not declared',
             'use a planned cache, such as kind = "interval", or declare the family: '
             "hasten.register_family",
         )
@@ -343,13 +349,13 @@ def _residual_problems(recipe: Recipe, transformer: Any, family: Family) -> Iter
         yield Problem(
             f"cache.first_blocks = {recipe.cache.first_blocks} leaves none of the "
             f"transformer's {blocks} blocks to skip",
-            "one first block is the usual number",
+            "set a smaller number; 1 is usual",
         )
     if _is_compiled(transformer):
         yield Problem(
             'the transformer was compiled as a whole, and cache.kind = "residual" decides '
             "between its blocks",
-            'leave the compiling to the recipe ([compile] mode = "blocks"), or use a planned '
+            'pass an uncompiled pipeline and set [compile] mode = "blocks", or use a planned '
             'cache, such as kind = "interval"',
         )
 
@@ -368,25 +374,25 @@ def _is_replaced(transformer: Any) -> bool:
 
 
 def _forward_problems(recipe: Recipe, transformer: Any) -> Iterator[Problem]:
-    """Why nothing can be put in the place of the forward that this transformer has now."""
+    """Why the transformer's current forward cannot be replaced."""
     section = "[fuse]" if recipe.fuse is not None else "[engine]" if recipe.engine else None
     if section and _is_replaced(transformer):
         yield Problem(
             "the transformer's forward was replaced or compiled (by offloading, hooks or "
-            f"torch.compile), and {section} puts its own in its place",
-            "optimise the plain pipeline and put such things into the recipe, or around it "
-            f"afterwards; or take {section} out of the recipe",
+            f"torch.compile), and {section} needs the original one",
+            "optimise the plain pipeline, and offload or compile through the recipe or afterwards; "
+            f"or remove {section} from the recipe",
         )
 
 
 def _offload_problems(recipe: Recipe, transformer: Any, family: Family) -> Iterator[Problem]:
-    """Why the modulation weights cannot wait in host memory."""
+    """Why the modulation weights cannot be offloaded to host memory."""
     if recipe.offload is None or recipe.offload.kind != "modulation":
         return
     norms: Any = family.modulated_norms(transformer)
     kinds = {type(norm.linear).__name__ for _, norm in norms}
     if kinds != {"Linear"}:
         yield Problem(
-            f'offload.kind = "modulation" moves plain linears, and there are {", ".join(kinds)}',
+            f'offload.kind = "modulation" moves plain linears, and these are {", ".join(kinds)}',
             "fuse LoRA adapters first: pipe.fuse_lora(), then pipe.unload_lora_weights()",
         )

@@ -1,4 +1,4 @@
-"""Sections of a recipe that cannot go together, and what a device type cannot do at all."""
+"""Sections of a recipe that exclude each other, and settings that a device type excludes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hasten.recipe import Recipe, ResidualCache
 
 
 def conflicts(recipe: Recipe, device_type: str) -> list[Problem]:
-    """Every conflict within the recipe on a device of this type. Needs no model."""
+    """Every conflict within a recipe on a device of type "cpu", "cuda" or "mps". Needs no model."""
     return [
         *_engine(recipe),
         *_residual(recipe),
@@ -22,7 +22,7 @@ def conflicts(recipe: Recipe, device_type: str) -> list[Problem]:
 
 
 def why_no_kernels(recipe: Recipe) -> str | None:
-    """Why the recipe's other sections leave nothing to the fused kernels; None where they do."""
+    """Why the recipe's other sections rule out the fused kernels; None if they do not."""
     if recipe.compiles:
         return 'the blocks are compiled instead: compile.mode = "none" lets the kernels run'
     if recipe.offload and recipe.offload.kind == "model":
@@ -43,7 +43,7 @@ def why_no_kernels(recipe: Recipe) -> str | None:
 
 
 def why_no_graphs(recipe: Recipe, device_type: str) -> str | None:
-    """Why `cuda_graphs = "auto"` records none; None where it does."""
+    """Why `cuda_graphs = "auto"` records no graphs; None if it does."""
     if device_type != "cuda":
         return f"the pipeline is on {device_type}"
     if isinstance(recipe.cache, ResidualCache):
@@ -54,15 +54,15 @@ def why_no_graphs(recipe: Recipe, device_type: str) -> str | None:
 
 
 def _engine(recipe: Recipe) -> Iterator[Problem]:
-    """An engine takes the blocks as one: nothing else may change or enter them."""
+    """An engine replaces all blocks, so no other section may change them or run between them."""
     if recipe.engine is None:
         return
     for name in ("quantize", "fuse", "attention", "compile"):
         if getattr(recipe, name) is not None:
-            instead = ": engine.precision quantises" if name == "quantize" else ""
+            instead = " and set engine.precision" if name == "quantize" else ""
             yield Problem(
-                f"[engine] runs the blocks in torch's place, and [{name}] changes them",
-                f"leave [{name}] out{instead}",
+                f"[engine] replaces the torch blocks, and [{name}] changes them",
+                f"remove [{name}]{instead}",
             )
     if isinstance(recipe.cache, ResidualCache):
         yield Problem(
@@ -71,28 +71,28 @@ def _engine(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.offload and recipe.offload.kind == "model":
         yield Problem(
-            'offload.kind = "model" moves the transformer, and [engine] runs in its place',
+            'offload.kind = "model" moves the transformer, which [engine] replaces',
             'set offload.kind = "modulation", and engine.release = true to free the blocks',
         )
 
 
 def _residual(recipe: Recipe) -> Iterator[Problem]:
-    """The residual cache decides between the blocks: nothing may hold all of them."""
+    """The residual cache decides between blocks, so no other section may merge them."""
     if not isinstance(recipe.cache, ResidualCache):
         return
     mode = recipe.compile.mode if recipe.compile else None
     graphs = recipe.compile.cuda_graphs if recipe.compile else None
     backend = recipe.attention.backend if recipe.attention else None
-    for there, setting, instead in (
+    for applies, setting, instead in (
         (mode == "full", 'compile.mode = "full"', 'set compile.mode = "blocks"'),
         (graphs == "on", 'compile.cuda_graphs = "on"', 'set compile.cuda_graphs = "auto"'),
-        (recipe.fuse is not None, "[fuse]", "leave it out"),
+        (recipe.fuse is not None, "[fuse]", "remove it"),
         (backend == "auto", 'attention.backend = "auto"', 'set attention.backend = "native"'),
     ):
-        if there:
+        if applies:
             yield Problem(
                 'cache.kind = "residual" decides between the blocks, and '
-                f"{setting} takes them as one",
+                f"{setting} runs them as one",
                 f'{instead}, or use a planned cache, such as kind = "interval"',
             )
 
@@ -103,14 +103,13 @@ def _attention(recipe: Recipe, device_type: str) -> Iterator[Problem]:
     backend = recipe.attention.backend
     if device_type != "cuda" and backend in ("cudnn", "flash", "efficient"):
         yield Problem(
-            f'attention.backend = "{backend}" is a kernel for NVIDIA GPUs, '
-            f"and this is {device_type}",
+            f'attention.backend = "{backend}" needs an NVIDIA GPU, and this is {device_type}',
             'set attention.backend = "native", or "auto"',
         )
     if backend == "auto" and recipe.compile and recipe.compile.mode == "full":
         yield Problem(
-            'attention.backend = "auto" tries backends out, and compile.mode = "full" '
-            "makes one graph of the forward",
+            'attention.backend = "auto" times the backends between calls, and '
+            'compile.mode = "full" compiles the forward as one graph',
             'set attention.backend = "native" or "cudnn", or compile.mode = "blocks"',
         )
 
@@ -120,13 +119,13 @@ def _fuse(recipe: Recipe) -> Iterator[Problem]:
         return
     if recipe.compile and recipe.compile.mode == "full":
         yield Problem(
-            '[fuse] splits the transformer\'s forward, and compile.mode = "full" makes one '
-            "graph of it",
+            '[fuse] splits the transformer\'s forward, and compile.mode = "full" compiles it as '
+            "one graph",
             'set compile.mode = "blocks", or "none" for the fused kernels',
         )
-    declined = why_no_kernels(recipe)
-    if recipe.fuse.kernels == "on" and declined:
-        yield Problem(f'fuse.kernels = "on": {declined}', 'set fuse.kernels = "auto"')
+    reason = why_no_kernels(recipe)
+    if recipe.fuse.kernels == "on" and reason:
+        yield Problem(f'fuse.kernels = "on": {reason}', 'set fuse.kernels = "auto"')
 
 
 def _graphs(recipe: Recipe, device_type: str) -> Iterator[Problem]:
@@ -139,7 +138,7 @@ def _graphs(recipe: Recipe, device_type: str) -> Iterator[Problem]:
         )
     if recipe.offload and recipe.offload.kind == "model":
         yield Problem(
-            'a CUDA graph holds the addresses of weights that offload.kind = "model" moves',
+            'CUDA graphs need fixed weight addresses, and offload.kind = "model" moves the weights',
             'set cuda_graphs = "auto", or offload.kind = "modulation"',
         )
 
@@ -151,12 +150,12 @@ def _offload(recipe: Recipe, device_type: str) -> Iterator[Problem]:
         yield Problem(
             f'offload.kind = "{recipe.offload.kind}" needs an accelerator to offload from, '
             "and this is the CPU",
-            "leave [offload] out: on a CPU the weights are in host memory already",
+            "remove [offload]: on a CPU the weights are already in host memory",
         )
-    tabled = recipe.engine or (recipe.fuse is not None and recipe.fuse.conditioning)
-    if recipe.offload.kind == "modulation" and not tabled:
+    has_table = recipe.engine or (recipe.fuse is not None and recipe.fuse.conditioning)
+    if recipe.offload.kind == "modulation" and not has_table:
         yield Problem(
-            'offload.kind = "modulation" without the conditioning table would bring the '
-            "weights over at every step",
+            'offload.kind = "modulation" without the conditioning table would copy the weights '
+            "to the device at every step",
             "add [fuse] with conditioning = true",
         )

@@ -1,7 +1,7 @@
-"""What this machine can do: read by check, by the loader and by `hasten doctor`.
+"""Capabilities of this machine, for `check`, the loader and `hasten doctor`.
 
-`Machine` is plain data, so a test can make up any machine; `machine()` looks at the real one.
-Importing this module imports no torch and touches no accelerator; calling `machine()` does.
+`Machine` is plain data, so tests can construct any machine; `machine()` inspects the real one.
+Importing this module does not import torch or touch an accelerator; calling `machine()` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hasten.memory import memory_limits
 from hasten.quantization.schemes import OLDEST_FP8, OLDEST_INT8, SCHEMES
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What a model can be loaded in, by torch's names."""
+"""The dtypes that a model can be loaded in, by torch's names."""
 
 # Triton's oldest supported NVIDIA generation (Volta).
 OLDEST_TRITON_CAPABILITY = (7, 0)
@@ -36,7 +36,14 @@ INSTALL_COMPILER = "apt-get install g++ python3-dev (Debian/Ubuntu)"
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device as torch numbers it; `capability` is (major, minor), e.g. (9, 0)."""
+    """One CUDA device.
+
+    Attributes:
+        index: Torch's device index.
+        name: The product name.
+        capability: Compute capability as (major, minor), e.g. (9, 0).
+        memory_bytes: Total device memory.
+    """
 
     index: int
     name: str
@@ -46,12 +53,20 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Software and hardware as found. What is not there is None, False or empty.
+    """Software and hardware of a machine. Whatever is missing is None, False or empty.
 
-    `cxx_compiler` is the one torch.compile would run on the CPU, `c_compiler` the one Triton
-    would run to build its launchers; both are absolute paths of programs that answer `--version`.
-    `torch_architectures` are the GPU generations torch was built for, e.g. ("sm_80", "sm_90").
-    `fp8_on_cpu`: torch's scaled FP8 product was tried on the CPU and right.
+    Attributes:
+        cores: Cores that this process may use.
+        ram_bytes: Host memory available to this process; None if unknown.
+        gpus: The CUDA devices.
+        torch_architectures: GPU generations that torch was built for, e.g. ("sm_80", "sm_90").
+        mps: Whether torch supports an Apple GPU here.
+        cxx_compiler: Absolute path of the C++ compiler that torch.compile uses on the CPU.
+        c_compiler: Absolute path of the C compiler that Triton uses to build its launchers.
+        python_headers: Whether Python.h is installed.
+        fp8_on_cpu: Whether torch's scaled FP8 product gives the right result on this CPU.
+
+    The other attributes are versions: of packages, Python, CUDA and the NVIDIA driver.
     """
 
     python: str
@@ -80,15 +95,19 @@ class Machine:
     fp8_on_cpu: bool = False
 
     def default_device(self) -> str:
-        """Where `auto` runs: the first CUDA device, else the CPU; MPS only where it is named."""
+        """The device for `auto`: the first CUDA device, else the CPU. MPS has to be requested."""
         return "cuda" if self.gpus else "cpu"
 
     def device_named(self, name: str) -> str:
-        """The device that `name` means: `auto` resolved, anything else as it is."""
+        """Resolve `auto` to the default device; return any other name unchanged."""
         return self.default_device() if name == "auto" else name
 
     def usable_device(self, name: str) -> str:
-        """`device_named`; raises InputError where nothing can run on it."""
+        """Like `device_named`, but the device is checked.
+
+        Raises:
+            InputError: Nothing can run on the device.
+        """
         device = self.device_named(name)
         problem = self.device_problem(device)
         if problem is not None:
@@ -96,21 +115,21 @@ class Machine:
         return device
 
     def default_dtype(self, device: str) -> str:
-        """The dtype that `auto` means on `device`, by its torch name."""
+        """The dtype for `auto` on `device`, by its torch name."""
         gpu = self.gpu(device)
         if gpu is None:
             return "float32"
         return "bfloat16" if gpu.capability >= OLDEST_BF16_CAPABILITY else "float16"
 
     def gpu(self, device: str) -> Gpu | None:
-        """The GPU that `cuda` or `cuda:N` means, None where there is none."""
+        """The GPU named `cuda` or `cuda:N`; None if there is none."""
         kind, _, index = device.partition(":")
         if kind != "cuda":
             return None
         return next((gpu for gpu in self.gpus if gpu.index == int(index or 0)), None)
 
     def device_problem(self, device: str) -> Problem | None:
-        """Why nothing can run on `device` (`cpu`, `cuda`, `cuda:N`, `mps`); None where it can."""
+        """Why nothing can run on `device` (`cpu`, `cuda`, `cuda:N`, `mps`); None if it works."""
         if re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device) is None:
             return Problem(
                 f"device {device!r} is not one of cpu, cuda, cuda:N, mps",
@@ -147,7 +166,11 @@ class Machine:
         return None
 
     def _torch_built_for(self, capability: tuple[int, int]) -> bool:
-        """Binary code runs on later minors of its major; PTX (`compute_`) on anything later."""
+        """Whether torch has code for this GPU.
+
+        Binary code runs on later minor versions of its major version; PTX (`compute_`) runs on
+        every later version.
+        """
         built_for = [
             (kind, divmod(int(number), 10))
             for kind, number in re.findall(
@@ -160,7 +183,7 @@ class Machine:
         )
 
     def compile_problem(self, device: str) -> Problem | None:
-        """Why torch.compile cannot work on `device`; None where it can."""
+        """Why torch.compile cannot work on `device`; None if it can."""
         problem = self.device_problem(device)
         if problem is not None:
             return problem
@@ -174,9 +197,13 @@ class Machine:
     def quantize_problem(
         self, device: str, scheme: str, *, emulate: bool = False, compiled: bool = False
     ) -> Problem | None:
-        """Why linears cannot be quantised on `device`; None where they can.
+        """Why linears cannot be quantised on `device`; None if they can.
 
-        scheme, emulate: the recipe's; compiled: whether torch.compile will see them.
+        Args:
+            device: A device name.
+            scheme: The recipe's `quantize.scheme`.
+            emulate: The recipe's `quantize.emulate`.
+            compiled: Whether torch.compile will compile the linears.
         """
         if device == "mps":
             return Problem(
@@ -195,54 +222,61 @@ class Machine:
     def engine_problems(
         self, device: str, kind: str, precision: str, *, exported: bool = False
     ) -> list[Problem]:
-        """Why `[engine]` of this kind and precision cannot run on `device`; empty where it can.
+        """Why `[engine]` cannot run on `device`; empty if it can.
 
-        exported: whether only what runs an export is needed, and not what makes one.
+        Args:
+            device: A device name.
+            kind: The recipe's `engine.kind`.
+            precision: The recipe's `engine.precision`.
+            exported: Whether the export exists, so that the packages that make one are not needed.
         """
         unneeded = {"tensorrt"} if kind == "onnxruntime" else set()
         if exported and kind == "tensorrt":
             unneeded = {*ENGINE_PACKAGES} - {"tensorrt"}
         elif exported:
-            unneeded |= {"modelopt", "onnxscript"}  # the twin is made with onnx
+            unneeded |= {"modelopt", "onnxscript"}  # the float32 graph is made with onnx
         missing = [name for name in self.missing_for_engines() if name not in unneeded]
-        found = []
+        problems = []
         if missing:
-            found.append(
+            problems.append(
                 Problem(
-                    f'engine.kind = "{kind}" needs {", ".join(missing)}, not installed here',
+                    f'engine.kind = "{kind}" needs {", ".join(missing)}, which is not installed',
                     "pip install 'hasten[tensorrt]'",
                 )
             )
         get_one = "run it" if exported else "build one with `hasten export tensorrt` and run it"
-        if kind == "tensorrt" and (trouble := self._rtx_problem(device, precision, get_one)):
-            found.append(trouble)
+        if kind == "tensorrt" and (problem := self._rtx_problem(device, precision, get_one)):
+            problems.append(problem)
         if kind == "onnxruntime" and device != "cpu":
-            found.append(
+            problems.append(
                 Problem(
                     f'engine.kind = "onnxruntime" runs on the CPU, and this is {device}',
                     "use --device cpu",
                 )
             )
-        return found
+        return problems
 
     def missing_for_engines(self) -> list[str]:
-        """Packages of `hasten[tensorrt]` that are not installed."""
+        """The packages of `hasten[tensorrt]` that are not installed."""
         return [name for name in ENGINE_PACKAGES if getattr(self, name) is None]
 
     def _rtx_problem(self, device: str, precision: str, get_one: str) -> Problem | None:
-        """Why TensorRT for RTX has no engine for `device`. get_one: what to do elsewhere."""
+        """Why TensorRT for RTX has no engine for `device`.
+
+        `get_one` is the advice to follow on a machine with such a GPU.
+        """
         gpu = self.gpu(device)
         if gpu is None:
             return Problem(
                 f"a TensorRT engine runs on an RTX GPU, and this is {device}",
-                f"{get_one} on such a GPU, or draw with its graph on the CPU, for quality and not "
-                'for speed: engine.kind = "onnxruntime" (in `hasten bench` a row of its own)',
+                f"{get_one} on such a GPU, or run its graph on the CPU to measure quality (not "
+                'speed): engine.kind = "onnxruntime" (`hasten bench` reports it in its own row)',
             )
         if gpu.capability not in RTX_CAPABILITIES:
             return Problem(
                 f"TensorRT for RTX has no engines for {gpu.name} (compute capability "
                 f"{_dotted(gpu.capability)})",
-                "use the preset fp8 or lossless: they need no engine",
+                "use the preset fp8 or lossless, which need no engine",
             )
         needed = {"fp8": OLDEST_FP8, "bf16": OLDEST_BF16_CAPABILITY}.get(precision)
         if needed is None or gpu.capability >= needed:
@@ -258,13 +292,13 @@ class Machine:
     def _no_cpu_fp8_problem(self) -> Problem:
         return Problem(
             f'quantize.scheme = "fp8": torch {self.torch} has no FP8 product on this CPU',
-            'set emulate = true for the same pictures, or scheme = "int8" or "fp8-weight"',
+            'set emulate = true for the same images, or scheme = "int8" or "fp8-weight"',
         )
 
     def _cpu_compile_problem(self) -> Problem | None:
         if self.cxx_compiler is None:
             return Problem(
-                "torch.compile needs a C++ compiler and none was found "
+                "torch.compile needs a C++ compiler, and none was found "
                 f"(looked for {_looked_for('CXX', inductor_compiler())})",
                 f"{INSTALL_COMPILER}, or set CXX to the path of a compiler you have",
             )
@@ -280,11 +314,11 @@ class Machine:
             )
         if self.triton is None:
             return Problem(
-                "torch.compile needs Triton and it is not installed", "pip install triton"
+                "torch.compile needs Triton, which is not installed", "pip install triton"
             )
         if self.c_compiler is None:
             return Problem(
-                "torch.compile needs a C compiler (for Triton) and none was found "
+                "torch.compile needs a C compiler (for Triton), and none was found "
                 f"(looked for {_looked_for('CC', 'gcc, clang')})",
                 INSTALL_COMPILER,
             )
@@ -294,7 +328,7 @@ class Machine:
         if self.python_headers:
             return None
         return Problem(
-            "torch.compile needs the Python headers and there is no Python.h in "
+            "torch.compile needs the Python headers, and there is no Python.h in "
             f"{sysconfig.get_path('include')}",
             INSTALL_COMPILER,
         )
@@ -305,24 +339,24 @@ def _old_gpu_problem(gpu: Gpu, scheme: str) -> Problem | None:
     needed = SCHEMES[scheme].oldest_gpu
     if needed is None or gpu.capability >= needed:
         return None
-    nearest = 'scheme = "int8-weight"'
+    alternative = 'scheme = "int8-weight"'
     if gpu.capability >= OLDEST_INT8:
-        nearest = 'scheme = "int8", as the preset "int8" has it'
+        alternative = 'scheme = "int8" (as in the preset "int8")'
     return Problem(
         f'quantize.scheme = "{scheme}" needs a GPU of compute capability {_dotted(needed)} or '
         f"later; {gpu.name} has {_dotted(gpu.capability)}",
-        f"set {nearest}, or emulate = true for the same pictures at no gain in speed",
+        f"set {alternative}, or emulate = true for the same images without a speed-up",
     )
 
 
 def _old_triton_problem(gpu: Gpu, scheme: str) -> Problem | None:
-    """Why torch.compile cannot convert FP8 on this GPU: Triton has no such type there."""
+    """Why torch.compile cannot convert FP8 on this GPU: Triton does not support the type there."""
     if gpu.capability >= OLDEST_FP8:
         return None
     return Problem(
         f"torch.compile cannot convert FP8 on {gpu.name}: that needs compute capability "
         f"{_dotted(OLDEST_FP8)}, it has {_dotted(gpu.capability)}",
-        f'set scheme = "{scheme.replace("fp8", "int8")}", or leave [compile] out',
+        f'set scheme = "{scheme.replace("fp8", "int8")}", or remove [compile]',
     )
 
 
@@ -331,14 +365,18 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def check_dtype(name: str) -> None:
-    """Raise InputError unless `name` is `auto` or one of DTYPES."""
+    """Check a dtype's name.
+
+    Raises:
+        InputError: `name` is neither `auto` nor one of `DTYPES`.
+    """
     if name not in ("auto", *DTYPES):
         raise InputError(f"{name!r} is not a dtype", f"use auto, {', '.join(DTYPES)}")
 
 
 @functools.cache
 def machine() -> Machine:
-    """Look at this machine, once a process. Imports torch; initialises CUDA where there is one."""
+    """Inspect this machine, once per process. Imports torch and initialises CUDA if available."""
     import torch
 
     gpus = tuple(_gpus())
@@ -371,7 +409,7 @@ def machine() -> Machine:
 
 
 def version_of(distribution: str) -> str | None:
-    """Version of an installed distribution, None where it is not installed; imports nothing."""
+    """Version of an installed distribution; None if it is not installed. Imports nothing."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -379,25 +417,25 @@ def version_of(distribution: str) -> str | None:
 
 
 def inductor_compiler() -> str:
-    """The C++ compiler torch.compile will run on the CPU: torch/_inductor/config.py, cpp.cxx."""
+    """The C++ compiler that torch.compile uses on the CPU (torch/_inductor/config.py, cpp.cxx)."""
     return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
 
 
 def _c_compiler() -> str | None:
-    """The C compiler Triton will run: triton/runtime/build.py."""
+    """The C compiler that Triton uses (triton/runtime/build.py)."""
     if "CC" in os.environ:
         return _working(os.environ["CC"])
     return _working("gcc") or _working("clang")
 
 
 def _working(program: str) -> str | None:
-    """Absolute path of `program` if it starts and exits with 0 on `--version`."""
+    """Absolute path of `program` if `program --version` exits with 0."""
     path = shutil.which(program)
     if path is None:
         return None
-    question = "/help" if Path(path).stem == "cl" else "--version"
+    flag = "/help" if Path(path).stem == "cl" else "--version"
     try:
-        subprocess.run([path, question], capture_output=True, check=True, timeout=20)
+        subprocess.run([path, flag], capture_output=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return path
@@ -409,7 +447,7 @@ def _looked_for(variable: str, default: str) -> str:
 
 
 def _fp8_on_cpu() -> bool:
-    """Whether torch multiplies FP8 codes with a scale a row on this CPU: one tiny product."""
+    """Whether torch multiplies FP8 codes with one scale per row on this CPU; one small product."""
     import torch
 
     ones = torch.ones(16, 16).to(torch.float8_e4m3fn)
@@ -428,12 +466,12 @@ def _gpus() -> list[Gpu]:
 
     if not torch.cuda.is_available():
         return []
-    found = []
+    gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
-        found.append(Gpu(index, properties.name, capability, properties.total_memory))
-    return found
+        gpus.append(Gpu(index, properties.name, capability, properties.total_memory))
+    return gpus
 
 
 def _cpu_name() -> str:
@@ -445,14 +483,14 @@ def _cpu_name() -> str:
 
 
 def _cores() -> int:
-    """Cores this process may run on, which in a container are fewer than the host has."""
+    """Cores that this process may use; in a container, they may be fewer than the host has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _ram_bytes() -> int | None:
-    """The memory there is, or what of it a container may have."""
+    """Physical memory, or the limit of the container if it is lower."""
     if not hasattr(os, "sysconf"):
         return None
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

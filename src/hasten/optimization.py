@@ -1,4 +1,4 @@
-"""What was done to a transformer: one object, shared by every pipeline over it."""
+"""The optimisation of one transformer, shared by every pipeline that uses it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from hasten.recipe import Recipe
 from hasten.step.applied import Applied, undo_all
 from hasten.step.chain import RunLock, StepChain, plain_module
 
-CHANGED = "weights changed after optimising (an adapter?): the schedule was learned on other ones"
+CHANGED = "weights changed after optimising (an adapter?): the schedule was learned on others"
 
 
 class Optimization:
-    """A recipe on one transformer.
+    """A recipe applied to one transformer.
 
     Attributes:
-        recipe: What was asked for.
-        family: The transformer's.
-        verdict: What `check` decided, and the passes did.
-        chain: What stands before the transformer's forward.
+        recipe: The recipe.
+        family: The transformer's family.
+        verdict: The decisions of `check`, which the passes follow.
+        chain: The layers in front of the transformer's forward.
         applied: The passes, in order.
-        active: Whether they are in place.
+        active: Whether the passes are in place.
+        weights: Fingerprint of the weights when a learned schedule was first applied.
     """
 
     def __init__(self, recipe: Recipe, family: Family, verdict: Verdict, chain: StepChain) -> None:
@@ -41,19 +42,19 @@ class Optimization:
 
     @property
     def lock(self) -> RunLock:
-        """Held by whoever runs the transformer."""
+        """The lock that a caller holds while it runs the transformer."""
         return self.chain.lock
 
     @property
     def planner(self) -> Planner | None:
-        """What plans the step cache's runs, where anything does."""
+        """The planner of the step cache; None without one."""
         cache = self.chain.layer("cache")
         return cache.policy.planner if isinstance(cache, CacheLayer) else None
 
     @property
     def calibrated(self) -> bool | None:
-        """Whether the step cache runs a schedule learned on these very weights; None where it runs
-        none that is learned."""
+        """Whether the step cache's schedule was learned on these weights; None without a learned
+        schedule."""
         planner = self.planner
         if planner is None or not planner.calibrated:
             return None if planner is None else planner.calibrated
@@ -63,54 +64,54 @@ class Optimization:
         """Run the passes; undo all of them if one fails.
 
         Args:
-            passes: Adds to the list as soon as it has changed something.
+            passes: Appends each pass to the list as soon as it has changed something.
         """
         applied: list[Applied] = []
         try:
             passes(applied)
         except BaseException as error:
-            for stuck in undo_all(applied):
-                error.add_note(stuck)
+            for failures in undo_all(applied):
+                error.add_note(failures)
             raise
         self.applied = applied
         self.active = True
         setattr(plain_module(self.chain.transformer), MARK, self)
         planner = self.planner
         if planner is not None and planner.calibrated and self.weights is None:
-            self.weights = self._weights()  # of the first time: it may be applied again later
+            self.weights = self._weights()  # of the first application: it may be applied again
 
     def restore(self) -> list[str]:
         """Undo every pass, newest first.
 
         Returns:
-            A line for each that cannot be undone.
+            One line for each pass that cannot be undone.
         """
         with self.lock:
-            stuck = undo_all(self.applied)
+            failures = undo_all(self.applied)
             self.applied = [replace(done, undo=None) for done in self.applied if done.cannot_undo]
             self.active = False
             plain_module(self.chain.transformer).__dict__.pop(MARK, None)
-        return stuck
+        return failures
 
     def renew(self) -> None:
-        """Put back what a deep copy leaves out."""
+        """Put back what a deep copy does not copy."""
         for done in self.applied:
             if done.renew is not None:
                 done.renew()
 
     def weights_changed(self) -> bool:
-        """Whether the transformer's weights are no longer those that were optimised."""
+        """Whether the transformer's weights have changed since they were optimised."""
         return self.weights is not None and self.weights != self._weights()
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of figures must know of the passes."""
+        """Notes on the passes that belong with every measurement."""
         notes = [*self.verdict.notes] if self.active else []
         if self.active and self.weights_changed():
             notes.append(CHANGED)
         return (*notes, *(note for done in self.applied for note in done.notes))
 
     def fallbacks(self) -> tuple[str, ...]:
-        """What "auto" did not do, and why."""
+        """The parts that an "auto" setting left unchanged, and why."""
         return tuple(
             f"{done.name}: {part} unchanged: {reason}"
             for done in self.applied
@@ -124,7 +125,7 @@ class Optimization:
 
 
 def optimization_of(pipe: Any) -> Optimization | None:
-    """What was done to a pipeline's transformer; None where it is plain."""
+    """The optimisation of a pipeline's transformer; None for a plain one."""
     transformer = plain_module(getattr(pipe, "transformer", None))
     optimization: Optimization | None = getattr(transformer, MARK, None)
     return optimization

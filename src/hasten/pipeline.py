@@ -1,4 +1,4 @@
-"""What `optimize` returns: the pipeline, called exactly as before, and what was done to it."""
+"""`OptimizedPipeline`: the callable that `optimize` returns, its summary and its restoration."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from hasten.step.applied import replace_attribute
 from hasten.step.chain import plain_module
 from hasten.step.run import PipelineCall, RunCounts, current_call
 
-EXCHANGED = "the transformer was exchanged after optimising: the pipeline runs as it is, without it"
+EXCHANGED = "the transformer was replaced after optimising, and the new one is not optimised"
 
 
 class OptimizedPipeline:
-    """A pipeline under a recipe. Attributes it does not have itself are the pipeline's.
+    """A pipeline under a recipe; other attributes are forwarded to the wrapped pipeline.
 
-    To `isinstance` it is also of the pipeline's class. One call at a time: calls from other
-    threads, also of pipelines made with `from_pipe`, wait in line.
+    `isinstance` also accepts it as the wrapped pipeline's class. Calls are serialised: calls from
+    other threads, including those of pipelines made with `from_pipe`, wait until this one ends.
 
     Attributes:
-        pipe: The Diffusers pipeline underneath, itself a working optimised pipeline.
+        pipe: The wrapped Diffusers pipeline. It is optimised and can be called directly.
         last_run: Steps entered, computed and skipped by the last finished call.
     """
 
@@ -51,18 +51,18 @@ class OptimizedPipeline:
 
     @property
     def recipe(self) -> Recipe:
-        """What was asked for."""
+        """The recipe that was applied."""
         return self._optimization.recipe
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the pipeline: same arguments, same result.
+        """Call the pipeline with its own arguments; return its own result.
 
-        What the caller leaves out comes from the recipe's [sampling], then from the model's
-        `hasten.json`, then from the pipeline itself.
+        An omitted argument takes its value from the recipe's [sampling], then from the model's
+        `hasten.json`, then from the pipeline's default.
 
         Raises:
-            UnsupportedError: The compiler fails.
-            CallError: This is a call from within another call that uses the same scheduler.
+            UnsupportedError: Compilation failed.
+            CallError: The call was made from within another call that uses the same scheduler.
         """
         missing = self._missing(args, kwargs)
         call = PipelineCall(self.pipe.scheduler, outer=current_call())
@@ -75,32 +75,37 @@ class OptimizedPipeline:
         return result
 
     def to(self, *args: Any, **kwargs: Any) -> OptimizedPipeline:
-        """Move or cast the pipeline, as Diffusers' `to`; returns this object."""
+        """Move or cast the pipeline like Diffusers' `to`; return this object."""
         with self._optimization.lock:
             self.pipe.to(*args, **kwargs)
         return self
 
     def from_pipe(self, pipeline_class: Any, **kwargs: Any) -> OptimizedPipeline:
-        """Another pipeline of the family (img2img, inpainting …) over the same components.
+        """Make another pipeline of the family (img2img, inpainting …) from the same components.
 
-        It shares the transformer and so the optimisation. Components keep their dtypes, unless
-        `dtype` is given. It also shares the scheduler, unless one is given.
+        Args:
+            pipeline_class: A Diffusers pipeline class.
+            **kwargs: Arguments of Diffusers' `from_pipe`. The components keep their dtypes unless
+                `dtype` is given. The scheduler is shared unless one is given.
+
+        Returns:
+            The new pipeline, optimised because it shares the transformer.
         """
-        with self._optimization.lock, _kept_as_they_are(self.pipe, kwargs):
+        with self._optimization.lock, _dtypes_preserved(self.pipe, kwargs):
             other = pipeline_class.from_pipe(self.pipe, **kwargs)
         return OptimizedPipeline(other, self._optimization)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the plain pipeline, as Diffusers does, with the model's `hasten.json`.
+        """Save the plain pipeline like Diffusers, and copy the model's `hasten.json`.
 
         Raises:
-            UnsupportedError: Weights are quantised or were freed; nothing is written.
+            UnsupportedError: Weights are quantised or were freed. Nothing is written.
         """
         for done in self._optimization.applied:
             if done.cannot_undo:
                 raise UnsupportedError(
-                    f"the pipeline cannot be saved: {done.name}: {done.description}; a "
-                    "file of that would be loaded as plain weights",
+                    f"the pipeline cannot be saved: {done.name}: {done.description}; the saved "
+                    "file would be loaded as plain weights",
                     "save the pipeline before it is optimised; keep the recipe and optimise again "
                     "after loading",
                 )
@@ -111,22 +116,22 @@ class OptimizedPipeline:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of this pipeline's figures must know, e.g. that its weights are random."""
+        """Notes that belong with every measurement of this pipeline, e.g. on random weights."""
         return (*self._notes(), *self._optimization.fallbacks())
 
     @property
     def calibrated(self) -> bool | None:
-        """Whether the step cache runs a schedule learned on these weights; None where it runs none
-        that is learned."""
+        """Whether the step cache's schedule was learned on these weights; None without a learned
+        schedule."""
         return None if self._is_plain() else self._optimization.calibrated
 
     @property
     def held_bytes(self) -> int:
-        """Memory that is kept for later steps of runs that are going on; 0 between calls."""
+        """Bytes held for later steps of the current runs; 0 between calls."""
         return self._optimization.chain.held_bytes()
 
     def summary(self) -> str:
-        """Every pass, what it changed, what it left unchanged and why; the last run's steps."""
+        """Describe each pass: its changes, its unchanged parts with reasons; and the last run."""
         recipe, applied = self.recipe, self._optimization.applied
         lines = [f"recipe {recipe.name}: {recipe.description}".rstrip(": ")]
         for done in applied:
@@ -148,19 +153,19 @@ class OptimizedPipeline:
         """Undo every pass, newest first, and return the plain pipeline.
 
         Raises:
-            HastenError: Names what cannot be undone; everything else is undone all the same.
+            HastenError: A pass cannot be undone; it is named. All other passes are undone.
         """
-        stuck = self._optimization.restore()
-        if stuck:
+        failures = self._optimization.restore()
+        if failures:
             raise HastenError(
-                stuck,
-                "load the pipeline again to have it as it was; after copy=True the one that you "
-                "passed in is still whole",
+                failures,
+                "load the pipeline again to get the original back; after copy=True, the pipeline "
+                "that you passed in is unchanged",
             )
         return self.pipe
 
     def _missing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments that the caller leaves out and the pipeline knows."""
+        """Defaults for the arguments that the caller omitted."""
         signature = inspect.signature(self.pipe.__call__)
         given = signature.bind_partial(*args, **kwargs).arguments
         missing = {
@@ -181,10 +186,10 @@ class OptimizedPipeline:
         return (*notes, *filter(None, (unskipped, EXCHANGED if exchanged else None)))
 
     def _is_plain(self) -> bool:
-        """Whether this pipeline's transformer is not the optimised one, or no longer optimised."""
+        """Whether this pipeline's transformer was replaced or is no longer optimised."""
         optimized = plain_module(self._optimization.chain.transformer)
-        here = plain_module(self.pipe.transformer)
-        return not self._optimization.active or here is not optimized
+        current = plain_module(self.pipe.transformer)
+        return not self._optimization.active or current is not optimized
 
     def _counts(self, call: PipelineCall) -> RunCounts:
         counts = [run.counts() for run in call.runs]
@@ -199,23 +204,23 @@ class OptimizedPipeline:
         return RunCounts(steps=steps, computed=steps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedPipeline:
-        """Copies weights and all; the copy is optimised in the same way, over its own weights."""
-        twin = object.__new__(OptimizedPipeline)
-        memo[id(self)] = twin
+        """Copy the weights too; the copy is optimised in the same way, over its own weights."""
+        duplicate = object.__new__(OptimizedPipeline)
+        memo[id(self)] = duplicate
         with self._optimization.lock:
-            object.__setattr__(twin, "pipe", copy.deepcopy(self.pipe, memo))
-            object.__setattr__(twin, "_optimization", copy.deepcopy(self._optimization, memo))
-        twin.last_run, twin._defaults = self.last_run, dict(self._defaults)
-        twin._optimization.renew()
-        return twin
+            object.__setattr__(duplicate, "pipe", copy.deepcopy(self.pipe, memo))
+            object.__setattr__(duplicate, "_optimization", copy.deepcopy(self._optimization, memo))
+        duplicate.last_run, duplicate._defaults = self.last_run, dict(self._defaults)
+        duplicate._optimization.renew()
+        return duplicate
 
     def __copy__(self) -> OptimizedPipeline:
         return OptimizedPipeline(copy.copy(self.pipe), self._optimization)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedError(
-            "an optimised pipeline cannot be pickled: compiled code, graphs and locks are of this "
-            "process",
+            "an optimised pipeline cannot be pickled: compiled code, graphs and locks belong to "
+            "this process",
             "load and optimise the pipeline in each process, or pickle what restore() returns",
         )
 
@@ -235,16 +240,16 @@ class OptimizedPipeline:
 
 
 def restore(pipe: Any) -> Any:
-    """Undo what `optimize` did to a pipeline, also where the object that it returned is lost.
+    """Undo what `optimize` did to a pipeline, even if the object it returned is lost.
 
     Args:
-        pipe: The pipeline, what `optimize` returned, or any pipeline over the same transformer.
+        pipe: The result of `optimize`, its pipeline, or any pipeline over the same transformer.
 
     Returns:
         The plain pipeline.
 
     Raises:
-        HastenError: Names what cannot be undone; everything else is undone all the same.
+        HastenError: A pass cannot be undone; it is named. All other passes are undone.
     """
     plain = pipe.pipe if type(pipe) is OptimizedPipeline else pipe
     optimization = optimization_of(plain)
@@ -252,8 +257,8 @@ def restore(pipe: Any) -> Any:
 
 
 @contextmanager
-def _kept_as_they_are(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
-    """Diffusers' `from_pipe` casts all components to one dtype, those of the first pipeline too."""
+def _dtypes_preserved(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """Prevent Diffusers' `from_pipe` from casting the shared components to one dtype."""
     if "dtype" in arguments or "torch_dtype" in arguments:
         yield
         return

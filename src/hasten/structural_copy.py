@@ -14,67 +14,75 @@ from hasten.errors import UnsupportedError
 
 
 def structural_copy(pipe: Any) -> Any:
-    """A second pipeline whose modules are its own and whose weights lie where the first one's do.
+    """Copy a pipeline: the modules are new, the weights are shared.
 
-    Nothing is allocated on the device. The scheduler and the tokenizers, which are not safe in
-    threads, are copied whole, so two runs can interleave. What replaces parameters of the copy
-    (`to`, fusing adapters) leaves the first pipeline as it was.
+    Nothing is allocated on the device. The scheduler and the tokenizers are deep copies because
+    they are not thread-safe, so runs of the two pipelines can interleave. Operations that replace
+    parameters of the copy (`to`, fusing adapters) leave the original pipeline unchanged.
     """
-    twin = copy.copy(pipe)
+    duplicate = copy.copy(pipe)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
-            setattr(twin, name, replace_tensors(share_weights(component), _alias))
+            setattr(duplicate, name, replace_tensors(share_weights(component), _alias))
         elif component is not None:
-            setattr(twin, name, copy.deepcopy(component))
-    if hasattr(twin, "fuse_lora"):
-        parts = [part for part in twin.components.values() if isinstance(part, nn.Module)]
-        twin.fuse_lora = partial(_fuse_lora, twin.fuse_lora, parts)
+            setattr(duplicate, name, copy.deepcopy(component))
+    if hasattr(duplicate, "fuse_lora"):
+        parts = [part for part in duplicate.components.values() if isinstance(part, nn.Module)]
+        duplicate.fuse_lora = partial(_fuse_lora, duplicate.fuse_lora, parts)
         for part in parts:
             if fuse := getattr(part, "fuse_lora", None):
                 part.__dict__["fuse_lora"] = partial(_fuse_lora, fuse, [part])
-    return twin
+    return duplicate
 
 
 def share_weights(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    """Copy a module tree node by node; tensors, configs and processors are shared."""
+    """Copy a module tree node by node; tensors, configs and processors are shared.
+
+    Args:
+        module: The root of the tree.
+        memo: Copies made so far, by the id of the original.
+
+    Raises:
+        UnsupportedError: A module is offloaded or compiled.
+    """
     memo = {} if memo is None else memo
     if id(module) in memo:
         return memo[id(module)]
     if hasattr(module, "_hf_hook") or module._compiled_call_impl is not None:
         raise UnsupportedError(
             f"{type(module).__name__} cannot be copied: it is offloaded or compiled",
-            "copy before offloading or compiling, and let the recipe do both",
+            "copy it before offloading or compiling, and use the recipe for both",
         )
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__.update(
+    duplicate = module.__class__.__new__(module.__class__)
+    duplicate.__dict__.update(
         (key, copy.copy(value) if isinstance(value, dict) else value)
         for key, value in module.__dict__.items()
     )
-    memo[id(module)] = twin
+    memo[id(module)] = duplicate
     for name, child in module._modules.items():
-        twin._modules[name] = None if child is None else share_weights(child, memo)
-    return twin
+        duplicate._modules[name] = None if child is None else share_weights(child, memo)
+    return duplicate
 
 
 def replace_tensors(module: nn.Module, make: Callable[[Tensor], Any]) -> nn.Module:
-    """Put what `make` gives for it in the place of each parameter and buffer; tied ones stay tied.
+    """Replace each parameter and buffer by `make(tensor)`; tied tensors stay tied.
 
     Returns:
         The module.
     """
-    known: dict[int, Any] = {}
+    replacements: dict[int, Any] = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    if id(tensor) not in known:
-                        known[id(tensor)] = make(tensor)
-                    tensors[name] = known[id(tensor)]
+                    if id(tensor) not in replacements:
+                        replacements[id(tensor)] = make(tensor)
+                    tensors[name] = replacements[id(tensor)]
     return module
 
 
 def _alias(tensor: Tensor) -> Any:
-    """Another tensor object over the same memory; a tensor class of another library as it is."""
+    """A new tensor object over the same memory; tensor classes of other libraries are unchanged."""
     if type(tensor) is nn.Parameter and type(tensor.data) is Tensor:
         return nn.Parameter(tensor.data, tensor.requires_grad)
     return tensor.data if type(tensor) is Tensor else tensor
@@ -82,7 +90,7 @@ def _alias(tensor: Tensor) -> Any:
 
 @torch.no_grad()
 def _fuse_lora(fuse: Callable[..., Any], parts: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """Fuse adapters into memory of the copy's own: fusing writes to the weights in place."""
+    """Fuse adapters into copies of the shared weights, because fusing writes in place."""
     for part in parts:
         for layer in part.modules():
             base = getattr(layer, "base_layer", None)

@@ -110,11 +110,11 @@ RTX = dataclasses.replace(
 @pytest.mark.parametrize(
     ("targets", "precision", "fault"),
     [
-        (None, "fp8", "no manifest.json, so no export is there"),
+        (None, "fp8", "no manifest.json, so there is no export"),
         (("sm120",), "fp8", None),
         (("sm120",), "fp8", "flux/model.onnx: missing"),
         (("sm120",), "fp8", "flux/model.onnx: damaged"),
-        (("sm120",), "bf16", "holds fp8, and engine.precision is 'bf16'"),
+        (("sm120",), "bf16", "has fp8, and engine.precision is 'bf16'"),
         (("sm89",), "fp8", "has an engine for sm89, and this GPU is sm120"),
     ],
 )

@@ -31,7 +31,7 @@ def test_tensors_of_any_dtype_and_layout_are_taken(graph: Path) -> None:
     latents = torch.arange(6.0).view(1, 2, 3).transpose(1, 2).bfloat16()
     velocity = engine.run({"latents": latents, "text": torch.ones(1, 3, 2)})
     assert torch.equal(velocity.float(), latents.float() + 1)
-    assert "on the CPU" in engine.what
+    assert "on the CPU" in engine.description
 
 
 def test_a_closed_engine_says_so(graph: Path) -> None:

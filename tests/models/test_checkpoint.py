@@ -78,7 +78,7 @@ def test_a_directory_and_a_model_of_the_hub(
     for model in (str(saved_model), "someone/small"):
         with pytest.raises(UnsupportedError, match="loading it in bfloat16 takes") as caught:
             load_pipeline(model, device="cpu", dtype="bfloat16")
-        assert caught.value.faults[0].endswith("of memory, and 1 KiB are free here")
+        assert caught.value.faults[0].endswith("of memory, and 1 KiB are free")
     load_pipeline(str(saved_model), device="cpu", dtype="float32")  # as it is stored
 
 
@@ -89,8 +89,7 @@ def test_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
         load_pipeline("shape:flux.1-dev", device="cpu")
     (fault,) = caught.value.faults
     assert fault == (
-        "shape:flux.1-dev: loading it in float32 takes 62.8 GiB of memory, and 48.0 GiB are free "
-        "here"
+        "shape:flux.1-dev: loading it in float32 takes 62.8 GiB of memory, and 48.0 GiB are free"
     )
     assert caught.value.fix == (
         "use a machine with more memory, or --dtype bfloat16, which takes 31.4 GiB"
@@ -153,14 +152,16 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 @pytest.mark.parametrize("part", PARTS)
 def test_a_missing_tensor_is_an_error(model: Path, part: str) -> None:
     change(model / part, lambda tensors: tensors.pop(max(tensors)))
-    with pytest.raises(ModelError, match=rf"{part} has \d tensors? without weights in its files"):
+    with pytest.raises(ModelError, match=rf"{part} has \d tensors? missing from its files"):
         load_pipeline(str(model), device="cpu")
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_an_unexpected_tensor_is_an_error(model: Path, part: str) -> None:
     change(model / part, lambda tensors: tensors.update({"b.c": torch.ones(1), "a": torch.ones(1)}))
-    with pytest.raises(ModelError, match=f"{part} has 2 tensors too many.*, first a"):
+    with pytest.raises(
+        ModelError, match=f"{part} has 2 tensors in its files that .* does not have; the first is a"
+    ):
         load_pipeline(str(model), device="cpu")
 
 

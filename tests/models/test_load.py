@@ -75,7 +75,7 @@ def test_names_that_cannot_be_a_model(look: Callable[[str], Any], tmp_path: Path
         look(str(tmp_path))
     with pytest.raises(ModelError, match="no such model directory"):
         look("notamodel")
-    with pytest.raises(InputError, match=r"known: shape:flux\.1-dev"):
+    with pytest.raises(InputError, match=r"use one of shape:flux\.1-dev"):
         look("shape:nonesuch")
 
 
@@ -86,7 +86,7 @@ def test_names_that_may_be_a_model(saved_model: Path) -> None:
 
 def test_a_bundled_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("hasten.models.defaults.TINY_DIR", tmp_path / "nowhere")
-    with pytest.raises(ModelError, match="not in this installation"):
+    with pytest.raises(ModelError, match="missing from this installation"):
         check_model("tiny")
 
 
@@ -160,8 +160,8 @@ def test_which_names_are_directories(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "kind", "fix"),
     [
-        ("flux1-dev.safetensors", "one file of weights,", "from_single_file("),
-        ("flux1-dev-Q4_K_S.gguf", "one file of weights in GGUF", "GGUFQuantizationConfig"),
+        ("flux1-dev.safetensors", "a file of weights,", "from_single_file("),
+        ("flux1-dev-Q4_K_S.gguf", "a file of GGUF weights", "GGUFQuantizationConfig"),
         ("notes.txt", "a file", "save_pretrained"),
     ],
 )

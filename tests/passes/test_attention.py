@@ -165,7 +165,7 @@ def test_the_product_is_torchs_own() -> None:
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
 def test_a_gpus_kernels_are_refused_on_a_cpu(backend: str, pipe: Any) -> None:
-    with pytest.raises(UnsupportedError, match="NVIDIA GPUs, and this is cpu") as caught:
+    with pytest.raises(UnsupportedError, match="NVIDIA GPU, and this is cpu") as caught:
         hasten.optimize(pipe, recipe(backend))
     assert '"native"' in caught.value.fix
     assert processors(pipe.transformer)[0]._attention_backend is None

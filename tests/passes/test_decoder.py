@@ -180,7 +180,7 @@ def test_on_tiles_what_is_larger_than_a_tile(make_pipe: Callable[[], Any], pictu
     fast = hasten.optimize(pipe, decoder(tiling="on"))
     assert torch.equal(picture(fast, **small), untiled[0])
     assert torch.equal(picture(fast, **large), picture(reference, **large))
-    assert "decoder: pictures over 32 pixels a side in tiles" in fast.summary()
+    assert "decoder: images over 32 pixels per side in tiles" in fast.summary()
     fast.restore()
     assert torch.equal(picture(pipe, **large), untiled[1])
 
@@ -269,7 +269,7 @@ def test_compilations_are_bounded(
     for shape, plain in zip(shapes, expected, strict=True):
         torch.testing.assert_close(decoded(pipe.vae, *shape), plain, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
-    assert applied.live().startswith("1 of 1 compilations done; sizes that fit none")
+    assert applied.live().startswith("1 of 1 compilations done; sizes without compiled code")
     double = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
     assert double(torch.ones(3)).sum() == 6
     assert counters["stats"]["unique_graphs"] == 2, "others compile as before"
@@ -303,7 +303,7 @@ def test_a_compiler_is_needed(pipe: Any) -> None:
 
 def test_a_compiled_decoder_is_not_compiled_again(pipe: Any) -> None:
     pipe.vae.decoder.compile()
-    with pytest.raises(UnsupportedError, match="decoder is compiled already"):
+    with pytest.raises(UnsupportedError, match="decoder is already compiled"):
         check(decoder(compile=True), pipe, FLUX1, Capable())  # type: ignore[arg-type]
     check(decoder(channels_last=True), pipe, FLUX1, Capable())  # type: ignore[arg-type]
 

@@ -223,7 +223,7 @@ def test_what_the_kernels_cannot_run(make_pipe: Callable[[], Any]) -> None:
     pipe.transformer.transformer_blocks[1].attn.to_q = torch.nn.Sequential()
     reasons = reasons_against(pipe.transformer)
     assert reasons == [
-        "transformer_blocks.1: linears that read one input are of different kinds, "
+        "transformer_blocks.1: linears with the same input are of different kinds, "
         "Linear and Sequential: quantize.skip must match all of them, or the whole block"
     ]
     with pytest.raises(UnsupportedError, match=r"fuse\.kernels = \"on\": transformer_blocks\.1"):

@@ -87,11 +87,11 @@ def test_the_summary_says_what_was_done_and_what_not(pipe: Any) -> None:
     fast = hasten.optimize(pipe, recipe(skip=["*.to_out.0"]))
     summary = fast.summary()
     assert "quantize: 32 linears in fp8, one scale per row: 0.3 → 0.1 MiB" in summary
-    assert "unchanged: *.to_out.0: named by skip, 2 in all" in summary
+    assert "unchanged: *.to_out.0: skipped by the recipe, 2 in total" in summary
     assert "single_transformer_blocks.*.norm.linear: modulation" in summary
     assert "norm_out, proj_out: outside the repeated blocks" in summary
     emulated = hasten.optimize(pipe_like(fast), recipe(emulate=True), copy=True).summary()
-    assert "emulated: rounded alike" in emulated
+    assert "emulated: same rounding" in emulated
 
 
 def pipe_like(fast: Any) -> Any:
@@ -157,7 +157,7 @@ def test_an_interruption_in_the_middle_says_how_far_it_was(
     monkeypatch.setattr("hasten.passes.quantize.quantized", quantized)
     with pytest.raises(KeyboardInterrupt) as caught:
         hasten.optimize(pipe, recipe())
-    assert "3 linears are replaced already" in caught.value.__notes__[0]
+    assert "3 linears were already replaced" in caught.value.__notes__[0]
     assert torch.isfinite(call(pipe)).all()
 
 
@@ -203,7 +203,7 @@ def test_it_cannot_be_undone_and_says_so(pipe: Any, call: Call) -> None:
     assert "load the pipeline again" in no.value.fix
     assert "forward" not in pipe.transformer.__dict__, "the cache is undone all the same"
     assert not torch.equal(call(pipe), quantised)
-    with pytest.raises(UnsupportedError, match="quantised already"):
+    with pytest.raises(UnsupportedError, match="already quantised"):
         hasten.optimize(pipe, recipe())
     hasten.optimize(pipe, "cache")
 

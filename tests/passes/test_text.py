@@ -593,7 +593,7 @@ def test_an_error_in_the_middle_says_how_much_was_replaced(
     monkeypatch.setattr(weights, "WeightOnlyLinear", Fragile)
     with pytest.raises(BoomError) as caught:
         store_in_eight_bits(t5, "int8-weight")
-    assert caught.value.__notes__ == ["text: 2 linears are replaced already; load the model again"]
+    assert caught.value.__notes__ == ["text: 2 linears were already replaced; load the model again"]
     largest = max(part.weight.numel() for part in t5.modules() if hasattr(part, "in_features"))
     assert made[0] == largest
 

@@ -46,11 +46,11 @@ def test_all_of_the_blocks_but_the_modulations(pipe: Any) -> None:
 
 def test_what_is_left_alone_is_said_with_its_reason(pipe: Any) -> None:
     said = dict(
-        plan(pipe, skip=("transformer_blocks.0", "*.proj_out", "norm_out.linear")).left_alone
+        plan(pipe, skip=("transformer_blocks.0", "*.proj_out", "norm_out.linear")).unchanged
     )
-    assert "named by skip, 12 in all" in said["transformer_blocks.0"]
-    assert "named by skip, 2 in all" in said["*.proj_out"]
-    assert "never quantised anyway" in said["norm_out.linear"]
+    assert "skipped by the recipe, 12 in total" in said["transformer_blocks.0"]
+    assert "skipped by the recipe, 2 in total" in said["*.proj_out"]
+    assert "never quantised" in said["norm_out.linear"]
     (modulations,) = [names for names, why in said.items() if "modulation" in why]
     assert modulations == (
         "transformer_blocks.*.norm1.linear, transformer_blocks.*.norm1_context.linear, "
@@ -91,7 +91,7 @@ def test_a_pattern_that_matches_nothing_names_near_ones(
 ) -> None:
     fault, fix = refused(pipe, skip=("*.to_k", pattern))
     assert repr(pattern) in fault
-    assert nearest in fix.partition(";")[0].removeprefix("nearest: ").split(", ")
+    assert nearest in fix.partition(";")[0].removeprefix("similar: ").split(", ")
 
 
 def test_every_idle_pattern_is_named_at_once(pipe: Any) -> None:
@@ -113,7 +113,7 @@ def test_odd_shapes_are_left_alone_and_counted(pipe: Any, scheme: Any, multiple:
         block.ff.net[2] = nn.Linear(132, 32)
     made = plan(pipe, scheme=scheme)
     assert len(made.names) == 32
-    said = dict(made.left_alone)
+    said = dict(made.unchanged)
     why = said["2 × transformer_blocks.*.ff.net.2"]
     assert why == f"132 inputs, 32 outputs: {scheme} needs multiples of {multiple}"
     assert len(plan(pipe, scheme=f"{scheme}-weight").names) == 34
@@ -181,7 +181,7 @@ def hooked(linear: nn.Linear) -> nn.Linear:
         (of_a_tensor_class, "its weight is of class Params4bit"),
         (of_another_class, "a Linear4bit"),
         (offloaded, "offloaded"),
-        (hooked, "hooks of its own"),
+        (hooked, "has hooks"),
     ],
 )
 def test_linears_that_are_more_than_linears(pipe: Any, change: Any, words: str) -> None:
@@ -195,4 +195,4 @@ def test_linears_that_are_more_than_linears(pipe: Any, change: Any, words: str) 
 
 def test_no_linears_at_all(pipe: Any) -> None:
     (problem,) = plan_problems(pipe.transformer, [], Quantize())
-    assert "quantised already" in problem.fault
+    assert "already quantised" in problem.fault

@@ -133,7 +133,7 @@ def test_inputs_that_do_not_belong_together_are_refused(pipe: Any) -> None:
     }
     with pytest.raises(CallError, match="latents are a batch of 2, text of 1"):
         transformer(**given)
-    with pytest.raises(CallError, match="7 text and image tokens, and positions of 8"):
+    with pytest.raises(CallError, match="7 text and image tokens, but 8 positions"):
         transformer(
             **{**given, "encoder_hidden_states": torch.randn(2, 3, 24)}
             | {"img_ids": torch.zeros(5, 3)}

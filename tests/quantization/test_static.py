@@ -174,8 +174,8 @@ def test_missing_and_unknown_linears_are_one_error_before_anything_changes(pipe:
     del amax[first], amax[second]
     wrong = Quantize(activations="static", amax={**amax, "proj_out": 1.0}, emulate=True)
     (problem,) = plan_problems(pipe.transformer, linears, wrong)
-    assert f"no value for {first} (2 in all)" in problem.fault
-    assert "no quantisable linear is called proj_out (1 in all)" in problem.fault
+    assert f"no value for {first} (2 in total)" in problem.fault
+    assert "no quantisable linear is called proj_out (1 in total)" in problem.fault
     assert "hasten calibrate-scales" in problem.fix
     before = dict(pipe.transformer.named_modules())
     with pytest.raises(UnsupportedError, match="no value for"):

@@ -1,1 +1,1 @@
-"""What can stand in for a transformer's blocks at run time."""
+"""Exported engines that replace a transformer's blocks at run time."""

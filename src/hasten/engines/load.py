@@ -1,4 +1,4 @@
-"""What runs in place of the blocks: the export of a recipe's `[engine]`, made if it is missing."""
+"""Loads the export of a recipe's `[engine]`; makes it first if it is missing."""
 
 from __future__ import annotations
 
@@ -25,26 +25,38 @@ from hasten.families import family_of
 from hasten.recipe import Engine, Sampling, parse_size
 from hasten.user_files import expand_user
 
-SIDE = 16  # pixels of a token
+SIDE = 16  # pixels per token, along each side
 
 
 class Driver(Protocol):
-    """What runs the exported graph for one image: onnxruntime, or an engine on a GPU."""
+    """Runs the exported graph for one image: onnxruntime, or an engine on a GPU.
 
-    what: str
+    Attributes:
+        description: The runtime, its version and its device, for the summary.
+    """
+
+    description: str
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The velocity, 1×S×C on any device, of inputs by name, each with a batch of one."""
+        """Compute the velocity, 1×S×C on any device, from inputs by name with a batch size of 1."""
 
     def close(self) -> None:
-        """Free what it holds; it is not run again."""
+        """Free all resources; `run` is not called again."""
 
 
 class EngineBody:
-    """(latents B×S×C, embedded text B×T×D, modulation row B×width, cos, sin) -> velocity B×S×C.
+    """The body of a step on an engine.
 
-    The engine takes one image, so the images of a batch run one after another. A call outside the
-    engine's profile raises EngineError.
+    (latents B×S×C, embedded text B×T×D, modulation row B×width, cos, sin) -> velocity B×S×C.
+
+    The engine processes one image, so the images of a batch run one after another.
+
+    Args:
+        driver: Runs the engine.
+        shapes: The sizes that it was built for.
+
+    Raises:
+        EngineError: A call is outside the engine's profile.
     """
 
     def __init__(self, driver: Driver, shapes: Shapes) -> None:
@@ -66,7 +78,7 @@ class EngineBody:
         if text != shapes.text:
             raise EngineError(
                 f"the engine was exported for {shapes.text} text tokens, and this call has {text}",
-                f"call with max_sequence_length = {shapes.text}, or export again with another",
+                f"call with max_sequence_length = {shapes.text}, or export again with another one",
             )
         if not shapes.least <= image <= shapes.most:
             raise EngineError(
@@ -79,20 +91,20 @@ class EngineBody:
 
 
 def load_body(pipe: Any, recipe: Engine, sampling: Sampling | None) -> EngineBody:
-    """The engine of a recipe's `[engine]`, on the pipeline's device.
+    """Load the engine of a recipe's `[engine]` on the pipeline's device.
 
-    Without a path, what is missing of the export is made, which takes minutes for a large model,
-    and kept for the next time; how far it is, is logged.
+    Without a path, missing stages of the export are made, which takes minutes for a large model.
+    They are kept in the cache, and progress is logged.
 
     Args:
         pipe: A pipeline that is not optimised.
-        recipe: The section.
-        sampling: Steps to calibrate at and the text length of every call; the model's own by
-            default.
+        recipe: The recipe's section.
+        sampling: The number of steps to calibrate at and the text length of every call; by default,
+            the model's own.
 
     Raises:
-        EngineError: The export is of another model, damaged, or has no engine for this GPU.
-        InputError: There is no export at the path, or one of another precision.
+        EngineError: The export belongs to another model, is damaged, or has no engine for this GPU.
+        InputError: There is no export at the path, or it has another precision.
     """
     target = _target(pipe.device) if recipe.kind == "tensorrt" else None
     if recipe.path is None:
@@ -132,21 +144,21 @@ def _driver(kind: str, manifest: Manifest, folder: Path, device: Any) -> Driver:
 
 
 def read_export(recipe: Engine, target: str | None) -> Manifest:
-    """The export at the recipe's path, by its manifest and the sizes of its files.
+    """Read the export at the recipe's path and check its manifest and the sizes of its files.
 
     Args:
         recipe: A section with a path.
-        target: The GPU that is to run it; None where there is none.
+        target: The GPU that will run it, such as sm89; None without a GPU.
 
     Raises:
-        InputError: No export is there, or one of another precision.
-        EngineError: It is damaged, or has no engine for this GPU.
+        InputError: There is no export at the path, or it has another precision.
+        EngineError: The export is damaged or has no engine for this GPU.
     """
     folder = expand_user(recipe.path or "")
     manifest = Manifest.read(folder)
     if manifest.precision != recipe.precision:
         raise InputError(
-            f"{folder} holds {manifest.precision}, and engine.precision is {recipe.precision!r}",
+            f"{folder} has {manifest.precision}, and engine.precision is {recipe.precision!r}",
             f'set engine.precision = "{manifest.precision}", or export again',
         )
     if target is not None and target not in manifest.targets:
@@ -160,7 +172,7 @@ def read_export(recipe: Engine, target: str | None) -> Manifest:
 
 
 def _refuse(folder: Path, faults: Mapping[str, str]) -> None:
-    """EngineError where files of an export are missing or damaged."""
+    """Raise EngineError if files of an export are missing or damaged."""
     if faults:
         raise EngineError(
             [f"{folder / name}: {fault}" for name, fault in faults.items()],
@@ -169,7 +181,7 @@ def _refuse(folder: Path, faults: Mapping[str, str]) -> None:
 
 
 def _written(pipe: Any, recipe: Engine, target: str | None) -> Manifest:
-    """The export at the recipe's path, compared with the recipe, the model and its own files."""
+    """Read the export at the recipe's path and check it against the recipe and the model."""
     manifest = read_export(recipe, target)
     folder = manifest.folder
     assert folder is not None  # it was read from there
@@ -185,20 +197,20 @@ def _written(pipe: Any, recipe: Engine, target: str | None) -> Manifest:
     _refuse(folder, manifest.damaged(folder))
     if manifest.weights != weights_digest(pipe.transformer, DTYPES[manifest.precision]):
         raise EngineError(
-            f"{folder} was exported from other weights than this pipeline's",
-            "load it in the dtype that it was exported in, or export again from this model, with "
-            "its LoRA adapters fused",
+            f"{folder} was exported from weights that differ from this pipeline's",
+            "load the model in the dtype that it was exported in, or export again from this model, "
+            "with its LoRA adapters fused",
         )
     return manifest
 
 
 def _target(device: Any) -> str:
-    """The name of a GPU's architecture, such as sm89; `check` has ensured that there is a GPU."""
+    """The architecture of a GPU, such as sm89; `check` has ensured that there is a GPU."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
 
 def _size(tokens: int) -> str:
-    """The most square size of so many image tokens, and its pixels."""
+    """The most square size with that many image tokens, and its number of pixels."""
     width, height = most_square(tokens)
     return f"{width * SIDE}x{height * SIDE} ({tokens * SIDE**2} pixels)"

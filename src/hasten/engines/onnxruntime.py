@@ -1,4 +1,4 @@
-"""A graph file on the CPU, by onnxruntime: the images of the engine, without its speed."""
+"""Runs an exported graph on the CPU with onnxruntime: the engine's images without its speed."""
 
 from __future__ import annotations
 
@@ -16,31 +16,37 @@ ONNX_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
 class OnnxRuntime:
-    """One session of a graph file.
+    """An onnxruntime session for a graph file.
 
-    onnxruntime has no bfloat16 products on a CPU, so a graph in bfloat16 runs as its float32 twin:
-    the same nodes and values, FP8 codes and scales included, with less rounding in between.
+    onnxruntime has no bfloat16 products on a CPU, so a bfloat16 graph runs as its float32 version:
+    the same nodes and values, including FP8 codes and scales, with less rounding in between.
+
+    Args:
+        graph: The graph file.
+
+    Raises:
+        EngineError: onnxruntime cannot load the graph.
     """
 
     def __init__(self, graph: Path) -> None:
         ort = needed("onnxruntime")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # what is wrong comes as an exception
+        options.log_severity_level = 4  # errors are raised as exceptions
         try:
             self.session: Any = ort.InferenceSession(
                 str(graph), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # its classes share no base but Exception
+        except Exception as error:  # its error classes have no other common base
             raise EngineError(
                 f"onnxruntime cannot load {graph.name}: {str(error).splitlines()[0][:200]}",
-                "delete the folder that it is in, then export it again",
+                "delete its folder, then export it again",
             ) from error
         self.dtypes = {one.name: ONNX_DTYPES[one.type] for one in self.session.get_inputs()}
-        self.what = f"onnxruntime {ort.__version__} on the CPU, for its images and not for speed"
+        self.description = f"onnxruntime {ort.__version__} on the CPU (for quality, not for speed)"
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The velocity, 1×S×C, in the graph's dtype."""
+        """Compute the velocity, 1×S×C in the graph's dtype."""
         if self.session is None:
             raise EngineError("the engine was closed", "optimise the pipeline again")
         given = {
@@ -51,4 +57,5 @@ class OnnxRuntime:
         return torch.from_numpy(velocity)
 
     def close(self) -> None:
+        """Free the session."""
         self.session = None

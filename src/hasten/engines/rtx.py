@@ -1,7 +1,8 @@
-"""The engine on an RTX GPU, by TensorRT for RTX, on torch's own memory.
+"""Runs an engine on an RTX GPU with TensorRT for RTX, on torch's memory.
 
-An engine is compiled for the GPU at hand when its first context is made and a shape first runs. The
-result is kept in a runtime cache alongside the engine, for the next process to start with.
+An engine is compiled for the current GPU when its first context is created and when a shape runs
+for the first time. The result is stored in a runtime cache alongside the engine, which the next
+process loads.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ NO_DRIVER = "cudaError 35"
 
 
 class RtxEngine:
-    """One engine with one context, on a stream of its own that is ordered with torch's.
+    """One engine with one context, on its own stream, synchronised with torch's stream.
 
     Args:
-        plan: The engine's file.
+        plan: The engine file.
         device: The GPU.
 
     Raises:
-        EngineError: This machine cannot load it.
+        EngineError: This machine cannot load the engine.
     """
 
     def __init__(self, plan: Path, device: torch.device) -> None:
@@ -50,7 +51,7 @@ class RtxEngine:
             config = self.engine.create_runtime_config()
             self.cache: Any = config.create_runtime_cache()
             with suppress(OSError, DamagedError):
-                self.cache.deserialize(read_regular(self.cache_file))  # False: made elsewhere
+                self.cache.deserialize(read_regular(self.cache_file))  # False: of another machine
             config.set_runtime_cache(self.cache)
             self.context: Any = self.engine.create_execution_context(config)
             if self.context is None:
@@ -63,13 +64,14 @@ class RtxEngine:
         }
         names = [self.engine.get_tensor_name(at) for at in range(self.engine.num_io_tensors)]
         self.dtypes = {name: kinds[self.engine.get_tensor_dtype(name)] for name in names}
-        self.what = f"TensorRT for RTX {trt.__version__} on {torch.cuda.get_device_name(device)}"
+        gpu = torch.cuda.get_device_name(device)
+        self.description = f"TensorRT for RTX {trt.__version__} on {gpu}"
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The velocity, 1×S×C, in the engine's dtype.
+        """Compute the velocity, 1×S×C in the engine's dtype.
 
-        Returns before the GPU is done, as torch does, except for the first call of each size,
-        whose kernels it waits for and keeps.
+        The call is asynchronous, as in torch, except for the first call of each size: it waits for
+        the compilation of its kernels and stores them in the runtime cache.
         """
         if self.context is None:
             raise EngineError("the engine was closed", "optimise the pipeline again")
@@ -80,7 +82,7 @@ class RtxEngine:
         }
         for name, tensor in given.items():
             if not self.context.set_input_shape(name, tuple(tensor.shape)):
-                raise self._failed(f"refuses {name} of shape {tuple(tensor.shape)}")
+                raise self._failed(f"does not support {name} of shape {tuple(tensor.shape)}")
             self.context.set_tensor_address(name, tensor.data_ptr())
         shape = tuple(self.context.get_tensor_shape(OUTPUT))
         velocity = torch.empty(shape, dtype=self.dtypes[OUTPUT], device=self.device)
@@ -97,15 +99,15 @@ class RtxEngine:
         return velocity
 
     def close(self) -> None:
-        """Free the engine once the GPU is done with it."""
+        """Free the engine when the GPU has finished its work."""
         if self.context is not None:
             self.stream.synchronize()
         self.context = self.engine = self.cache = None
 
     def _keep(self) -> None:
-        """Write what has been compiled for this GPU so far."""
+        """Write the code compiled for this GPU so far to the runtime cache."""
         self.stream.synchronize()
-        with suppress(OSError):  # a full disk or a folder that is read only keeps no cache
+        with suppress(OSError):  # there is no cache on a full or read-only disk
             write_bytes(self.cache_file, bytes(self.cache.serialize()))
 
     def _failed(self, how: str) -> EngineError:
@@ -117,7 +119,7 @@ def _refused(plan: Path, errors: list[str]) -> EngineError:
     reason = errors[0][:300] if errors else "no reason given"
     if any(NO_DRIVER in error for error in errors):
         return EngineError(
-            "TensorRT found no NVIDIA driver, or one that is older than CUDA 13",
+            "TensorRT found no NVIDIA driver that supports CUDA 13",
             "install a driver of version 580 or newer",
         )
     return EngineError(

@@ -1,4 +1,4 @@
-"""Which family a pipeline belongs to. A family's module is imported when it is first asked for."""
+"""The registry of model families. A family's module is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["family_of", "register_family"]
 _DECLARED: dict[str, str | Family] = {
     "FluxTransformer2DModel": "hasten.families.flux1:FLUX1",
 }
-"""By the class name of the transformer: a family, or where it is declared."""
+"""Families, or the modules that declare them, by the class name of the transformer."""
 
 
 def register_family(transformer_class: str, family: Family) -> None:
-    """Declare a family from outside of hasten.
+    """Declare a family from outside hasten.
 
     Args:
         transformer_class: Name of the transformer's class, such as "FluxTransformer2DModel".
-        family: What to know of it; replaces an earlier declaration.
+        family: The family; it replaces an earlier declaration.
     """
     _DECLARED[transformer_class] = family
 
@@ -30,8 +30,8 @@ def family_of(pipe: Any) -> Family:
     """The family of a pipeline, by its transformer's class.
 
     Returns:
-        The declared family; for a class that nobody has declared, one guessed from what Diffusers
-        says about it, with `declared` false.
+        The declared family; for an undeclared class, one derived from the attributes that Diffusers
+        sets on the class, with `declared` false.
 
     Raises:
         UnsupportedError: The pipeline has no transformer.
@@ -47,23 +47,23 @@ def family_of(pipe: Any) -> Family:
         return _declared(name)
     if not isinstance(transformer, nn.Module):
         raise UnsupportedError(
-            f"{type(pipe).__name__} has no transformer, so there is nothing to speed up",
-            f"pass a pipeline with a diffusion transformer; tried with: {', '.join(_DECLARED)}",
+            f"{type(pipe).__name__} has no transformer to optimise",
+            f"pass a pipeline with a diffusion transformer; tested: {', '.join(_DECLARED)}",
         )
     return _guessed(transformer)
 
 
 def _declared(name: str) -> Family:
-    known = _DECLARED[name]
-    if isinstance(known, str):
-        module, _, attribute = known.partition(":")
-        known = _DECLARED[name] = getattr(import_module(module), attribute)
-    assert not isinstance(known, str)
-    return known
+    entry = _DECLARED[name]
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        entry = _DECLARED[name] = getattr(import_module(module), attribute)
+    assert not isinstance(entry, str)
+    return entry
 
 
 def _guessed(transformer: Any) -> Family:
-    """Stacks by Diffusers' own declarations: module lists of the classes that it repeats."""
+    """Derive the stacks from Diffusers' declarations: module lists of its repeated classes."""
     from torch import nn
 
     from hasten.families.family import Family, Stack

@@ -1,8 +1,8 @@
-"""What hasten needs to know of a model family: data. Importing this loads no model.
+"""The description of a model family, as data. Importing this module loads no model.
 
-The transformer's own forward always runs. hasten stands before it (plans, graphs), before its
-blocks (residual cache) and in its modulation linears (table), so a family says what its parts are
-called and writes nothing of its forward again.
+The transformer's own forward always runs. hasten adds layers in front of it (plans, graphs), hooks
+around its blocks (residual cache) and readers in its modulation linears (table). So a family names
+the parts of the transformer and does not reimplement its forward.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of B×L×heads×head_dim queries, keys and values."""
 
 Decode = Callable[[Any, Tensor, int, int], Tensor]
-"""(pipeline, final latents P×tokens×channels, height, width) -> pictures, P×3×H×W in [-1, 1]."""
+"""(pipeline, final latents P×tokens×channels, height, width) -> images, P×3×H×W in [-1, 1]."""
 
 
 Encode = Callable[[Any, str, int], dict[str, Any]]
-"""(pipeline, prompt, longest text in tokens) -> arguments of its call in place of the prompt."""
+"""(pipeline, prompt, maximum text tokens) -> arguments of its call that replace the prompt."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Stack:
     """A ModuleList of blocks.
 
     Attributes:
-        name: The transformer's attribute.
-        returns: Which of its arguments a block gives back, in the order in which it does.
+        name: Its attribute name in the transformer.
+        returns: The arguments that a block returns, in the order in which it returns them.
     """
 
     name: str
@@ -43,17 +43,25 @@ class Stack:
 
 
 class Kernels(Protocol):
-    """The blocks on fused kernels."""
+    """Runs a family's blocks on fused kernels."""
 
     def reasons_against(
-        self, transformer: Transformer, to_be: Mapping[nn.Module, type]
+        self, transformer: Transformer, planned: Mapping[nn.Module, type]
     ) -> list[str]:
-        """Why the blocks cannot run on them, once these linears are quantised; empty where they
-        can."""
+        """Why the blocks cannot run on the kernels once `planned` is applied; empty if they can.
+
+        Args:
+            transformer: The transformer.
+            planned: The classes that will replace linears, by linear.
+        """
 
     def fused(self, transformer: Transformer, modulations: Modulations, attend: Attend) -> Any:
-        """The body: also `changed() -> str | None`, what was replaced since, and `codes`, the
-        dtypes of its quantised products."""
+        """Build the body of a step on the kernels.
+
+        Returns:
+            A `Body` with two further members: `changed() -> str | None`, the part that was
+            replaced since; and `codes`, the dtypes of its quantised products.
+        """
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,19 @@ class Family:
     """One architecture.
 
     Attributes:
-        name: For messages.
-        stacks: Its repeated blocks, in the order in which they run.
-        output: Streams that the output is made of; the residual cache compares the first.
-        modulations: Patterns of linears in the blocks that see one row per step: never quantised.
+        name: The name in messages.
+        stacks: The repeated blocks, in execution order.
+        output: Streams that form the output; the residual cache compares the first.
+        modulations: Name patterns of linears in the blocks that process one row per step. They are
+            never quantised.
         tokens: Arguments of the forward whose tokens attend to each other, B×tokens×….
-        declared: Whether somebody has said all this, or it was guessed.
-        conditioning: Its modulations, where a table of them pays.
-        split, kernels, export: Opt-in parts; see their protocols.
-        decode: Final latents to pictures, for what judges a schedule by its pictures.
-        encode: A prompt to embeddings, for what times the sampling steps alone.
+        declared: Whether the family was declared rather than derived from the class.
+        conditioning: How its modulations are conditioned; None without a conditioning table.
+        split: Splits a step for kernels and engines; optional.
+        kernels: The fused kernels; optional.
+        export: The parts of a step for the export of engines; optional.
+        decode: Converts final latents to images, to score schedules by their images.
+        encode: Converts a prompt to embeddings, to time the sampling steps alone.
     """
 
     name: str
@@ -87,7 +98,7 @@ class Family:
     encode: Encode | None = None
 
     def blocks(self, transformer: Transformer) -> list[tuple[str, nn.Module, Stack]]:
-        """(name, block, its stack) of every repeated block, in the order in which they run."""
+        """(name, block, stack) of every repeated block, in execution order."""
         return [
             (f"{stack.name}.{index}", block, stack)
             for stack in self.stacks
@@ -95,13 +106,14 @@ class Family:
         ]
 
     def repeated_blocks(self, transformer: Transformer) -> list[tuple[str, nn.Module]]:
-        """(name, block) of every repeated block, in the order in which they run."""
+        """(name, block) of every repeated block, in execution order."""
         return [(name, block) for name, block, _ in self.blocks(transformer)]
 
     def quantizable(self, transformer: Transformer) -> list[tuple[str, nn.Linear]]:
-        """(name, linear) of every linear in the blocks but the modulations.
+        """(name, linear) of every linear in the blocks except the modulations.
 
-        A modulation sees one row per step, so it gains nothing, and it scales all tokens at once.
+        A modulation processes one row per step, so quantising it saves no time, and its error would
+        affect all tokens.
         """
         return [
             (f"{block_name}.{name}", module)
@@ -112,5 +124,5 @@ class Family:
         ]
 
     def modulated_norms(self, transformer: Transformer) -> list[tuple[str, nn.Module]]:
-        """(name, norm) of every norm with a modulation linear; empty where no table is declared."""
+        """(name, norm) of every norm with a modulation linear; empty without `conditioning`."""
         return [] if self.conditioning is None else self.conditioning.norms(transformer)

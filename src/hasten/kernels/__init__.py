@@ -1,1 +1,1 @@
-"""One operation a file: plain torch, and where it pays the same as one Triton kernel."""
+"""One operation per file: a reference in plain torch and, where it is faster, a Triton kernel."""

@@ -1,7 +1,7 @@
-"""Attention output beside gelu of the MLP's hidden row, quantised row by row, in one pass.
+"""Concatenates attention output and gelu of the MLP's hidden rows, optionally quantised per row.
 
     y = [attention, gelu(hidden)]             (either may be absent; gelu's tanh approximation)
-    codes, row scale = y / (max|y| / limit)   (where asked; else y in the inputs' dtype)
+    codes, row scale = y / (max|y| / limit)   (optional; else y in the inputs' dtype)
 
 limit: 448 for FP8, 127 for int8. tanh-gelu(x) = x · sigmoid(2 · sqrt(2/π) · (x + 0.044715 x³))
 (Hendrycks & Gimpel 2016). Everything between load and store is float32.
@@ -18,7 +18,7 @@ from hasten.kernels.quantize import LIMITS, TINY, quantize_rows
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl, to_codes
 
-WARPS = 16  # a program; measured best on an H100 at M = 12288
+WARPS = 16  # per program; fastest on an H100 at M = 12288
 NARROW_WARPS = 8  # without an MLP
 
 
@@ -29,13 +29,18 @@ def gelu_concat_reference(
     codes: torch.dtype | None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """y and, where quantised, its row scales (else an empty tensor).
+    """The operation in plain torch, computed in `dtype`.
 
-    attention: batch × tokens × D, sequence by sequence; hidden: rows × M in the order of
-    `Streams(*streams)`, rows may be apart; one of them may be None. y: rows × (D + M) in their
-    dtype, or `codes` (float8_e4m3fn, int8) with scales rows × 1 in float32.
+    Args:
+        attention: batch × tokens × D, ordered by sequence; None if absent.
+        hidden: rows × M in the order of `Streams(*streams)`, rows may be strided; None if absent.
+        streams: The fields of `Streams`.
+        codes: float8_e4m3fn, int8, or None for plain values.
+        dtype: The dtype of intermediate results.
 
-    This is the operation in plain torch, in `dtype` between input and output.
+    Returns:
+        y, rows × (D + M), in the inputs' dtype with an empty tensor, or in `codes` with row scales
+        (rows × 1, float32).
     """
     parts = []
     if attention is not None:
@@ -69,7 +74,7 @@ def gelu_concat_triton(
     streams: Sequence[int],
     codes: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """The Triton kernel, one program a row."""
+    """The Triton kernel, one program per row."""
     rows = Streams(*streams)
     y, scales = _outputs(attention, hidden, rows, codes)
     given = _either(attention, hidden)
@@ -126,7 +131,7 @@ def _kernel(
         at = sequence * sequence_stride + position * token_stride + tl.arange(0, LEFT)
         left = tl.load(left_ptr + at, in_left, 0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(left), 0))
-    if HAS_RIGHT:  # three parts: FLUX.1's 12288 columns are exactly three blocks of a power of two
+    if HAS_RIGHT:  # three parts, because FLUX.1's 12288 columns are three power-of-two blocks
         columns = tl.arange(0, PART)
         hidden = right_ptr + row * right_stride + columns
         first = _gelu(hidden, columns, right_width)

@@ -1,9 +1,9 @@
-"""Product of int8 codes with its scales and bias applied before anything is written.
+"""Product of int8 codes, with scales and bias applied before the result is written.
 
     y[m, n] = (Σ_k codes[m, k] · weight[n, k]) · scale[m] · weight_scale[n] + bias[n]
 
-The sum is exact in int32; what follows is float32, rounded once to y's dtype. torch's own product
-(`torch._int_mm`) writes the int32 sums, four bytes each, which another pass has to read.
+The sum is exact in int32. The rest is computed in float32 and rounded once to y's dtype. In
+contrast, `torch._int_mm` writes the int32 sums, four bytes each, which a second pass has to read.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from hasten.kernels.triton_or_none import available, jit, tl
 
 Tile = tuple[int, int, int, int, int]
-# Rows and columns of y a program makes, depth of a load, warps, loads in flight: those that were
-# quickest on an H100 at FLUX.1's shapes, then smaller ones for less shared memory.
+# Rows and columns of y per program, depth of a load, warps, loads in flight. First the fastest ones
+# on an H100 at FLUX.1's shapes, then smaller ones that need less shared memory.
 TILES: tuple[Tile, ...] = (
     (128, 128, 128, 4, 3),
     (64, 128, 128, 4, 4),
     (128, 128, 64, 4, 4),
     (64, 64, 64, 4, 3),
 )
-FEWEST_ROWS = 17  # that torch's own product takes on a GPU
+FEWEST_ROWS = 17  # the minimum of `torch._int_mm` on a GPU
 GROUP = 16  # row tiles that share their columns of the weight in cache
 
 
@@ -38,17 +38,22 @@ def int8_product(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write y to `out`, M × N of any floating dtype, contiguous.
+    """Write the product to `out`.
 
-    codes: M × K, weight: N × K, int8, the columns side by side; scale: M × 1, weight_scale: N × 1,
-    or one value (0-dim), float32; bias: N or None.
+    Args:
+        codes: Codes of the activations, M × K, int8, contiguous rows.
+        scale: Scales of the activations, M × 1 or 0-dim, float32.
+        weight: Codes of the weight, N × K, int8, contiguous rows.
+        weight_scale: Scales of the weight, N × 1 or 0-dim, float32.
+        bias: N values, or None.
+        out: M × N of any floating-point dtype, contiguous.
     """
     out.copy_(int8_product_reference(codes, scale, weight, weight_scale, bias))
 
 
 @int8_product.register_fake
 def _(*_: Any) -> None:
-    """Nothing comes back: `out` is there already."""
+    """The operator returns nothing, so there is nothing to fake."""
 
 
 def int8_product_reference(
@@ -59,7 +64,7 @@ def int8_product_reference(
     bias: Tensor | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The same in plain torch, M × N in `dtype`, float32 or float64."""
+    """The operation in plain torch, M × N in `dtype` (float32 or float64)."""
     rows = len(codes)
     if codes.is_cuda and rows < FEWEST_ROWS:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, FEWEST_ROWS - rows))
@@ -77,10 +82,10 @@ def int8_product_triton(
     out: Tensor,
     tile: Tile | None = None,
 ) -> None:
-    """The Triton kernel, one program a tile of y."""
+    """The Triton kernel, one program per tile of y."""
     rows, depth = codes.shape
     columns = len(weight)
-    tile = tile or tile_for(rows, columns, *_room_and_processors(codes.device))
+    tile = tile or tile_for(rows, columns, *_device_limits(codes.device))
     block_rows, block_columns, block_depth, warps, stages = tile
     _kernel[(_programs(rows, columns, tile),)](
         codes, scale, weight, weight_scale, weight_scale if bias is None else bias, out,
@@ -92,10 +97,20 @@ def int8_product_triton(
     )  # fmt: skip
 
 
-def tile_for(rows: int, columns: int, room: int, processors: int) -> Tile:
-    """The first tile of which there is one for each processor and whose loads in flight fit into
-    `room` bytes of its shared memory; else the smallest."""
-    fitting = [tile for tile in TILES if _loads_in_flight(tile) <= room] or TILES[-1:]
+def tile_for(rows: int, columns: int, shared_memory: int, processors: int) -> Tile:
+    """Select the tile size of a product.
+
+    Args:
+        rows: Rows of y.
+        columns: Columns of y.
+        shared_memory: Bytes of shared memory per processor.
+        processors: Number of processors.
+
+    Returns:
+        The first tile that gives every processor at least one program and whose loads in flight fit
+        into the shared memory; else the smallest tile that fits.
+    """
+    fitting = [tile for tile in TILES if _loads_in_flight(tile) <= shared_memory] or TILES[-1:]
     busy = (tile for tile in fitting if _programs(rows, columns, tile) >= processors)
     return next(busy, fitting[-1])
 
@@ -109,12 +124,12 @@ def _programs(rows: int, columns: int, tile: Tile) -> int:
     return -(-rows // tile[0]) * -(-columns // tile[1])
 
 
-if available():  # else the product that torch has
+if available():  # else the reference runs
     int8_product.register_kernel("cuda")(int8_product_triton)
 
 
 @cache
-def _room_and_processors(device: torch.device) -> tuple[int, int]:
+def _device_limits(device: torch.device) -> tuple[int, int]:
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin, properties.multi_processor_count
 
@@ -139,7 +154,7 @@ def _kernel(
     row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     k = tl.arange(0, BLOCK_DEPTH)
-    # Rows and columns beyond the edge read the first again and are not written.
+    # Rows and columns beyond the edge wrap around and are not written.
     left = codes_ptr + (row % rows).to(tl.int64)[:, None] * codes_stride + k[None, :]
     right = weight_ptr + (column % columns).to(tl.int64)[None, :] * weight_stride + k[:, None]
     sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.int32)

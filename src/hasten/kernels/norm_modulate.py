@@ -1,8 +1,8 @@
-"""Gated residual + LayerNorm + modulation + row-wise quantisation, in one pass over a row.
+"""Gated residual, LayerNorm, modulation and row-wise quantisation in one pass over each row.
 
-    x ← x + gate · delta                      (where there is a delta; x changes in place)
+    x ← x + gate · delta                      (optional; x changes in place)
     y = LayerNorm(x) · (1 + scale) + shift    (no affine weights; adaLN-Zero, Peebles & Xie 2023)
-    codes, row scale = y / (max|y| / limit)   (where asked; else y in x's dtype)
+    codes, row scale = y / (max|y| / limit)   (optional; else y in x's dtype)
 
 limit: 448 for FP8, 127 for int8. Everything between load and store is float32.
 """
@@ -18,7 +18,7 @@ from hasten.kernels.quantize import LIMITS, TINY, quantize_rows
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl, to_codes
 
-WARPS = 4  # a program; measured best on an H100 at D = 3072
+WARPS = 4  # per program; fastest on an H100 at D = 3072
 
 
 def norm_modulate_reference(
@@ -31,14 +31,22 @@ def norm_modulate_reference(
     eps: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """y and, where quantised, its row scales (else an empty tensor).
+    """The operation in plain torch, computed in `dtype`.
 
-    x, delta: rows × D in the order of `Streams(*streams)`. table: batch × columns, whose slices of
-    width D begin at `offsets`: shift, scale and gate of the text rows, then of the image rows (the
-    gates are read with a delta only). y: rows × D in x's dtype, or `codes` (float8_e4m3fn, int8)
-    with scales rows × 1 in float32.
+    Args:
+        x: rows × D in the order of `Streams(*streams)`; changed in place if there is a delta.
+        delta: rows × D, or None.
+        table: Modulations, batch × columns.
+        offsets: First columns of shift, scale and gate of the text rows, then of the image rows,
+            each D wide. The gates are read only with a delta.
+        streams: The fields of `Streams`.
+        codes: float8_e4m3fn, int8, or None for plain values.
+        eps: Of the LayerNorm.
+        dtype: The dtype of intermediate results.
 
-    This is the operation in plain torch, in `dtype` between input and output.
+    Returns:
+        y, rows × D, in x's dtype with an empty tensor, or in `codes` with row scales (rows × 1,
+        float32).
     """
     rows = Streams(*streams)
     width = x.shape[1]
@@ -80,7 +88,7 @@ def norm_modulate_triton(
     codes: torch.dtype | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The Triton kernel, one program a row."""
+    """The Triton kernel, one program per row."""
     rows = Streams(*streams)
     y, scales = _outputs(x, codes)
     _kernel[(rows.rows,)](

@@ -1,9 +1,9 @@
-"""RMSNorm of queries and keys, then their rotary embedding, from the rows a projection wrote.
+"""RMSNorm and rotary embedding of queries and keys, read from the rows of a projection.
 
     q ← rope(q / sqrt(mean(q²) + eps) · weight), and k likewise
 
 RoPE rotates pairs of neighbouring channels (Su et al. 2021, eq. 34). Everything between load and
-store is float32. Rows come in the order of `Streams`, results go out sequence by sequence.
+store is float32. Inputs are in the order of `Streams`; results are ordered by sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from hasten.kernels.streams import Streams
 from hasten.kernels.triton_or_none import jit, next_power_of_2, tl
 
-WARPS = 8  # a program; measured best on an H100 at 24 heads of 128
+WARPS = 8  # per program; fastest on an H100 at 24 heads of 128
 
 
 def qk_norm_rope_reference(
@@ -28,13 +28,20 @@ def qk_norm_rope_reference(
     eps: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys, each batch × tokens × heads × head_dim.
+    """The operation in plain torch, computed in `dtype`.
 
-    qk: rows × (2 · heads · head_dim), queries then keys, each head by head; rows may be apart.
-    weights: 4 × head_dim: of text queries, text keys, image queries, image keys. cos, sin: tokens ×
-    head_dim in float32, text tokens first, each value twice (for both channels of a pair).
+    Args:
+        qk: rows × (2 · heads · head_dim), queries then keys, ordered by head; rows may be strided.
+        weights: 4 × head_dim, for text queries, text keys, image queries and image keys.
+        cos: tokens × head_dim in float32, text tokens first, each value twice (once per channel of
+            a pair).
+        sin: Like cos.
+        streams: The fields of `Streams`.
+        eps: Of the RMSNorm.
+        dtype: The dtype of intermediate results.
 
-    This is the operation in plain torch, in `dtype` between input and output.
+    Returns:
+        Queries and keys, each batch × tokens × heads × head_dim.
     """
     rows = Streams(*streams)
     width = weights.shape[1]
@@ -67,7 +74,7 @@ def _(qk, weights, cos, sin, streams, eps):
 def qk_norm_rope_triton(
     qk: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, streams: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The Triton kernel, one program a row."""
+    """The Triton kernel, one program per row."""
     rows = Streams(*streams)
     q, k = _outputs(qk, weights, rows)
     heads, width = q.shape[2:]

@@ -9,11 +9,15 @@ from torch import Tensor
 
 
 class Streams(NamedTuple):
-    """Rows of a batch of token sequences, one stream after the other.
+    """The row order of a batch of token sequences: by stream, then by sequence.
 
-    `batch` sequences have `text` and then `image` tokens each. Rows are ordered by stream, then by
-    sequence, so that each stream's rows are one contiguous matrix whatever the batch; attention
-    wants them by sequence (batch × (text + image)). With a batch of one both orders are the same.
+    Each stream's rows form one contiguous matrix for any batch size. Attention needs the rows by
+    sequence (batch × (text + image)). With a batch size of one, both orders are the same.
+
+    Attributes:
+        batch: The number of sequences.
+        text: Text tokens per sequence, which come first.
+        image: Image tokens per sequence.
     """
 
     batch: int
@@ -22,21 +26,23 @@ class Streams(NamedTuple):
 
     @property
     def text_rows(self) -> int:
+        """Number of text rows in the batch."""
         return self.batch * self.text
 
     @property
     def rows(self) -> int:
+        """Number of all rows in the batch."""
         return self.batch * (self.text + self.image)
 
     def by_stream(self, values: Tensor) -> Tensor:
-        """batch × (text + image) × … -> rows × …"""
+        """Reorder batch × (text + image) × … to rows × …"""
         if self.batch == 1:
             return values[0]
         parts = torch.split(values, [self.text, self.image], dim=1)
         return torch.cat([part.flatten(0, 1) for part in parts])
 
     def by_sequence(self, rows: Tensor) -> Tensor:
-        """rows × … -> batch × (text + image) × …"""
+        """Reorder rows × … to batch × (text + image) × …"""
         if self.batch == 1:
             return rows.unsqueeze(0)
         text, image = torch.split(rows, [self.text_rows, self.rows - self.text_rows])
@@ -44,7 +50,7 @@ class Streams(NamedTuple):
         return torch.cat(parts, dim=1)
 
     def per_row(self, text: Tensor, image: Tensor) -> Tensor:
-        """Values of each sequence for either stream (batch × … each) -> rows × …"""
+        """Repeat per-sequence values of each stream (batch × … each) for its rows: rows × …"""
         return torch.cat(
             [text.repeat_interleave(self.text, 0), image.repeat_interleave(self.image, 0)]
         )

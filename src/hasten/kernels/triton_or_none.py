@@ -1,6 +1,6 @@
-"""What the Triton kernels share, and Triton itself where it is installed.
+"""Triton if it is installed, and helpers of the Triton kernels.
 
-CPU builds of PyTorch come without it.
+CPU builds of PyTorch do not include Triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ tl: Any = getattr(triton, "language", None)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the plain function where there is nothing to compile it."""
+    """`triton.jit` if Triton is installed, else the function itself."""
     return kernel if triton is None else triton.jit(kernel)
 
 
@@ -27,15 +27,15 @@ def available() -> bool:
 
 
 def next_power_of_2(value: int) -> int:
-    """Smallest power of two that is at least `value` (≥ 1): Triton's blocks have such sizes."""
+    """The smallest power of two that is at least `value` (≥ 1), as Triton's block sizes must be."""
     return 1 << (value - 1).bit_length()
 
 
 @jit
 def to_codes(scaled, INT8: tl.constexpr):
-    """Values within the codes' limit, ready for the cast: FP8's rounds by itself, int8's cuts off.
+    """Prepare values within the codes' limit for the cast, which rounds for FP8 but not for int8.
 
-    Adding and taking away 1.5 · 2²³ rounds a float32 to the nearest whole number, ties to even.
+    Adding and subtracting 1.5 · 2²³ rounds a float32 to the nearest whole number, ties to even.
     """
     if INT8:
         scaled = (scaled + 12582912.0) - 12582912.0

@@ -1,4 +1,4 @@
-"""Model families: how to find, load and take apart a pipeline. Torch loads on first use."""
+"""Loading of models. Torch is imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published architectures that can be built without their weights. Data, no torch."""
+"""Published architectures that can be built without their weights. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hasten.errors import InputError
 
 @dataclass(frozen=True)
 class Shape:
-    """Constructor arguments of each component; what is not named is the class's default."""
+    """Constructor arguments of each component of a pipeline; others keep the class's defaults."""
 
     name: str
     transformer: dict[str, Any]
@@ -80,8 +80,12 @@ SHAPES = {FLUX_1_DEV.name: FLUX_1_DEV}
 
 
 def shape_named(name: str) -> Shape:
-    """A known shape; InputError names the others."""
+    """The shape of that name.
+
+    Raises:
+        InputError: The name is unknown; the known ones are listed.
+    """
     if name not in SHAPES:
-        known = ", ".join(f"shape:{shape}" for shape in SHAPES)
-        raise InputError(f"no shape is called {name!r}", f"known: {known}")
+        names = ", ".join(f"shape:{shape}" for shape in SHAPES)
+        raise InputError(f"unknown shape {name!r}", f"use one of {names}")
     return SHAPES[name]

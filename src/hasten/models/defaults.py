@@ -1,7 +1,7 @@
-"""What can be said of a model by its name alone, and what it is called with by default. No torch.
+"""Checks of model names, and the default call arguments of models. Does not import torch.
 
-A hub id may have a directory in the hub's local cache. A model directory may carry `hasten.json`
-alongside `model_index.json`:
+A model on the hub may have a directory in the hub's local cache. A model directory may contain
+`hasten.json` alongside `model_index.json`:
 
     {"width": 128, "height": 128, "steps": 50, "guidance": 3.5, "max_sequence_length": 32}
 """
@@ -20,11 +20,20 @@ from hasten.sealed import DamagedError, first_fault, parse_json
 from hasten.user_files import expand_user, read_text
 
 TINY_DIR = Path(__file__).parent.parent / "assets" / "tiny_flux"
-SECONDS = 3.0  # that the hub has for its answer
+SECONDS = 3.0  # timeout for requests to the hub
 
 
 class ModelDefaults(BaseModel):
-    """Call defaults: pixels, steps, distilled guidance scale, T5 tokens, bundled prompt set."""
+    """Default arguments of a model's calls.
+
+    Attributes:
+        width: Image width in pixels, a multiple of 16.
+        height: Image height in pixels, a multiple of 16.
+        steps: The number of inference steps.
+        guidance: The distilled guidance scale.
+        max_sequence_length: The maximum number of T5 tokens.
+        prompts: The bundled prompt set for benchmarks and calibration.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,64 +56,68 @@ def model_directory(model: str) -> Path | None:
 
 
 def check_model(model: str) -> None:
-    """Look at a model by its name; whether a hub id exists is not known before it is loaded.
+    """Check a model by its name. The existence of a hub id is not checked until it is loaded.
 
     Raises:
-        ModelError: A file, or a directory that holds no pipeline.
-        InputError: An unknown shape.
+        ModelError: The name is a file, or a directory without a pipeline.
+        InputError: The shape is unknown.
     """
     if model.startswith("shape:"):
         shape_named(model.removeprefix("shape:"))
         return
     directory = model_directory(model)
-    # Of os.path, which says False of a name that is too long for any file.
+    # os.path returns False for names that are too long for any file.
     if directory is None or os.path.isfile(directory / "model_index.json"):
         return
     if model == "tiny":
         raise ModelError(
-            f"the bundled model is not in this installation ({directory})",
-            "install hasten again, or give another --model",
+            f"the bundled model is missing from this installation ({directory})",
+            "install hasten again, or use another --model",
         )
     if os.path.isfile(directory):
         raise _single_file(directory)
     if not os.path.isdir(directory):
         raise ModelError(
             f"{model}: no such model directory",
-            "check the path; a hub id is written owner/name, the bundled model is called tiny",
+            "check the path; a hub id is written owner/name, and the bundled model is called tiny",
         )
     raise ModelError(
         f"{directory}: no model_index.json, so it is not a Diffusers pipeline",
-        "give the directory that `pipe.save_pretrained(...)` wrote",
+        "use the directory that `pipe.save_pretrained(...)` wrote",
     )
 
 
 def _single_file(path: Path) -> ModelError:
-    """What a file is, and how its weights come into a pipeline today."""
+    """The error for a file, with instructions to load its weights into a pipeline."""
     load = f"transformer = FluxTransformer2DModel.from_single_file({str(path)!r}"
     pipe = 'FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=transformer)'
     match path.suffix.lower():
         case ".safetensors" | ".sft":
-            kind = "one file of weights"
-            fix = f"for FLUX.1-dev's in Python: {load}); {pipe}.save_pretrained(FOLDER); then "
+            kind = "a file of weights"
+            fix = f"for FLUX.1-dev, in Python: {load}); {pipe}.save_pretrained(FOLDER); then "
             fix += "--model FOLDER"
         case ".gguf":
-            kind = "one file of weights in GGUF"
+            kind = "a file of GGUF weights"
             config = "quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16)"
-            fix = f"for FLUX.1-dev's in Python: {load}, {config}); "
+            fix = f"for FLUX.1-dev, in Python: {load}, {config}); "
             fix += f"hasten.optimize({pipe}, RECIPE)"
         case _:
             kind = "a file"
-            fix = "give the directory that `pipe.save_pretrained(...)` wrote"
-    return ModelError(f"{path}: {kind}, and a model is the directory of a pipeline", fix)
+            fix = "use the directory that `pipe.save_pretrained(...)` wrote"
+    return ModelError(f"{path}: {kind}, not the directory of a pipeline", fix)
 
 
 def _looks_like_path(model: str) -> bool:
-    """A hub id is `owner/name`; anything that starts like a path or nests deeper is a path."""
+    """Whether a name is a path: it starts like one, or does not have the form `owner/name`."""
     return model.startswith(("/", "./", "../", "~")) or model.count("/") != 1
 
 
 def defaults_for(model: str) -> ModelDefaults:
-    """Defaults of a model by name; FLUX.1-dev's at 512x512 where it has no `hasten.json`."""
+    """The defaults of a model; those of FLUX.1-dev at 512x512 if it has no `hasten.json`.
+
+    Raises:
+        ModelError: `hasten.json` is not valid.
+    """
     directory = model_directory(model)
     path = directory / "hasten.json" if directory else None
     if path is None or not os.path.isfile(path):
@@ -119,33 +132,36 @@ def defaults_for(model: str) -> ModelDefaults:
 
 
 def cached_snapshot(model: str) -> Path | None:
-    """The directory in the cache that `DiffusionPipeline.from_pretrained` would load a hub id from.
+    """The cached directory from which `DiffusionPipeline.from_pretrained` would load a hub id.
 
-    None where it would have to fetch the model: there is no snapshot of its main branch, or the hub
-    says that the branch has moved on. The snapshot is used where the hub cannot be reached, refuses
-    to answer or takes longer than three seconds.
+    If the hub cannot be reached, returns an error or does not respond within three seconds, the
+    cached snapshot is used.
+
+    Returns:
+        The directory; None if the model would be downloaded because there is no snapshot of its
+        main branch or the hub has a newer commit.
     """
     folder = kept_snapshot(model)
     return folder if folder is not None and _commit(model) in (folder.name, None) else None
 
 
 def kept_snapshot(model: str) -> Path | None:
-    """The directory of a hub id's main branch as it was last fetched, if it was. Asks nobody."""
+    """The cached directory of a hub id's main branch; None if there is none. Uses no network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         index = try_to_load_from_cache(model, "model_index.json")
-    except HFValidationError:  # no name that the hub could have
+    except HFValidationError:  # not a valid name for the hub
         return None
     return Path(index).parent if isinstance(index, str) else None
 
 
 def _commit(model: str) -> str | None:
-    """Of the main branch on the hub; None where the hub does not say."""
+    """The commit of the main branch on the hub; None if the request fails."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().model_info(model, timeout=SECONDS).sha
-    except Exception:  # of whichever network library it is: loading takes the snapshot then, too
+    except Exception:  # of any network library; loading then uses the snapshot, too
         return None

@@ -1,4 +1,4 @@
-"""A short name for a model's weights, the same in every dtype and on every device."""
+"""Fingerprints of a model's weights, independent of dtype and device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-SAMPLES = 16  # of each parameter
+SAMPLES = 16  # values per parameter
 
 
 @torch.no_grad()
 def fingerprint(transformer: Any) -> str:
-    """Sixteen hexadecimal digits from the architecture and the first values of every parameter.
+    """Hash the architecture and the first values of every parameter.
 
-    Values are rounded to bfloat16 first, so that a model and its half-precision copy agree; a fused
-    adapter or quantised weights make another model. Waits for the device once. Call it where
-    `unreadable` finds nothing.
+    Values are rounded to bfloat16 first, so a model and its half-precision copy have the same
+    fingerprint. Fused adapters and quantisation change it. Waits for the device once. `unreadable`
+    must return an empty string for the transformer.
+
+    Returns:
+        Sixteen hexadecimal digits.
     """
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     names, samples = [], []
@@ -36,10 +39,10 @@ def fingerprint(transformer: Any) -> str:
 
 
 def unreadable(transformer: Any) -> str:
-    """Why a model's weights cannot be read as they are; empty where they can.
+    """Why a model's weights cannot be read; empty if they can.
 
-    Libraries that quantise put tensor classes of their own in the place of parameters; libraries
-    that offload leave parameters without values.
+    Quantisation libraries replace parameters by their own tensor classes; offloading libraries
+    leave parameters without values.
     """
     if where := offloaded(transformer):
         return f"the weights are {where}"
@@ -55,7 +58,7 @@ def unreadable(transformer: Any) -> str:
 
 
 def offloaded(transformer: Any) -> str:
-    """How a model's weights are kept elsewhere between its calls; empty where they are not."""
+    """How a model's weights are offloaded between its calls; empty if they are not."""
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         if any("group_offloading" in name for name in getattr(registry, "hooks", ())):

@@ -19,27 +19,31 @@ from hasten.models.architecture import shape_named
 from hasten.models.checkpoint import CONVERT, check_fits, converted_bytes, load_components
 from hasten.models.defaults import check_model, defaults_for, kept_snapshot, model_directory
 
-NOTES = "_hasten_notes"  # on the transformer of a shape: model: what a reader of figures must know
+NOTES = "_hasten_notes"  # attribute of the transformer of a `shape:` model: its notes
 
 
 def load_pipeline(
     model: str = "tiny", *, device: str = "auto", dtype: str | torch.dtype = "auto"
 ) -> Any:
-    """A Diffusers pipeline on a device, ready to call or to optimise.
+    """Load a Diffusers pipeline.
 
-    Weights are read from safetensors files alone, which cannot run code.
+    Weights are read only from safetensors files, which cannot run code.
 
     Args:
-        model: `tiny` (bundled), a local directory, a hub id, or `shape:flux.1-dev` (the true
-            architecture under random weights, for timing).
-        device: torch's name; `auto` takes the fastest device here.
-        dtype: torch's name or a dtype; `auto` takes the one that suits the device.
+        model: `tiny` (bundled), a local directory, a hub id, or `shape:flux.1-dev` (the original
+            architecture with random weights, for timing).
+        device: A torch device; `auto` selects the first CUDA device, else the CPU.
+        dtype: A torch dtype or its name; `auto` selects float32 on the CPU, and bfloat16 or float16
+            on a GPU.
+
+    Returns:
+        The pipeline on the device.
 
     Raises:
-        ModelError: The model is missing, incomplete, gated or unreadable, or has tensors that are
-            missing, left over or of another shape.
-        InputError: An unknown shape, device or dtype.
-        UnsupportedError: It takes more memory than there is; nothing was loaded.
+        ModelError: The model is missing, incomplete, gated or unreadable, or has missing or
+            unexpected tensors or tensors of another shape.
+        InputError: The shape, device or dtype is unknown.
+        UnsupportedError: The model needs more memory than is free. Nothing was loaded.
     """
     disable_telemetry()
     target, precision = check_loadable(model, device, dtype)
@@ -61,11 +65,10 @@ def load_pipeline(
 def check_loadable(
     model: str, device: str = "auto", dtype: str | torch.dtype = "auto"
 ) -> tuple[torch.device, torch.dtype]:
-    """Look at everything that can be known of a load before it: as `load_pipeline`, which raises
-    the same errors.
+    """Check what can be checked before a load. Raises the same errors as `load_pipeline`.
 
     Returns:
-        The device and the dtype that are meant.
+        The device and the dtype.
     """
     check_model(model)
     dtype = str(dtype).removeprefix("torch.")
@@ -88,17 +91,17 @@ def check_loadable(
 
 
 def has_random_weights(pipe: Any) -> bool:
-    """True for `shape:` models: their speed means something, their pictures nothing."""
+    """Whether the weights are random (`shape:` models): only the speed is meaningful."""
     return bool(model_notes(pipe))
 
 
 def model_notes(pipe: Any) -> tuple[str, ...]:
-    """What a reader of this model's figures must know; empty for trained weights."""
+    """Notes that belong with every measurement of a model; empty for trained weights."""
     return tuple(getattr(pipe.transformer, NOTES, ()))
 
 
 def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
-    """The pipeline, from safetensors files alone, with each tensor where it belongs."""
+    """Load a pipeline from safetensors files only and check its tensors."""
     with _calm_libraries():
         from diffusers import DiffusionPipeline
     own = model_directory(model)
@@ -114,7 +117,7 @@ def _from_pretrained(model: str, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _calm_libraries() -> Iterator[bool]:
-    """No bars and no warnings of the libraries' own; says whether their bars were on before."""
+    """Silence the libraries' bars and warnings; yields whether their bars were enabled."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers.utils.logging
@@ -129,15 +132,15 @@ def _calm_libraries() -> Iterator[bool]:
         yield all(wanted)
 
 
-# Diffusers' words where a repository of the hub has pickles only.
+# Diffusers' message for a repository that has only pickles.
 _WITHOUT_SAFETENSORS = "Could not find the necessary `safetensors` weights"
 
-# Exception class names (huggingface_hub's, safetensors', the network stack's) -> what to do.
+# Exception class names (huggingface_hub's, safetensors', the network stack's) -> fault and fix.
 _REMEDIES = (
     (
         ("GatedRepoError",),
         "the model is gated",
-        "accept its licence on its hub page, then run `hf auth login` or set HF_TOKEN",
+        "accept its licence on its hub page; then run `hf auth login` or set HF_TOKEN",
     ),
     (
         (
@@ -161,7 +164,7 @@ _REMEDIES = (
 
 
 def _model_error(model: str, error: BaseException) -> ModelError:
-    """Name the cause of a failed load, looking through the chain of exceptions."""
+    """The error for a failed load, from the chain of exceptions."""
     if ran_out(error):
         return ModelError(
             f"{model}: not enough memory to load it",

@@ -1,9 +1,9 @@
-"""The true architecture under random weights, for timing where weights cannot be had.
+"""Published architectures with random weights, for timing without the original weights.
 
-Every tensor is drawn, on the device, from a distribution that keeps activations near unit variance
-through each linear or convolution (weights N(0, 1/fan_in), He et al. 2015 without the ReLU gain);
-text encoders keep their own library initialisation. No memory is left uninitialised: its contents
-change the power draw and so the clocks and the timings.
+Every tensor is sampled on the device from a distribution that keeps activations near unit variance
+through each linear or convolution (weights N(0, 1/fan_in), He et al. 2015 without the ReLU gain).
+Text encoders keep the initialisation of their library. No memory is left uninitialised, because its
+contents affect the power draw and therefore clocks and timings.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ SEED = 0
 
 
 def build_shape(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """A FluxPipeline of this shape with random weights, made directly on the device.
+    """Build a FluxPipeline with random weights directly on the device.
 
-    Its transformer carries notes: that the weights are random, and the standard deviation of the
+    The transformer gets notes: that the weights are random, and the standard deviations of the
     activations after the first and the last block and of the output, from one trial pass.
-    Raises ModelError where an activation is not finite.
+
+    Raises:
+        ModelError: An activation is not finite.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
@@ -55,7 +57,7 @@ def build_shape(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def shape_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of all weights of a shape in a dtype, none of which are made."""
+    """Bytes of all weights of a shape in a dtype; no weights are created."""
     with torch.device("meta"):
         weights = [weight for part in _components(shape) for weight in part.parameters()]
     return int(sum(weight.numel() for weight in weights)) * dtype.itemsize
@@ -75,7 +77,7 @@ def _components(shape: Shape) -> tuple[Any, Any, Any, Any]:
 
 
 def variance_preserving_(module: nn.Module) -> Any:
-    """Redraw every linear and convolution so that unit variance in gives unit variance out."""
+    """Sample every linear and convolution again so that it preserves unit variance."""
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv2d):
             fan_in = child.weight[0].numel()
@@ -87,29 +89,31 @@ def variance_preserving_(module: nn.Module) -> Any:
 
 @torch.no_grad()
 def activation_std(transformer: Any, tokens: int = 64, text_tokens: int = 16) -> dict[str, float]:
-    """Standard deviation after the first block, after the last one and of the output.
+    """Standard deviations after the first block, after the last block and of the output.
 
-    One pass over random inputs at half noise. Raises ModelError at the first block whose
-    activations are not finite.
+    They come from one pass over random inputs at half noise.
+
+    Raises:
+        ModelError: Activations are not finite; the first such block is named.
     """
     config, weight = transformer.config, transformer.x_embedder.weight
-    here: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    kwargs: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     stds: list[float] = []
 
-    def look(name: str, _block: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
+    def record(name: str, _block: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
         stds.append(_finite_std(name, output[1]))
 
     with ExitStack() as hooks:
         for name, block in FLUX1.repeated_blocks(transformer):
-            hooks.callback(block.register_forward_hook(partial(look, name)).remove)
+            hooks.callback(block.register_forward_hook(partial(record, name)).remove)
         output = transformer(
-            hidden_states=torch.randn(1, tokens, config.in_channels, **here),
-            encoder_hidden_states=torch.randn(1, text_tokens, config.joint_attention_dim, **here),
-            pooled_projections=torch.randn(1, config.pooled_projection_dim, **here),
-            timestep=torch.full((1,), 0.5, **here),
-            guidance=torch.full((1,), 3.5, **here) if config.guidance_embeds else None,
-            img_ids=torch.zeros(tokens, 3, **here),
-            txt_ids=torch.zeros(text_tokens, 3, **here),
+            hidden_states=torch.randn(1, tokens, config.in_channels, **kwargs),
+            encoder_hidden_states=torch.randn(1, text_tokens, config.joint_attention_dim, **kwargs),
+            pooled_projections=torch.randn(1, config.pooled_projection_dim, **kwargs),
+            timestep=torch.full((1,), 0.5, **kwargs),
+            guidance=torch.full((1,), 3.5, **kwargs) if config.guidance_embeds else None,
+            img_ids=torch.zeros(tokens, 3, **kwargs),
+            txt_ids=torch.zeros(text_tokens, 3, **kwargs),
             return_dict=False,
         )[0]
     last = _finite_std("proj_out", output)
@@ -117,10 +121,11 @@ def activation_std(transformer: Any, tokens: int = 64, text_tokens: int = 16) ->
 
 
 class RandomTokenizer:
-    """Stands in for a tokenizer that cannot be had: deterministic random ids of true length.
+    """Replaces a tokenizer without its vocabulary: deterministic random ids of realistic length.
 
-    A prompt becomes `max_length` ids drawn from a generator seeded by its text, closed by the end
-    token; "longest" padding gives one id a word. Text encoders take the same time whatever the ids.
+    A prompt becomes `max_length` ids from a generator seeded by its text, followed by the end
+    token; with "longest" padding, it becomes one id per word. The time of text encoders does not
+    depend on the ids.
     """
 
     def __init__(self, vocab_size: int, model_max_length: int, *, end: int) -> None:
@@ -137,7 +142,7 @@ class RandomTokenizer:
         max_length: int | None = None,
         **_: Any,
     ) -> SimpleNamespace:
-        """ids of shape (prompts, length), int64, as `input_ids`; other arguments have no effect."""
+        """Return `input_ids` of shape (prompts, length), int64; other arguments have no effect."""
         prompts = [text] if isinstance(text, str) else text
         limit = max_length or self.model_max_length
         words = max(len(self.tokenize(prompt)) for prompt in prompts) + 1
@@ -145,11 +150,11 @@ class RandomTokenizer:
         return SimpleNamespace(input_ids=torch.stack([self._ids(p, length) for p in prompts]))
 
     def tokenize(self, text: str) -> list[str]:
-        """Words, for Diffusers' textual-inversion look-up."""
+        """The words of a text, for Diffusers' textual-inversion look-up."""
         return text.split()
 
     def batch_decode(self, ids: Tensor) -> list[str]:
-        """Ids have no text; named for messages about truncation."""
+        """A placeholder per row, since ids have no text; used in messages about truncation."""
         return [f"{row.numel()} random token ids" for row in ids]
 
     def _ids(self, prompt: str, length: int) -> Tensor:
@@ -171,9 +176,9 @@ def _finite_std(where: str, values: Tensor) -> float:
 
 @contextmanager
 def _constructing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have their tensors on the device, in the dtype, from a fixed seed.
+    """Create modules inside the context on the device, in the dtype and from a fixed seed.
 
-    The caller's generators and default dtype are left as they were.
+    The caller's generators and default dtype are unchanged.
     """
     before = torch.get_default_dtype()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:

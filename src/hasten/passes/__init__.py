@@ -1,1 +1,1 @@
-"""One optimisation a file. A pass changes instances only and returns how it is undone."""
+"""The passes, one optimisation per file. A pass changes instances only and returns its undo."""

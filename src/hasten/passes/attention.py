@@ -1,7 +1,7 @@
-"""Which kernel computes attention, chosen per shape by a short trial.
+"""The `[attention]` pass: selects the attention kernel, with "auto" by a short trial per shape.
 
-PyTorch's own choice is by a fixed order, not by speed: on Hopper it takes flash attention 2 where
-cuDNN's kernel runs twice as fast.
+PyTorch selects a kernel by a fixed order, not by speed: on Hopper it uses flash attention 2 where
+cuDNN's kernel is twice as fast.
 """
 
 from __future__ import annotations
@@ -38,17 +38,24 @@ DIFFUSERS_NAMES = {
 ON_TRIAL = ("cudnn", "flash", "efficient")
 Shape = tuple[int, ...]
 Case = tuple[Shape, torch.dtype]
-TRIALS = 10  # calls per round that a backend is timed by, after three that are not
+TRIALS = 10  # timed calls of a backend per round, after three untimed ones
 ROUNDS = 5
-CYCLES = 4_000_000  # that the GPU waits before a round: 2 ms, in which all calls are launched
+CYCLES = 4_000_000  # GPU cycles to wait before a round: 2 ms, in which all calls are launched
 
 
 class Attend:
-    """Attention of B×L×heads×head_dim queries, keys and values, in a chosen backend.
+    """Attention of B×L×heads×head_dim queries, keys and values, in a selected backend.
 
-    "native" leaves the choice to PyTorch; "auto" times the backends at the first call of each shape
-    and dtype and keeps the fastest. `chosen` says which; `layers` are the transformer's own
-    attention layers, whose processors follow.
+    "native" leaves the selection to PyTorch. "auto" times the backends at the first call of each
+    shape and dtype and keeps the fastest.
+
+    Args:
+        backend: A backend of `[attention]`.
+        layers: The transformer's attention layers, whose processors are set to the same backend.
+        heads: Number of attention heads and head_dim, for trials on behalf of `layers`.
+
+    Attributes:
+        chosen: The backends that "auto" has selected, by shape and dtype.
     """
 
     def __init__(self, backend: str, layers: Sequence[Any] = (), heads: Shape = ()) -> None:
@@ -58,11 +65,11 @@ class Attend:
         self.chosen: dict[Case, str] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """B×L×heads×head_dim."""
+        """Attention output, B×L×heads×head_dim."""
         return _attention(self.backend_for(tuple(q.shape), q.dtype, q.device), q, k, v)
 
     def backend_for(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
-        """The backend for B, L, heads, head_dim; where it is "auto", after a trial if need be."""
+        """The backend for a shape (B, L, heads, head_dim); "auto" runs a trial for a new shape."""
         if self.backend != "auto":
             return self.backend
         if device.type != "cuda":
@@ -76,19 +83,19 @@ class Attend:
         return self.chosen[case]
 
     def prepare(self, batch: int, length: int, latents: Tensor) -> None:
-        """Set the layers to the backend for a call with so many tokens per image."""
+        """Set the layers to the backend for a call with `length` tokens per image."""
         shape = batch, length, *self.heads
         self.set_layers(self.backend_for(shape, latents.dtype, latents.device))
 
     def live(self) -> str:
-        """Which backend was chosen for what."""
+        """The selected backends and their shapes."""
         return ", ".join(
             f"{backend} for {shape[0]}×{shape[1]} tokens"
             for (shape, _), backend in self.chosen.items()
         )
 
     def set_layers(self, backend: str) -> None:
-        """Have the transformer's own layers run on this backend."""
+        """Set the backend of the transformer's own layers."""
         for layer in self.layers:
             layer.processor._attention_backend = DIFFUSERS_NAMES[backend]
 
@@ -97,7 +104,7 @@ class AttentionLayer:
     """Sets the transformer's attention layers to the backend of each call's shape.
 
     Args:
-        attend: Chooses it.
+        attend: Selects the backend.
         tokens: Names of the forward's arguments whose tokens attend to each other.
     """
 
@@ -120,10 +127,18 @@ class AttentionLayer:
 def choose_attention(
     chain: StepChain, recipe: Attention, tokens: tuple[str, ...]
 ) -> tuple[Applied, Attend]:
-    """Attention for the fused blocks, and the same backend for the original ones.
+    """Select the attention backend of the original blocks and of the fused ones.
 
-    A named backend is set once; "auto" becomes a layer. Processors are replaced by copies, since
-    pipelines that share weights share them.
+    A named backend is set once; "auto" adds a layer to the chain. Processors are replaced by
+    copies, since pipelines that share weights share them.
+
+    Args:
+        chain: The transformer's chain.
+        recipe: The recipe's section.
+        tokens: Names of the forward's arguments whose tokens attend to each other.
+
+    Returns:
+        The applied pass, and the attention function for the fused blocks.
     """
     config, layers = chain.transformer.config, attention_layers(chain.transformer)
     heads = (config.get("num_attention_heads"), config.get("attention_head_dim"))
@@ -149,7 +164,7 @@ def choose_attention(
 
 
 def attention_layers(transformer: Transformer) -> list[Any]:
-    """The transformer's modules whose processors let a backend be chosen."""
+    """The transformer's modules whose processors have a selectable backend."""
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention as LegacyAttention
 
@@ -168,7 +183,7 @@ def _undo(chain: StepChain, replaced: Sequence[Replaced]) -> None:
 
 
 def _random(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Three tensors; the user's random numbers stay as they would be."""
+    """Three random tensors from a separate generator: the user's random state is unchanged."""
     own = torch.Generator(device).manual_seed(0)
     return [torch.randn(shape, dtype=dtype, device=device, generator=own) for _ in range(3)]
 
@@ -182,9 +197,9 @@ def _attention(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _seconds(backend: str, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """Of one call on the GPU, the least of several rounds; infinite where the backend cannot do it.
+    """Seconds per call on the GPU, the minimum of several rounds; infinite if unsupported.
 
-    The GPU waits while the calls of a round are launched, so that launching takes no part in it.
+    The GPU waits until all calls of a round are launched, so launch overhead is not measured.
     """
     try:
         for _ in range(3):

@@ -1,8 +1,8 @@
-"""torch.compile of the repeated blocks, or of the transformer's whole forward.
+"""The `[compile]` pass: torch.compile of the repeated blocks or of the transformer's forward.
 
 Blocks of one class share one compilation ("regional compilation" in PyTorch's terms), so the first
-image waits for two block classes and not for 57 blocks. `fullgraph` is on: a graph break, or
-Dynamo giving up after too many recompilations, raises instead of silently running eager.
+image waits for the compilation of two block classes, not of 57 blocks. `fullgraph` is on: a graph
+break or Dynamo's recompile limit raises an error instead of silently running eager.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from hasten.step.applied import Applied
 from hasten.step.call import Inner, Output, StepCall
 from hasten.step.chain import StepChain
 
-LIMIT = "torch.compile reached its recompile limit and would have gone on uncompiled"
+LIMIT = "torch.compile reached its recompile limit and would have continued uncompiled"
 FIX = (
-    "use the recipe without [compile] and decoder.compile: the rest of it works; "
-    'compile.mode = "none" with [fuse] needs no compiler'
+    "use the recipe without [compile] and decoder.compile, or with [fuse] and "
+    'compile.mode = "none", which needs no compiler'
 )
 LIMIT_FIX = (
-    "see what changes from call to call: for sizes set compile.dynamic = true; load adapters under "
-    "one adapter_name; restore() frees compiled code"
+    "find what differs between calls: for sizes, set compile.dynamic = true; for adapters, load "
+    "them under one adapter_name; restore() frees compiled code"
 )
 TORCHS_LIMIT, OWN_LIMIT = 8, 64  # compilations of one class, over all pipelines of a process
 
 
 def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Applied:
-    """Compile each block in place (lazily: the work happens at its first call)."""
+    """Compile each block in place; the compilation itself happens at its first call."""
     modules = [block for _, block in blocks]
     _compile(modules, recipe.dynamic)
     classes = Counter(type(block).__name__ for _, block in blocks)
@@ -53,7 +53,7 @@ def compile_blocks(blocks: list[tuple[str, nn.Module]], recipe: Compile) -> Appl
 
 
 class CompiledForward:
-    """The transformer's forward as one graph; a copy compiles that of its own transformer."""
+    """The transformer's forward compiled as one graph; a deep copy compiles its own forward."""
 
     name = "compile"
 
@@ -84,7 +84,7 @@ def _compile(blocks: Sequence[nn.Module], dynamic: bool | None) -> None:
 
 
 def _undo(blocks: Sequence[nn.Module]) -> None:
-    """Forget compiled code, too: Dynamo counts compilations per class, over all pipelines."""
+    """Drop the compiled code too: Dynamo counts compilations per class, over all pipelines."""
     from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
 
     for block in blocks:
@@ -95,10 +95,13 @@ def _undo(blocks: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def compiler_errors() -> Iterator[None]:
-    """Turn an error of Dynamo or inductor, pages long, into an UnsupportedError of one line.
+    """Convert errors of Dynamo and Inductor into one-line errors.
 
-    Dynamo counts compilations per class, over all pipelines of a process and all adapters that one
-    has had, so torch's default limit is raised meanwhile; a limit of the user's own stays.
+    Dynamo counts compilations per class, over all pipelines of a process and all their adapters.
+    So torch's default limit is raised inside the context; a limit set by the user is kept.
+
+    Raises:
+        UnsupportedError: Compilation failed.
     """
     try:
         with _raised_limit():
@@ -118,7 +121,7 @@ def _raised_limit() -> AbstractContextManager[object]:
 
 
 def _one_line_for(error: Exception) -> UnsupportedError | None:
-    """What a compiler's error comes to; None for any other. Loads no compiler to find out."""
+    """The one-line form of a compiler's error; None for any other. Does not load the compiler."""
     kinds = sys.modules.get("torch._dynamo.exc")
     if kinds is None:
         return None
@@ -128,5 +131,5 @@ def _one_line_for(error: Exception) -> UnsupportedError | None:
         return None
     inner = getattr(error, "inner_exception", error)
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    said = f"{type(inner).__name__}: {lines[0]}" if lines else type(inner).__name__
-    return UnsupportedError(f"torch.compile failed: {said}", FIX)
+    message = f"{type(inner).__name__}: {lines[0]}" if lines else type(inner).__name__
+    return UnsupportedError(f"torch.compile failed: {message}", FIX)

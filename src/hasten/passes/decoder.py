@@ -1,4 +1,4 @@
-"""The VAE: memory layout, compilation and tiling of its decoder."""
+"""The `[decoder]` pass: memory layout, compilation and tiling of the VAE's decoder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hasten.step.applied import Applied, replace_attribute
 from hasten.step.protocols import Component
 
 AUTO_PIXELS = 2048 * 2048
-"""`tiling = "auto"` tiles pictures of more pixels than this."""
+"""`tiling = "auto"` tiles images with more pixels than this."""
 
-# One image and a batch of several need code of their own; for very small or very large sizes torch
-# may choose other convolutions. Dynamo's own limit is 8 and an error.
+# One image and a batch of several need separate code, and torch may select other convolutions for
+# very small or very large sizes. Exceeding Dynamo's own limit of 8 would be an error.
 MOST_COMPILATIONS = 4
 
 
 def improve_decoder(vae: Component | None, recipe: Decoder) -> Iterator[Applied]:
-    """Apply a recipe's `[decoder]`, yielding each part as it is done."""
-    if vae is None:  # `check` has refused a [decoder] without one
+    """Apply a recipe's `[decoder]`; yield each part as it is applied."""
+    if vae is None:  # `check` rejects [decoder] without a VAE
         return
     if recipe.channels_last:
         yield lay_out_channels_last(vae)
@@ -35,9 +35,9 @@ def improve_decoder(vae: Component | None, recipe: Decoder) -> Iterator[Applied]
 
 
 def lay_out_channels_last(vae: Component) -> Applied:
-    """Store the kernels of all convolutions with the channels last; activations follow them.
+    """Store all convolution kernels in channels-last format; activations follow their format.
 
-    The modules get new parameters, so a pipeline that shares the old ones keeps its layout.
+    The modules get new parameters, so a pipeline that shares the old ones is not affected.
     """
     changed = [
         (module, name)
@@ -70,8 +70,8 @@ def _parameter_in(old: nn.Parameter, layout: torch.memory_format) -> nn.Paramete
 class BoundedCompilation:
     """A decoder's forward, compiled for any height and width, a bounded number of times.
 
-    Once `MOST_COMPILATIONS` are spent, a size that no compiled code fits runs uncompiled, which is
-    slower and as right.
+    After `MOST_COMPILATIONS` compilations, sizes without compiled code run uncompiled, which is
+    slower but equally correct.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -82,7 +82,7 @@ class BoundedCompilation:
         self.renew()
 
     def renew(self) -> None:
-        """Compile again, whatever decoder this is now: that of a copy is another one."""
+        """Compile the current decoder again; that of a deep copy is a new one."""
         self.forward: Callable[..., Tensor] = torch.compile(
             self.decoder._call_impl, fullgraph=True, dynamic=True
         )
@@ -93,34 +93,36 @@ class BoundedCompilation:
         return BoundedCompilation(copy.deepcopy(self.decoder, memo))
 
     def __call__(self, sample: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """sample: B × C × h × w latents; a tile of larger ones is packed first, for its strides
-        would be taken for a size of its own."""
+        """Decode B × C × h × w latents.
+
+        A tile of larger latents is made contiguous first; its strides would trigger a compilation.
+        """
         sample = sample.contiguous()
         if self.compilations >= MOST_COMPILATIONS:
             with torch.compiler.set_stance("eager_on_recompile"):
                 return self.forward(sample, *args, **kwargs)
         height, width = sample.shape[-2:]
         if not self.compilations and height == width > 2:
-            # Dynamo would take h = w for a rule and compile again for the first oblong picture.
+            # Dynamo would assume h = w and compile again for the first non-square image.
             self._compile(sample[..., :-1].contiguous(), *args, **kwargs)
         return self._compile(sample, *args, **kwargs)
 
     def _compile(self, *args: object, **kwargs: object) -> Tensor:
-        """Run, compiling where necessary, and count."""
+        """Run, compile if necessary, and count the compilations."""
         before = self.counters["stats"]["unique_graphs"]
         output = self.forward(*args, **kwargs)
         self.compilations += max(0, self.counters["stats"]["unique_graphs"] - before)
         return output
 
     def live(self) -> str:
-        """For the summary."""
+        """The compilations so far, for the summary."""
         spent = f"{self.compilations} of {MOST_COMPILATIONS} compilations done"
         full = self.compilations >= MOST_COMPILATIONS
-        return f"{spent}; sizes that fit none of them run uncompiled" if full else spent
+        return f"{spent}; sizes without compiled code run uncompiled" if full else spent
 
 
 def compile_decoder(vae: Component) -> Applied:
-    """Compile the decoder in place (lazily: at its first call); the encoder is not."""
+    """Compile the decoder in place, at its first call; the encoder is not compiled."""
     decoder = vae.decoder
     compiled = BoundedCompilation(decoder)
     return Applied(
@@ -134,10 +136,12 @@ def compile_decoder(vae: Component) -> Applied:
 
 
 def tile(vae: Component, mode: Literal["auto", "on"]) -> Applied:
-    """Decode large pictures in overlapping tiles: memory for one of them, and faint seams.
+    """Decode large images in overlapping tiles, which needs less memory but leaves faint seams.
 
-    "on": any picture larger than one tile, in decoding and encoding. "auto": only decoding, and
-    only pictures of more than `AUTO_PIXELS`; what is smaller is decoded as if nothing were set.
+    Args:
+        vae: The VAE.
+        mode: "on" tiles every image larger than one tile, in decoding and encoding. "auto" tiles
+            only decoding, and only images of more than `AUTO_PIXELS`.
     """
     return _tile_large_ones(vae) if mode == "auto" else _tile_always(vae)
 
@@ -146,16 +150,16 @@ def _tile_always(vae: Component) -> Applied:
     before = vae.use_tiling
     vae.enable_tiling()
     side = getattr(vae, "tile_sample_min_size", None)
-    large = f"over {side} pixels a side" if side else "larger than one tile"
+    large = f"over {side} pixels per side" if side else "larger than one tile"
     return Applied(
         name="decoder",
-        description=f"pictures {large} in tiles",
+        description=f"images {large} in tiles",
         undo=partial(setattr, vae, "use_tiling", before),
     )
 
 
 class TiledDecode:
-    """In the place of a VAE's `decode`: pictures of more than `AUTO_PIXELS` in tiles."""
+    """Replaces a VAE's `decode`: images of more than `AUTO_PIXELS` are decoded in tiles."""
 
     def __init__(self, vae: Component, pixels_per_latent: int) -> None:
         self.vae, self.pixels_per_latent = vae, pixels_per_latent
@@ -163,7 +167,7 @@ class TiledDecode:
         self.tiled = 0
 
     def __call__(self, z: Tensor, *args: object, **kwargs: object) -> Any:
-        """z: B × C × … × h × w latents; other arguments and the result are those of `decode`."""
+        """Decode B × C × … × h × w latents; other arguments and the result are as in `decode`."""
         pixels = z.shape[-2] * z.shape[-1] * self.pixels_per_latent
         if self.vae.use_tiling or pixels <= AUTO_PIXELS:
             return self.decode(z, *args, **kwargs)
@@ -182,15 +186,15 @@ def _tile_large_ones(vae: Component) -> Applied:
     tiled = TiledDecode(vae, pixels_per_latent(vae))
     return Applied(
         name="decoder",
-        description="pictures over 2048x2048 pixels decoded in tiles",
+        description="images over 2048x2048 pixels decoded in tiles",
         undo=replace_attribute(vae, "decode", tiled),
-        unchanged=(("encoding", "image-to-image inputs are encoded whole"),),
+        unchanged=(("encoding", "image-to-image inputs are encoded without tiles"),),
         live=tiled.live,
     )
 
 
 def pixels_per_latent(vae: Component) -> int:
-    """Pixels of a picture for one latent position, however this VAE says so."""
+    """Pixels per latent position; 64 for a VAE that does not declare its compression ratio."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
     if ratio is None and "block_out_channels" in vae.config:
         ratio = 2 ** (len(vae.config.block_out_channels) - 1)

@@ -1,4 +1,4 @@
-"""[engine]: an exported graph in the place of the blocks, with rows from the conditioning table."""
+"""The `[engine]` pass: an exported graph replaces the blocks; a table holds its modulations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS_ARE_GONE = (
 
 
 class EngineLayer:
-    """Runs the engine on every call; there is no other forward for those that it cannot take."""
+    """Runs the engine on every call; calls that it does not support raise CallError."""
 
     name = "body"
 
@@ -34,7 +34,7 @@ class EngineLayer:
         if len(call.constants) < 2:
             raise CallError(
                 "the engine cannot take ControlNet residuals or IP-Adapter embeddings",
-                "leave [engine] out of the recipe for such calls",
+                "use a recipe without [engine] for such calls",
             )
         velocity = self.body(call.latents, **call.constants)
         return Output.of_sample(velocity, return_dict=call.return_dict)
@@ -44,7 +44,7 @@ class EngineLayer:
 
 
 class WithoutWeights:
-    """Refuses calls of a transformer whose blocks have no weights any more."""
+    """Rejects calls of a transformer whose block weights were freed."""
 
     name = "body"
 
@@ -64,25 +64,25 @@ def run_on_engine(
     close: Callable[[], None],
     release: bool = False,
 ) -> Applied:
-    """Put an engine before a transformer's forward.
+    """Replace a transformer's forward by an engine.
 
     Args:
-        chain: The transformer's.
-        family: With `conditioning` and `split`.
+        chain: The transformer's chain.
+        family: A family with `conditioning` and `split`.
         body: The engine.
-        what: A line about it.
-        close: Frees it.
-        release: Free the torch weights of the blocks for good, all but the modulations, which the
-            table is made of.
+        description: One line about the engine.
+        close: Frees the engine.
+        release: Permanently free the torch weights of the blocks, except the modulations, from
+            which the table is computed.
     """
     transformer = chain.transformer
     modulations = Modulations(family.modulated_norms(transformer))
     freed = _release(transformer, family) if release else 0
     saving: Replaced | None = None
-    if release:  # a file of empty weights would look like a model
+    if release:  # a saved file of empty weights would look like a model
         saving = replace_attribute(transformer, "save_pretrained", _no_weights_to_save)
     watch = _Watch(transformer, family)
-    assert family.conditioning is not None  # `check` has refused families without it
+    assert family.conditioning is not None  # `check` rejects families without it
     chain.push(
         ConstantsLayer(
             transformer, family.conditioning, modulations, family.split, changed=watch.changed
@@ -113,9 +113,9 @@ def _no_weights_to_save(*_: object, **__: object) -> NoReturn:
 
 
 class _Watch:
-    """Names a parameter that was changed or replaced since: the engine holds the values of then.
+    """Detects parameters that changed after the export: the engine still has the old values.
 
-    The modulations are not in the engine, and `[offload]` moves them.
+    Modulations are ignored: they are not part of the engine, and `[offload]` moves them.
     """
 
     def __init__(self, transformer: Transformer, family: Family) -> None:
@@ -137,9 +137,9 @@ class _Watch:
 
 
 def _release(transformer: Transformer, family: Family) -> int:
-    """Leave the blocks empty, all but their modulation linears; returns the bytes that were there.
+    """Free the blocks' weights, except their modulation linears; return the number of bytes.
 
-    Empty parameters, unlike torch's meta ones, still follow `pipe.to(device)`.
+    Empty parameters, unlike torch's meta tensors, still work with `pipe.to(device)`.
     """
     kept = {id(norm.linear) for _, norm in family.modulated_norms(transformer)}
     freed = 0

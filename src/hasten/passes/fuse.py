@@ -1,8 +1,8 @@
-"""[fuse]: what a run needs once is made once, and the blocks run on fused kernels.
+"""The `[fuse]` pass: the constants of a run are computed once, and the blocks run fused kernels.
 
-Two layers: "constants" makes the conditioning table and, for the kernels, embeds text and positions
-once per run; "body", inside of CUDA graphs, runs the kernels, or the transformer's own forward with
-modulation linears that read the table.
+It adds two layers. "constants" computes the conditioning table and, for the kernels, embeds text
+and positions once per run. "body", inside CUDA graphs, runs the kernels, or else the transformer's
+own forward with modulation linears that read the table.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ NAMES = {dtype_of(scheme): scheme.label for scheme in SCHEMES.values()}
 def fuse_step(
     chain: StepChain, family: Family, recipe: Fuse, attend: Attend, against: str | None
 ) -> Applied:
-    """Put the table, and the kernels unless something is against them, before a transformer.
+    """Add the conditioning table and, where possible, the fused kernels to a transformer.
 
     Args:
-        chain: The transformer's.
-        family: With `conditioning`, and `kernels` where nothing is against them.
+        chain: The transformer's chain.
+        family: A family with `conditioning`, and with `kernels` if `against` is None.
         recipe: The recipe's section.
-        attend: The chosen attention, for the kernels.
-        against: Why the blocks stay as they are; None where the kernels take over.
+        attend: The attention function of the kernels.
+        against: Why the blocks stay unchanged; None if they run on the kernels.
     """
     transformer = chain.transformer
     modulations = Modulations(family.modulated_norms(transformer))
@@ -44,7 +44,7 @@ def fuse_step(
         kinds = [NAMES[codes] for codes in NAMES if codes in fused.codes] or ["unquantised"]
         kind = f"fused kernels, {' and '.join(kinds)} products"
     readers = RowReaders(modulations)
-    assert family.conditioning is not None  # `check` has refused families without it
+    assert family.conditioning is not None  # `check` rejects families without it
     layer = ConstantsLayer(
         transformer,
         family.conditioning,
@@ -67,7 +67,7 @@ def fuse_step(
 
 
 def _undo(chain: StepChain, readers: RowReaders) -> None:
-    """Merged weights stay merged: the layers' own are views of them."""
+    """Merged weights stay merged, because the layers' own weights are views of them."""
     chain.remove("constants")
     chain.remove("body")
     readers.detach()

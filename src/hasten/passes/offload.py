@@ -1,4 +1,4 @@
-"""Keep weights in host memory and one component at a time on the accelerator."""
+"""The `[offload]` pass: weights wait in host memory until they are needed on the accelerator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hasten.step.protocols import Pipeline
 
 
 def offload_models(pipe: Pipeline) -> Applied:
-    """Diffusers' model offload: text encoders, transformer and decoder take turns on the device."""
+    """Enable Diffusers' model offload: one component at a time is on the device."""
     device = pipe.device
     pipe.enable_model_cpu_offload()
     return Applied(
@@ -25,9 +25,13 @@ def offload_models(pipe: Pipeline) -> Applied:
 
 
 def offload_modulations(norms: Sequence[tuple[str, Any]], device: torch.device) -> Applied:
-    """Move the modulation linears to host memory, from where the conditioning table reads them.
+    """Move the modulation linears to host memory; the conditioning table reads them from there.
 
-    norms: (name, norm) pairs, each norm with a `linear`. In FLUX.1 they hold 27 % of the weights.
+    In FLUX.1 they hold 27 % of the weights.
+
+    Args:
+        norms: (name, norm) pairs; each norm has a `linear`.
+        device: The device that the linears return to when the pass is undone.
     """
     linears = [norm.linear for _, norm in norms]
     moved = 0
@@ -36,8 +40,8 @@ def offload_modulations(norms: Sequence[tuple[str, Any]], device: torch.device) 
             moved += parameter.nbytes
             values = parameter.detach().cpu()
             if torch.cuda.is_available():
-                values = values.pin_memory()  # copies from it need not wait
-            # A parameter of its own: a pipeline that shares the old one keeps it where it is.
+                values = values.pin_memory()  # allows asynchronous copies
+            # A new parameter, so that a pipeline that shares the old one is not affected.
             setattr(linear, name, nn.Parameter(values, parameter.requires_grad))
 
     return Applied(

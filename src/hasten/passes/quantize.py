@@ -1,7 +1,7 @@
-"""Linears of the repeated blocks in eight bits, each original freed as it is replaced.
+"""The `[quantize]` pass: replaces linears of the repeated blocks by eight-bit ones.
 
-The largest layer goes first, so what can run out of memory does so before anything is replaced:
-after it, every layer frees more than the next one takes.
+Each original is freed when it is replaced. The largest layer is first: if memory runs out, it does
+so before anything is replaced, because after it every layer frees more than the next one needs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from hasten.step.protocols import Transformer
 def quantize_linears(
     transformer: Transformer, plan: LinearPlan, recipe: Quantize, notes: tuple[str, ...] = ()
 ) -> Applied:
-    """Replace linears in their parents. Takes the memory of one more layer at first, then less.
+    """Replace linears in their parent modules; needs memory for one additional layer.
+
+    If an error is raised after some linears were replaced, a note on it gives their number.
 
     Args:
-        transformer: Whose linears are replaced.
-        plan: Which linears, as `check` has decided.
-        recipe: How.
-        notes: What results must say of the scales.
+        transformer: The transformer; it is changed in place.
+        plan: The linears to replace, as decided by `check`.
+        recipe: The recipe's section.
+        notes: Notes on the scales that belong with every result.
 
     Raises:
-        ModelError: A weight is not finite; nothing has been replaced. An error in the middle
-            carries a note of how many were.
+        ModelError: A weight is not finite. Nothing has been replaced.
     """
     _refuse_not_finite([(name, _linear(transformer, name)) for name in plan.names])
     before = after = done = 0
@@ -43,21 +44,21 @@ def quantize_linears(
             done += 1
     except BaseException as error:
         if done:
-            error.add_note(f"quantize: {done} linears are replaced already; load the model again")
+            error.add_note(f"quantize: {done} linears were already replaced; load the model again")
         raise
     refuse_as_weights(transformer)
     return Applied(
         name="quantize",
         description=_describe(recipe, done, before, after),
         undo=None,
-        unchanged=plan.left_alone,
+        unchanged=plan.unchanged,
         notes=notes,
         cannot_undo="the original weights were freed as they were replaced",
     )
 
 
 def _refuse_not_finite(linears: Linears) -> None:
-    """Waits for the device once, whatever the number of layers."""
+    """Raise ModelError for weights that are not finite; waits for the device once in total."""
     extremes = torch.stack([torch.stack(linear.weight.detach().aminmax()) for _, linear in linears])
     broken = [
         name
@@ -90,7 +91,7 @@ def _bytes(module: nn.Module) -> int:
 def _describe(recipe: Quantize, count: int, before: int, after: int) -> str:
     how = f"{count} linears in {recipe.scheme}, one scale per {recipe.granularity}"
     if recipe.activations == "static":
-        how += " of the weights, a calibrated one for the activations"
+        how += " of the weights, one calibrated scale per linear for its input"
     if recipe.emulate:
-        return f"{how}, emulated: rounded alike, multiplied in the pipeline's dtype"
+        return f"{how}, emulated: same rounding, multiplied in the pipeline's dtype"
     return f"{how}: {before / 2**20:.1f} → {after / 2**20:.1f} MiB"

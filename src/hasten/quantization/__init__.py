@@ -1,2 +1,2 @@
-"""Linears in eight bits: which ones (`plan`), what stands in for them (`linear`), and how far each
-is from the original on real activations (`report`)."""
+"""Eight-bit linears: which ones are quantised (`plan`), their classes (`linear`), and the error of
+each on real activations (`report`)."""

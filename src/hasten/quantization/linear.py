@@ -1,21 +1,21 @@
-"""What stands in for `nn.Linear` once its weight is eight-bit codes.
+"""Replacements of `nn.Linear` whose weight is stored as eight-bit codes.
 
-    y = x Wᵀ + b        W ≈ weight · weight_scale        x ≈ codes · scale, made anew at each call
+    y = x Wᵀ + b        W ≈ weight · weight_scale        x ≈ codes · scale, computed at each call
 
 | class            | weight codes | activations | product |
 | ---------------- | ------------ | ----------- | ------- |
 | Fp8Linear        | FP8          | FP8         | FP8, accumulated in float32 (`torch._scaled_mm`) |
 | Int8Linear       | int8         | int8        | int8, accumulated in int32 (`int8_product`) |
 | WeightOnlyLinear | FP8 or int8  | as they are | in the activations' dtype |
-| EmulatedLinear   | any of these, rounded alike | | in the activations' dtype, on any device |
+| EmulatedLinear   | any, with the same rounding | | in the activations' dtype, on any device |
 
-Shapes: M rows (every token of every item), K inputs, N outputs. `weight` is N × K; `weight_scale`
-N × 1 (granularity "row": one scale an output channel, and one a token) or 0-dim ("tensor"), in
-float32. Both are buffers: a model's `dtype` is that of its parameters.
+Shapes: M rows (every token of every item), K inputs, N outputs. `weight` is N × K. `weight_scale`
+is N × 1 (granularity "row": one scale per output channel, and one per token of the activations) or
+0-dim ("tensor"), in float32. Both are buffers: a model's `dtype` is that of its parameters.
 
-FP8 activations may have a calibrated scale instead, `input_scale` (0-dim, float32, a buffer): one
-for every token of every call, so nothing is searched for. What lies beyond 448 · input_scale,
-infinity too, becomes ±448; what is not a number stays so.
+FP8 activations may have a calibrated scale instead, `input_scale` (0-dim, float32, a buffer), which
+is used for every token of every call. Values beyond 448 · input_scale, including infinity, become
+±448; NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -42,13 +42,22 @@ Granularity = Literal["row", "tensor"]
 
 
 class QuantizedLinear(nn.Module):
-    """What the four have in common. `in_features` and `out_features` are those of the original."""
+    """Base class of the quantised linears.
+
+    Attributes:
+        weight: Codes, N × K.
+        weight_scale: N × 1 or 0-dim, float32.
+        input_scale: A calibrated scale of the activations (0-dim, float32); None computes it.
+        bias: The original's bias.
+        fixed_dtype: The buffers that `.to(dtype)` does not cast.
+        default_codes: The default dtype of the codes.
+    """
 
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None
     bias: nn.Parameter | None
-    keeps_dtype: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale")
+    fixed_dtype: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale")
     default_codes: ClassVar[torch.dtype] = FP8
 
     def __init__(
@@ -73,13 +82,14 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         amax: float | None = None,
     ) -> Self:
-        """What stands in for a linear, which is not changed.
+        """Quantise a linear; the original is not changed.
 
         Args:
-            linear: Its bias is shared.
-            granularity: Of the scales.
-            dtype: Of the codes; the class's own by default.
-            amax: The largest absolute input, for a calibrated scale; None finds it each time.
+            linear: The original; its bias is shared.
+            granularity: "row" or "tensor", for the scales.
+            dtype: The codes' dtype; `default_codes` by default.
+            amax: The largest absolute input, for a calibrated scale; None computes the scale at
+                each call.
         """
         codes, scale = _codes(linear.weight.detach(), granularity, dtype or cls.default_codes)
         input_scale = None if amax is None else fp8_scale(amax, scale.device)
@@ -98,20 +108,20 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Codes and scales move with the model, and keep their dtype under `.to(dtype)`."""
+        """Move codes and scales with the model, but keep their dtype under `.to(dtype)`."""
 
         def apply(tensor: Tensor) -> Tensor:
-            if not any(tensor is self._buffers[name] for name in self.keeps_dtype):
+            if not any(tensor is self._buffers[name] for name in self.fixed_dtype):
                 return fn(tensor)
-            whole = torch.int8 if tensor.dtype.itemsize == 1 else torch.int32
-            return fn(tensor.view(whole)).view(tensor.dtype)  # integers are only moved
+            integer = torch.int8 if tensor.dtype.itemsize == 1 else torch.int32
+            return fn(tensor.view(integer)).view(tensor.dtype)  # integers are only moved
 
         super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
 class Fp8Linear(QuantizedLinear):
-    """Weight and activations in float8_e4m3fn. Needs `Machine.quantize_problem` to find none."""
+    """Weight and activations in float8_e4m3fn, if `Machine.quantize_problem` returns None."""
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
@@ -120,16 +130,16 @@ class Fp8Linear(QuantizedLinear):
         else:
             codes = fp8_codes(x.reshape(-1, self.in_features), self.input_scale)
             scale = self.input_scale
-            if self.granularity == "row":  # the product takes scales a row on both sides or none
+            if self.granularity == "row":  # the product needs row scales on both sides or neither
                 scale = scale.repeat(len(codes), 1)
-        # On CUDA, products with a scale a row come out in bfloat16 and in nothing else.
+        # On CUDA, products with row scales support only bfloat16 outputs.
         dtype = torch.bfloat16 if x.is_cuda else x.dtype
         y = fp8_product(codes, scale, self.weight, self.weight_scale, self.bias, dtype=dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
 class Int8Linear(QuantizedLinear):
-    """Weight and activations in int8; the product is exact, so only the codes are rounded."""
+    """Weight and activations in int8; the product is exact, so only the codes have an error."""
 
     default_codes = torch.int8
 
@@ -142,7 +152,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class WeightOnlyLinear(QuantizedLinear):
-    """The weight as codes of either dtype, made whole at each call: half the memory, not faster."""
+    """The weight as codes of either dtype, dequantised at each call: half the memory, no faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
@@ -151,13 +161,15 @@ class WeightOnlyLinear(QuantizedLinear):
 
 
 class EmulatedLinear(QuantizedLinear):
-    """Rounds as a scheme does and multiplies in the activations' dtype.
+    """Rounds like a scheme but multiplies in the activations' dtype.
 
-    `weight` is N × K in the original dtype, already rounded. `codes` is the scheme's dtype;
-    `activations` says whether it rounds activations too.
+    Attributes:
+        weight: N × K in the original dtype, already rounded.
+        codes: The scheme's dtype.
+        activations: Whether the scheme also rounds activations.
     """
 
-    keeps_dtype = ("weight_scale", "input_scale")
+    fixed_dtype = ("weight_scale", "input_scale")
     codes: torch.dtype
     activations: bool
 
@@ -170,11 +182,11 @@ class EmulatedLinear(QuantizedLinear):
         amax: float | None = None,
         activations: bool = True,
     ) -> Self:
-        """As the other classes do; `activations`: whether they are rounded too."""
-        made = super().from_linear(linear, granularity, dtype, amax)
-        made.codes, made.activations = made.weight.dtype, activations
-        made.weight = dequantize(made.weight, made.weight_scale, linear.weight.dtype)
-        return made
+        """Quantise a linear like the other classes; `activations`: whether they are rounded too."""
+        emulated = super().from_linear(linear, granularity, dtype, amax)
+        emulated.codes, emulated.activations = emulated.weight.dtype, activations
+        emulated.weight = dequantize(emulated.weight, emulated.weight_scale, linear.weight.dtype)
+        return emulated
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
@@ -186,27 +198,30 @@ class EmulatedLinear(QuantizedLinear):
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        what = "weight and activations" if self.activations else "weight"
-        return f"{super().extra_repr()}, {what} rounded as {self.codes}"
+        rounded = "weight and activations" if self.activations else "weight"
+        return f"{super().extra_repr()}, {rounded} rounded as {self.codes}"
 
 
 def linear_class(recipe: Quantize) -> type[QuantizedLinear]:
-    """The class of what stands in for linears under a recipe's `[quantize]`."""
+    """The class that replaces linears under a recipe's `[quantize]`."""
     kinds = (Fp8Linear, Int8Linear, WeightOnlyLinear)
     by_name: dict[str, type[QuantizedLinear]] = {kind.__name__: kind for kind in kinds}
     return EmulatedLinear if recipe.emulate else by_name[SCHEMES[recipe.scheme].linear]
 
 
 def dtype_of(scheme: Scheme) -> torch.dtype:
-    """The codes' dtype."""
+    """The dtype of a scheme's codes."""
     dtype: torch.dtype = getattr(torch, scheme.codes)
     return dtype
 
 
 def quantized(linear: nn.Linear, recipe: Quantize, name: str = "") -> QuantizedLinear:
-    """What stands in for this linear under a recipe's `[quantize]`; the linear is not changed.
+    """Quantise a linear under a recipe's `[quantize]`; the original is not changed.
 
-    name: the linear's, under which a recipe with static scales has its largest input.
+    Args:
+        linear: The original.
+        recipe: The recipe's section.
+        name: The linear's name, the key of its largest input in a recipe with static scales.
     """
     scheme, granularity = SCHEMES[recipe.scheme], recipe.granularity
     amax = None if recipe.amax is None else recipe.amax[name]
@@ -225,16 +240,19 @@ def fp8_product(
     out: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The FP8 product of codes M × K and N × K, M × N of `dtype`.
+    """Multiply FP8 codes with `torch._scaled_mm`.
 
     Args:
-        codes: Of the activations.
-        scale: Theirs: M × 1, or one value, as the weight's.
-        weight: Codes, too.
-        weight_scale: N × 1, or one value (0-dim).
-        bias: N values of any dtype.
-        out: Is written to where it is given; M × N of `dtype`, contiguous.
-        dtype: Of the result.
+        codes: Codes of the activations, M × K.
+        scale: Scales of the activations, M × 1, or 0-dim if `weight_scale` is.
+        weight: Codes of the weight, N × K.
+        weight_scale: N × 1, or 0-dim.
+        bias: N values of any dtype, or None.
+        out: The tensor to write to, M × N of `dtype`, contiguous; None allocates one.
+        dtype: The result's dtype.
+
+    Returns:
+        M × N of `dtype`.
     """
     if codes.device.type == "cpu" and not scale.ndim:
         # With one scale per tensor torch's product is hundreds of times slower on a CPU.

@@ -1,7 +1,7 @@
-"""Which linears a recipe quantises, what it leaves alone and why, and what stands in its way.
+"""Selects the linears that a recipe quantises, and reports problems and unchanged linears.
 
-`skip` patterns are those of a shell (`*`, `?`, `[ab]`; `*` crosses dots) over the linears' names in
-the transformer. A module's name stands for all linears in it: "transformer_blocks.0".
+`skip` patterns are shell patterns (`*`, `?`, `[ab]`; `*` also matches dots) for the linears' names
+in the transformer. A module's name matches all linears in it: "transformer_blocks.0".
 """
 
 from __future__ import annotations
@@ -21,33 +21,44 @@ from hasten.quantization.schemes import SCHEMES
 from hasten.recipe import Quantize
 
 Linears = Sequence[tuple[str, nn.Linear]]
-"""Linears of a transformer by their names in it."""
+"""(name, linear) pairs of a transformer."""
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODULATION = "modulation: sees one row a step, not every token"
-OUTSIDE = "outside the repeated blocks: few weights, and all of the picture passes through them"
+MODULATION = "modulation: its input is one row per step, not every token"
+OUTSIDE = "outside the repeated blocks: few weights, but their error affects the whole image"
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """Names of the linears to quantise, in the order given; what is left alone and why."""
+    """The linears to quantise.
+
+    Attributes:
+        names: Their names, in the given order.
+        unchanged: Pairs of linears that are not quantised and the reason.
+    """
 
     names: tuple[str, ...]
-    left_alone: tuple[tuple[str, str], ...]
+    unchanged: tuple[tuple[str, str], ...]
 
 
 def plan_linears(transformer: nn.Module, linears: Linears, recipe: Quantize) -> LinearPlan:
-    """Choose among `linears`; the transformer's other linears are left alone.
+    """Select from `linears`; the transformer's other linears are unchanged.
 
-    Raises UnsupportedError with everything that `plan_problems` finds.
+    Args:
+        transformer: The transformer.
+        linears: Its quantisable linears.
+        recipe: The recipe's section.
+
+    Raises:
+        UnsupportedError: `plan_problems` returns problems; all of them are listed.
     """
-    if found := plan_problems(transformer, linears, recipe):
-        raise unsupported(found)
+    if problems := plan_problems(transformer, linears, recipe):
+        raise unsupported(problems)
     skipped, misfits, chosen = _sorted_out(linears, recipe)
     return LinearPlan(
         names=tuple(chosen),
-        left_alone=(
-            *((pattern, _asked(skipped, pattern)) for pattern in recipe.skip),
+        unchanged=(
+            *((pattern, _skip_reason(skipped, pattern)) for pattern in recipe.skip),
             *_by_reason(misfits),
             *_never_quantised(transformer, linears),
         ),
@@ -55,7 +66,7 @@ def plan_linears(transformer: nn.Module, linears: Linears, recipe: Quantize) -> 
 
 
 def plan_problems(transformer: nn.Module, linears: Linears, recipe: Quantize) -> list[Problem]:
-    """Why these linears cannot be quantised as the recipe asks; empty where they can."""
+    """Why these linears cannot be quantised under the recipe; empty if they can."""
     if adapted := adapted_layers(transformer):
         return [
             Problem(
@@ -67,25 +78,25 @@ def plan_problems(transformer: nn.Module, linears: Linears, recipe: Quantize) ->
     special = [(name, why) for name, linear in linears if (why := _not_plain(linear))]
     if special or not linears:
         return [_not_plain_problem(special)]
-    found = [
+    problems = [
         _no_match(pattern, linears) for pattern in _idle_patterns(transformer, linears, recipe)
     ]
     _, misfits, chosen = _sorted_out(linears, recipe)
-    if not chosen and not found:
+    if not chosen and not problems:
         why = next(iter(misfits.values()), "skip covers all of them")
-        found.append(
+        problems.append(
             Problem(
-                f"none of the {len(linears)} linears is left to quantise: {why}",
-                'shorten quantize.skip, use scheme = "int8-weight", or leave [quantize] out',
+                f"none of the {len(linears)} linears can be quantised: {why}",
+                'shorten quantize.skip, use scheme = "int8-weight", or remove [quantize]',
             )
         )
-    return [*found, *_amax_problems(recipe, linears, chosen)]
+    return [*problems, *_amax_problems(recipe, linears, chosen)]
 
 
 def special_weight(weight: Tensor, dtypes: Sequence[torch.dtype] = PLAIN_DTYPES) -> str:
-    """What a weight is if not a plain parameter of one of these dtypes; empty where it is one.
+    """Describe a weight that is not a plain parameter of one of these dtypes; empty for others.
 
-    Libraries that quantise put a tensor class of theirs in its place, or codes of 8 bits.
+    Quantisation libraries replace weights by their own tensor classes or by eight-bit codes.
     """
     if type(weight) is not nn.Parameter:
         return f"of class {type(weight).__name__}"
@@ -95,31 +106,31 @@ def special_weight(weight: Tensor, dtypes: Sequence[torch.dtype] = PLAIN_DTYPES)
 
 
 def _amax_problems(recipe: Quantize, linears: Linears, chosen: Sequence[str]) -> list[Problem]:
-    """Linears without a calibrated scale, and scales of linears that there are not.
+    """Linears without a calibrated scale, and scales without a linear.
 
-    A scale of a linear that is skipped is left over from the calibration, and no fault.
+    Scales of skipped linears are allowed.
     """
     if recipe.amax is None:
         return []
-    known = {name for name, _ in linears}
-    found = (
+    names = {name for name, _ in linears}
+    mismatches = (
         ("no value for", [name for name in chosen if name not in recipe.amax]),
-        ("no quantisable linear is called", [name for name in recipe.amax if name not in known]),
+        ("no quantisable linear is called", [name for name in recipe.amax if name not in names]),
     )
-    faults = [f"{what} {names[0]} ({len(names)} in all)" for what, names in found if names]
+    faults = [f"{fault} {names[0]} ({len(names)} in total)" for fault, names in mismatches if names]
     if not faults:
         return []
     return [
         Problem(
             f"quantize.amax: {'; '.join(faults)}",
-            "`hasten calibrate-scales --recipe FILE.toml` measures it again for this model, "
-            'or set activations = "dynamic" and remove it',
+            "run `hasten calibrate-scales --recipe FILE.toml` for this model, or set "
+            'activations = "dynamic" and remove quantize.amax',
         )
     ]
 
 
 def _sorted_out(linears: Linears, recipe: Quantize) -> tuple[list[str], dict[str, str], list[str]]:
-    """Names skipped, (name -> why its shape does not do), names to quantise."""
+    """Skipped names, names of unsupported shapes with the reason, and names to quantise."""
     skipped: list[str] = []
     misfits: dict[str, str] = {}
     chosen = []
@@ -142,7 +153,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _idle_patterns(transformer: nn.Module, linears: Linears, recipe: Quantize) -> list[str]:
-    """Patterns that match no linear at all, quantised or not."""
+    """Patterns that match no linear, quantisable or not."""
     names = {name for name, _ in linears} | {name for name, _ in _linears_of(transformer)}
     return [
         pattern for pattern in recipe.skip if not any(_matches(name, pattern) for name in names)
@@ -150,17 +161,17 @@ def _idle_patterns(transformer: nn.Module, linears: Linears, recipe: Quantize) -
 
 
 def _no_match(pattern: str, linears: Linears) -> Problem:
-    known = dict.fromkeys(form for name, _ in linears for form in _patterns_for(name))
-    close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
-    nearest = f"nearest: {', '.join(close)}; " if close else ""
+    candidates = dict.fromkeys(form for name, _ in linears for form in _patterns_for(name))
+    close = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.5)
+    similar = f"similar: {', '.join(close)}; " if close else ""
     return Problem(
         f"quantize.skip: {pattern!r} matches no linear",
-        f"{nearest}`hasten layers --json` lists the linears",
+        f"{similar}`hasten layers --json` lists the linears",
     )
 
 
 def _patterns_for(name: str) -> Iterable[str]:
-    """The name itself, the blocks it is in, and its last words in any block."""
+    """Patterns that match a name: itself, its parent modules, and its last parts in any block."""
     words = name.split(".")
     yield name
     for length in range(1, len(words)):
@@ -169,16 +180,16 @@ def _patterns_for(name: str) -> Iterable[str]:
 
 
 def adapted_layers(transformer: nn.Module) -> list[str]:
-    """Layers that PEFT has wrapped for LoRA: they keep the original as `base_layer`."""
+    """Names of the layers that PEFT has wrapped for LoRA, which have a `base_layer`."""
     return [name for name, module in transformer.named_modules() if hasattr(module, "base_layer")]
 
 
 def _not_plain(linear: nn.Linear) -> str:
-    """Why this is more than a linear with a weight of its own; empty where it is not."""
+    """Why this is not a plain `nn.Linear`; empty if it is one."""
     if why := special_weight(linear.weight):
         return f"its weight is {why}"
     if type(linear) is not nn.Linear:
-        return f"a {type(linear).__name__}"
+        return f"it is a {type(linear).__name__}"
     hooked = linear._forward_hooks or linear._forward_pre_hooks
     if (
         linear.weight.is_meta
@@ -186,30 +197,30 @@ def _not_plain(linear: nn.Linear) -> str:
         or hasattr(linear, "_hf_hook")
         or hasattr(linear, "_diffusers_hook")
     ):
-        return "offloaded, or with hooks of its own"
+        return "it is offloaded or has hooks"
     return ""
 
 
 def _not_plain_problem(special: list[tuple[str, str]]) -> Problem:
     if not special:
         return Problem(
-            "the repeated blocks have no plain linears: they are quantised already",
+            "the repeated blocks have no plain linears: they are already quantised",
             "load the pipeline again, in bfloat16, float16 or float32",
         )
     name, why = special[0]
     return Problem(
         f"{len(special)} linears cannot be replaced, the first is {name}: {why}",
-        "load it in bfloat16, float16 or float32, and let the recipe quantise and offload",
+        "load it in bfloat16, float16 or float32, and use the recipe to quantise and offload",
     )
 
 
-def _asked(skipped: list[str], pattern: str) -> str:
+def _skip_reason(skipped: list[str], pattern: str) -> str:
     count = sum(_matches(name, pattern) for name in skipped)
-    return f"named by skip, {count} in all" if count else "named by skip, never quantised anyway"
+    return f"skipped by the recipe, {count} in total" if count else "skipped, but never quantised"
 
 
 def _by_reason(misfits: dict[str, str]) -> list[tuple[str, str]]:
-    """Equal linears of all blocks as one line."""
+    """One line per group of equal linears in all blocks."""
     counts = Counter((_any_block(name), why) for name, why in misfits.items())
     return [(f"{count} × {name}", why) for (name, why), count in counts.items()]
 
@@ -223,8 +234,8 @@ def _never_quantised(transformer: nn.Module, linears: Linears) -> list[tuple[str
     outside = dict.fromkeys(
         name.split(".")[0] for name in others if name.split(".")[0] not in blocks
     )
-    found = ((", ".join(inside), MODULATION), (", ".join(outside), OUTSIDE))
-    return [(names, why) for names, why in found if names]
+    groups = ((", ".join(inside), MODULATION), (", ".join(outside), OUTSIDE))
+    return [(names, why) for names, why in groups if names]
 
 
 def _linears_of(transformer: nn.Module) -> Linears:

@@ -1,4 +1,4 @@
-"""Linears that read the same rows, merged into one product."""
+"""Merges linears with the same input into one product."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ from hasten.quantization.plan import special_weight
 from hasten.quantization.schemes import why_no_row_scales
 
 CODES: Mapping[type, torch.dtype] = MappingProxyType({Fp8Linear: FP8, Int8Linear: torch.int8})
-"""Linears that take codes and row scales, and of which dtype the codes are."""
+"""The linears whose input may be codes with row scales, and the codes' dtype."""
 
 
 class Projection:
-    """One weight of the linears' outputs, one below the other.
+    """Several linears as one, with their weights stacked along the output dimension.
 
-    The linears' own weights become views of it, so no memory is added and the modules still work.
-    `codes`: the dtype of the codes that it takes with their row scales, None where it takes values
-    (from nn.Linear).
+    The linears' own weights become views of the merged weight, so no memory is added and the
+    modules still work.
+
+    Args:
+        linears: Linears of one kind with the same input.
+
+    Attributes:
+        codes: The dtype of the input's codes; None if the input is plain values (for `nn.Linear`).
+        weight: The merged weight, N×K.
     """
 
     def __init__(self, linears: Sequence[Any]) -> None:
         self.linears = tuple(linears)
         self.codes = CODES.get(type(linears[0]))
         weights = [linear.weight.detach() for linear in linears]
-        joined = _joined(weights)  # by an earlier pipeline over the same weights
+        joined = _joined(weights)  # by an earlier pipeline that shares the weights
         self.weight = torch.cat(weights) if joined is None else joined
         if joined is None:
             parts = torch.split(self.weight, [len(weight) for weight in weights])
@@ -46,9 +52,15 @@ class Projection:
         self.seen = [_state(linear) for linear in linears]
 
     def __call__(self, values: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
-        """R×K -> R×N in the bias's dtype, into `out` where given.
+        """Apply the merged linears.
 
-        values: codes with their row `scales` (R×1) where it takes them, else plain values.
+        Args:
+            values: R×K, codes or plain values.
+            scales: The codes' row scales, R×1.
+            out: The tensor to write to; None allocates one.
+
+        Returns:
+            R×N in the bias's dtype.
         """
         if self.scale is None:
             if self.bias is None:
@@ -63,13 +75,13 @@ class Projection:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What comes out where codes go in: FP8 products give bfloat16 and nothing else."""
+        """The output dtype for codes; FP8 products support only bfloat16."""
         if self.codes == FP8 or self.bias is None:
             return torch.bfloat16
         return self.bias.dtype
 
     def changed(self) -> str | None:
-        """Says so if a linear's weight or bias has been replaced since it was merged."""
+        """The weight or bias that has been replaced since it was merged; None if none has."""
         for linear, seen in zip(self.linears, self.seen, strict=True):
             if _state(linear) != seen:
                 rows, columns = linear.weight.shape
@@ -80,9 +92,15 @@ class Projection:
 def project(
     pair: tuple[Projection, Projection], rows: tuple[Tensor, Tensor], streams: Streams
 ) -> Tensor:
-    """Text rows through the first projection, image rows through the second: R×N.
+    """Apply the first projection to the text rows and the second to the image rows.
 
-    rows: values or codes, R×K, and the codes' scales, R×1.
+    Args:
+        pair: The two projections.
+        rows: Values or codes, R×K, and the codes' scales, R×1.
+        streams: The order of the rows.
+
+    Returns:
+        R×N.
     """
     text, image = pair
     values, scales = rows
@@ -98,13 +116,16 @@ def project(
 def same_kind(
     linears: Sequence[Any],
     dtype: torch.dtype,
-    to_be: Mapping[nn.Module, type] = MappingProxyType({}),
+    planned: Mapping[nn.Module, type] = MappingProxyType({}),
 ) -> list[str]:
-    """Why these linears cannot be merged, or fed by one kernel; empty where they can.
+    """Why these linears cannot be merged or used with one kernel's output; empty if they can.
 
-    to_be: what will stand in for some of them by then, with one scale per row, found each time.
+    Args:
+        linears: Linears with the same input.
+        dtype: The transformer's dtype.
+        planned: Classes that will replace some of them, with one dynamic scale per row.
     """
-    kinds = {to_be.get(linear, type(linear)) for linear in linears}
+    kinds = {planned.get(linear, type(linear)) for linear in linears}
     names = " and ".join(sorted(kind.__name__ for kind in kinds))
     if any(hasattr(linear, "base_layer") for linear in linears):
         return [
@@ -113,7 +134,7 @@ def same_kind(
         ]
     if len(kinds) > 1:
         return [
-            f"linears that read one input are of different kinds, {names}: quantize.skip must "
+            f"linears with the same input are of different kinds, {names}: quantize.skip must "
             "match all of them, or the whole block"
         ]
     if kinds == {nn.Linear}:
@@ -125,12 +146,12 @@ def same_kind(
         return [f"its linears are {names}: there are kernels for {known}"]
     if kinds == {Fp8Linear} and dtype != torch.bfloat16:
         return ["FP8 kernels need bfloat16: pass --dtype bfloat16"]
-    made = [linear for linear in linears if linear not in to_be]
-    return _foreign_scales(made)
+    existing = [linear for linear in linears if linear not in planned]
+    return _foreign_scales(existing)
 
 
 def _foreign_scales(linears: Sequence[Any]) -> list[str]:
-    """Why codes with a scale for each row cannot feed these quantised linears; empty where not."""
+    """Why these quantised linears do not support codes with row scales; empty if they do."""
     for linear in linears:
         activations = "dynamic" if linear.input_scale is None else "static"
         if why := why_no_row_scales(linear.granularity, activations):
@@ -139,7 +160,7 @@ def _foreign_scales(linears: Sequence[Any]) -> list[str]:
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """The tensor that these N×K weights are consecutive rows of; None where there is none."""
+    """The tensor whose consecutive rows are these N×K weights; None if there is none."""
     first = weights[0]
     for one, other in pairwise(weights):
         adjacent = one.data_ptr() + one.nbytes == other.data_ptr()
@@ -152,7 +173,7 @@ def _joined(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 def _state(linear: Any) -> tuple[int, int, int]:
-    """Where the weight and the bias are, and how often the bias, which is copied, was written."""
+    """The addresses of the weight and the bias, and the count of writes to the bias (a copy)."""
     bias = linear.bias
     return (
         linear.weight.data_ptr(),
@@ -162,7 +183,7 @@ def _state(linear: Any) -> tuple[int, int, int]:
 
 
 def _bias(linears: Sequence[Any]) -> Tensor | None:
-    """The biases one after the other, zeros where one is missing; None where all are."""
+    """The concatenated biases, with zeros for missing ones; None if all are missing."""
     given = [linear.bias.detach() for linear in linears if linear.bias is not None]
     if not given:
         return None

@@ -1,11 +1,12 @@
-"""How far each quantised linear is from its original, on the activations of a real run.
+"""The error of each quantised linear on the activations of a real run.
 
-The measure is the signal-to-quantisation-noise ratio of its output,
+The measure is the signal-to-quantisation-noise ratio of the output,
 
     SQNR = 10 · log10(‖y‖² / ‖y − ŷ‖²) dB,
 
-y by the original, ŷ by what would stand in for it on the same input: 20 dB is an error of a tenth,
-40 dB of a hundredth. Each linear is judged alone; what its error does further on is not in it.
+where y is the output of the original and ŷ that of the quantised linear for the same input. 20 dB
+is a relative error of 0.1, 40 dB of 0.01. Each linear is measured alone; the propagation of errors
+through later layers is not included.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ from hasten.quantization.linear import quantized
 from hasten.quantization.plan import Linears
 from hasten.recipe import Quantize
 
-OUTLIER_DB = 6.0  # this far below the median, a layer's error is twice the usual one
+OUTLIER_DB = 6.0  # dB below the median: a layer with twice the median error
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """One linear. `calls`: how many were measured.
+    """The error of one linear.
 
-    `sqnr_db` is infinite where nothing differs, minus infinity where something is not finite.
+    Attributes:
+        name: The linear's name.
+        inputs: Its number of input features.
+        outputs: Its number of output features.
+        sqnr_db: In dB; infinite without any difference, minus infinity for non-finite values.
+        calls: The number of measured calls.
     """
 
     name: str
@@ -45,32 +51,32 @@ class LayerError:
 def layer_errors(
     linears: Linears, recipe: Quantize, run: Callable[[], object], *, calls: int = 8
 ) -> list[LayerError]:
-    """Errors of linears under a recipe, the worst first; the model is not changed.
+    """Measure the errors of linears under a recipe; the model is not changed.
 
-    One layer at a time is quantised, for the length of a call.
+    Only one layer at a time is quantised, during its call.
 
     Args:
         linears: Names and linears to measure.
-        recipe: How to quantise them.
+        recipe: The `[quantize]` section.
         run: Calls the plain, uncompiled pipeline.
-        calls: How many first calls of each linear count.
+        calls: The number of calls to measure per linear.
 
     Returns:
-        One error per linear that ran.
+        One error per linear that ran, the largest error first.
     """
     sums = {name: Sums() for name, _ in linears}
     with watched(linears, lambda name: partial(_measure, sums[name], recipe, name, calls)):
         run()
-    found = [
+    errors = [
         LayerError(name, linear.in_features, linear.out_features, sums[name].sqnr(), count)
         for name, linear in linears
         if (count := sums[name].calls)
     ]
-    return sorted(found, key=lambda error: error.sqnr_db)
+    return sorted(errors, key=lambda error: error.sqnr_db)
 
 
 def worth_skipping(errors: Sequence[LayerError]) -> list[str]:
-    """Names of the linears whose error stands out: twice the median's or more, worst first."""
+    """Names of the linears with at least twice the median error, the largest error first."""
     measured = [error.sqnr_db for error in errors if math.isfinite(error.sqnr_db)]
     if not measured:
         return []
@@ -80,7 +86,7 @@ def worth_skipping(errors: Sequence[LayerError]) -> list[str]:
 
 @dataclass
 class Sums:
-    """Energies of signal and error so far, as 0-dim tensors: nothing is read back meanwhile."""
+    """Energies of signal and error so far, as 0-dim tensors, so no value is read back."""
 
     signal: Tensor = field(default_factory=lambda: torch.zeros(()))
     noise: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -104,7 +110,7 @@ def _measure(
     args: tuple[Any, ...],
     y: Tensor,
 ) -> None:
-    """A forward hook: what would have come out of the quantised linear?"""
+    """Forward hook: compare with the output of the quantised linear."""
     if sums.calls >= calls:
         return
     exact = y.to(torch.float32)
@@ -118,7 +124,7 @@ def _measure(
 def watched(
     modules: Sequence[tuple[str, nn.Module]], hook_for: Callable[[str], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Inside, each module has the forward hook that `hook_for` makes for its name."""
+    """Inside the context, each module has the forward hook `hook_for(name)`."""
     with ExitStack() as hooks:
         for name, module in modules:
             hooks.callback(module.register_forward_hook(hook_for(name)).remove)

@@ -1,6 +1,6 @@
-"""The schemes of eight bits in one table: everything else asks it. No torch.
+"""The eight-bit schemes in one table, which all other modules read. Does not import torch.
 
-To add one: a line here, its class in `linear.py`, its name in the recipe's `Quantize.scheme`.
+To add a scheme, add a line here, its class in `linear.py`, and its name in `Quantize.scheme`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-OLDEST_FP8, OLDEST_INT8 = (8, 9), (7, 5)  # Ada; Turing, as cuBLASLt multiplies int8
+OLDEST_FP8, OLDEST_INT8 = (8, 9), (7, 5)  # Ada; Turing, from which on cuBLASLt multiplies int8
 
 
 @dataclass(frozen=True)
@@ -16,18 +16,18 @@ class Scheme:
     """How linears are quantised.
 
     Attributes:
-        name: As recipes write it.
+        name: The name in recipes.
         codes: The codes' dtype, by torch's name.
-        label: What the codes are called in summaries.
+        label: The codes' name in summaries.
         limit: The largest code.
         activations: Whether activations are rounded to codes, too.
-        multiple_of: Both sides of a weight must be multiples of it: cuBLASLt takes no others. The
-            same on every device, so that one recipe means the same layers everywhere.
-        oldest_gpu: Compute capability from which on tensor cores multiply the codes; None where
-            they are not multiplied as codes.
+        multiple_of: Both dimensions of a weight must be multiples of it, as cuBLASLt requires. It
+            applies on every device, so that a recipe selects the same layers everywhere.
+        oldest_gpu: The lowest compute capability whose tensor cores multiply the codes; None if
+            the codes are not multiplied directly.
         fused: Whether the fused kernels write its codes.
-        static: Whether it may have calibrated scales for the activations.
-        linear: The class in `hasten.quantization.linear` that stands in for `nn.Linear`.
+        static: Whether the activations may have calibrated scales.
+        linear: The class in `hasten.quantization.linear` that replaces `nn.Linear`.
     """
 
     name: str

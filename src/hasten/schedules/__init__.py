@@ -1,4 +1,4 @@
-"""Schedules that ship: learned ones, which name their model by fingerprint, and generic ones."""
+"""The bundled schedules: learned ones, with the fingerprint of their model, and generic ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,29 @@ __all__ = ["nearest_schedule", "shipped"]
 
 @functools.cache
 def shipped() -> tuple[ScheduleCache, ...]:
-    """All of them, in file order."""
+    """All bundled schedules, sorted by file name."""
     folder = resources.files("hasten.schedules")
-    found = []
+    schedules = []
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.endswith(".toml"):
             cache = Recipe.from_toml(entry.read_text("utf-8"), source=entry.name).cache
             assert isinstance(cache, ScheduleCache), entry.name
-            found.append(cache)
-    return tuple(found)
+            schedules.append(cache)
+    return tuple(schedules)
 
 
 def nearest_schedule(fingerprint: str | None, budget: int, steps: int) -> ScheduleCache:
-    """The schedule for computing `budget` of `steps` steps: the model's own if it has any, else a
-    generic one (`calibrated` is false); of several, the nearest in share and then in steps."""
+    """Select the schedule for computing `budget` of `steps` steps.
+
+    Args:
+        fingerprint: The model's fingerprint; None if unknown.
+        budget: The number of steps to compute.
+        steps: The number of steps of the run.
+
+    Returns:
+        A schedule of the model if there is one, else a generic one (`calibrated` is false). Of
+        several, the one with the closest share of computed steps, then number of steps.
+    """
     own = [s for s in shipped() if s.fingerprint is not None and s.fingerprint == fingerprint]
     candidates = own or [s for s in shipped() if s.fingerprint is None]
 

@@ -1,1 +1,1 @@
-"""One call of the transformer: which run and step it belongs to, and what stands before it."""
+"""Calls of the transformer: the run and step of each, and the layers in front of its forward."""

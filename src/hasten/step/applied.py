@@ -1,4 +1,4 @@
-"""What a pass leaves behind: a line for the summary, and how it is undone."""
+"""The record of an applied pass: its line in the summary and how it is undone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hasten.errors import UnsupportedError
 from hasten.step.protocols import Component
 
 
-def nothing_to_say() -> str:
-    """A pass without counts."""
+def no_counts() -> str:
+    """The `live` line of a pass without counts: empty."""
     return ""
 
 
@@ -24,15 +24,15 @@ class Applied:
 
     Attributes:
         name: The recipe's section.
-        description: One line on what was changed.
-        undo: Puts back what it can; None where nothing can be.
+        description: One line on the changes.
+        undo: Reverts the changes as far as possible; None if nothing can be reverted.
         unchanged: Pairs of a part that was not changed and the reason.
-        cannot_undo: Why not everything is undone; empty where it is.
-        fell_back: Whether the recipe asked for a change of the unchanged parts with "auto". Results
+        cannot_undo: Why some changes cannot be undone; empty if all can.
+        fell_back: Whether the recipe requested a change of the unchanged parts with "auto". Results
             report such parts.
-        live: Counts and bytes, for the summary.
-        notes: What else results must say.
-        renew: Puts back what a deep copy of a module leaves out: compiled code.
+        live: Returns current counts and bytes for the summary.
+        notes: Further notes that belong with every result.
+        renew: Puts back what a deep copy of a module does not copy, such as compiled code.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Applied:
     unchanged: tuple[tuple[str, str], ...] = ()
     cannot_undo: str = ""
     fell_back: bool = False
-    live: Callable[[], str] = nothing_to_say
+    live: Callable[[], str] = no_counts
     notes: tuple[str, ...] = ()
     renew: Callable[[], object] | None = None
 
 
 class Replaced:
-    """An attribute of one instance that was replaced; calling this puts back what was there."""
+    """A replaced attribute of one instance; calling this object restores the previous value."""
 
     def __init__(self, owner: Any, name: str, value: object) -> None:
         self.owner, self.name, self.value = owner, name, value
@@ -56,7 +56,7 @@ class Replaced:
         setattr(owner, name, value)
 
     def __call__(self) -> None:
-        """Put it back, unless somebody else has replaced it since."""
+        """Restore the previous value, unless the attribute has been replaced again."""
         if _own(self.owner).get(self.name) is not self.value:
             return
         if self.own:
@@ -66,15 +66,15 @@ class Replaced:
 
 
 def _own(owner: object) -> dict[str, Any]:
-    """An instance's own attributes, submodules among them."""
+    """An instance's own attributes, including submodules."""
     return {**owner.__dict__.get("_modules", {}), **owner.__dict__}
 
 
 def replace_attribute(owner: object, name: str, value: object) -> Replaced:
-    """Set an attribute of this instance alone.
+    """Set an attribute of this instance only.
 
     Returns:
-        What undoes it.
+        A callable that restores the previous value.
     """
     return Replaced(owner, name, value)
 
@@ -83,19 +83,19 @@ def undo_all(applied: Sequence[Applied]) -> list[str]:
     """Undo passes, newest first.
 
     Returns:
-        A line for each that cannot be undone.
+        One line for each pass that cannot be undone.
     """
-    stuck = []
+    failures = []
     for done in reversed(applied):
         if done.undo is not None:
             done.undo()
         if done.cannot_undo:
-            stuck.append(f"{done.name} cannot be undone: {done.cannot_undo}")
-    return stuck
+            failures.append(f"{done.name} cannot be undone: {done.cannot_undo}")
+    return failures
 
 
 def refuse_as_weights(module: Component) -> None:
-    """Have a quantised module refuse what takes its codes for weights: saving, and adapters."""
+    """Make a quantised module refuse operations that need its weights: saving, and adapters."""
     module.save_pretrained = _refuse_to_save
     if hasattr(module, "load_lora_adapter"):
         module.load_lora_adapter = _refuse_adapters

@@ -1,8 +1,8 @@
-"""Hooks around the transformer's blocks that can pass them by.
+"""Hooks around the transformer's blocks that can skip them.
 
-A hook is put in the place where `nn.Module.compile` puts compiled code: outside of the block's
-forward, its own hooks, and what offloading or compilation wraps around it. The transformer's own
-forward runs, whatever is done to its blocks.
+A hook is installed where `nn.Module.compile` installs compiled code: outside the block's forward,
+its own hooks, and the wrappers of offloading or compilation. The transformer's own forward always
+runs.
 """
 
 from __future__ import annotations
@@ -18,25 +18,29 @@ Streams = dict[str, Tensor]
 
 
 class Visitor(Protocol):
-    """What looks at the streams of tokens between blocks during one call of the transformer."""
+    """Inspects the token streams between blocks during one call of the transformer."""
 
     def before(self, index: int, streams: Streams) -> bool:
-        """Before a block, with the streams that it will get.
+        """Called before a block.
+
+        Args:
+            index: The position of the block.
+            streams: The inputs of the block by name, B×tokens×D each.
 
         Returns:
-            Whether to pass the block by; the streams then go to the next one as they are.
+            Whether to skip the block; the streams then go to the next one unchanged.
         """
 
     def after_last(self, streams: Streams, *, skipped: bool) -> Streams:
-        """After the last block; returns the streams that the output layers get."""
+        """Called after the last block; returns the input streams of the output layers."""
 
 
 class BlockHooks:
-    """One hook for each of a transformer's blocks; idle outside of `visited_by`.
+    """One hook per block of a transformer; inactive outside `visited_by`.
 
     Args:
-        blocks: Each block with the names of those of its arguments that it returns, in the order
-            in which it returns them.
+        blocks: Each block with the names of the arguments that it returns, in the order in which
+            it returns them.
     """
 
     def __init__(self, blocks: list[tuple[nn.Module, tuple[str, ...]]]) -> None:
@@ -49,7 +53,7 @@ class BlockHooks:
 
     @contextmanager
     def visited_by(self, visitor: Visitor) -> Iterator[None]:
-        """The visitor sees every block that runs in the block of this statement."""
+        """Call the visitor around every block that runs inside the context."""
         self.attach()
         self.visitor = visitor
         try:
@@ -58,7 +62,7 @@ class BlockHooks:
             self.visitor = None
 
     def attach(self) -> None:
-        """Put each hook in its place, unless it is there: a deep copy of a module leaves it out."""
+        """Install the hooks that are missing; a deep copy of a module does not copy them."""
         for hook in self.hooks:
             if hook.block._compiled_call_impl is not hook:
                 hook.call = hook.block._compiled_call_impl or hook.block._call_impl
@@ -66,7 +70,7 @@ class BlockHooks:
                 hook.block._compiled_call_impl = hook
 
     def remove(self) -> None:
-        """Put back what was there."""
+        """Restore the compiled code that was there before."""
         for hook in self.hooks:
             block: Any = hook.block
             if block._compiled_call_impl is hook:
@@ -74,7 +78,7 @@ class BlockHooks:
 
 
 class BlockHook:
-    """Called in the place of one block, with its arguments and its results."""
+    """Called in place of one block, with the same arguments and results."""
 
     def __init__(
         self,

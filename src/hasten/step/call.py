@@ -1,4 +1,4 @@
-"""One call of the transformer, what it returns, and what may stand before it."""
+"""One call of the transformer, its output, and the protocol of layers in front of the forward."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hasten.step.run import Run
 
 
 class _Hole:
-    """Stands among the leaves of an output where a tensor belongs."""
+    """Placeholder for a tensor among the leaves of an output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a forward returned: a tree of tensors (a tuple, an output class, lists in them).
+    """The return value of a forward: a tree of tensors (a tuple, an output class, nested lists).
 
     Attributes:
         tensors: The tree's tensors, in order.
-        rest: Its leaves, in order, with a mark in the place of each tensor.
-        spec: How the leaves are arranged.
-        computed: Whether the whole transformer ran for it.
+        rest: The tree's leaves, in order, with a placeholder for each tensor.
+        spec: The structure of the tree.
+        computed: Whether the whole transformer ran for this output.
     """
 
     tensors: tuple[Tensor, ...]
@@ -34,7 +34,7 @@ class Output:
 
     @classmethod
     def of(cls, value: object) -> Output:
-        """Take a forward's return value apart."""
+        """Split a forward's return value into tensors and the rest."""
         leaves, spec = tree_flatten(value)
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         rest = tuple(_Hole if isinstance(leaf, Tensor) else leaf for leaf in leaves)
@@ -42,7 +42,7 @@ class Output:
 
     @classmethod
     def of_sample(cls, sample: Tensor, *, return_dict: bool) -> Output:
-        """One tensor, as Diffusers' image transformers return it."""
+        """Wrap one tensor as Diffusers' image transformers return it."""
         if not return_dict:
             return cls.of((sample,))
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -50,15 +50,15 @@ class Output:
         return cls.of(Transformer2DModelOutput(sample=sample))
 
     def but(self, tensors: Sequence[Tensor], *, computed: bool = True) -> Output:
-        """The same tree of other tensors."""
+        """The same tree with other tensors."""
         return replace(self, tensors=tuple(tensors), computed=computed)
 
     def detached(self) -> Output:
-        """The same values outside of any autograd graph."""
+        """The same values, detached from any autograd graph."""
         return replace(self, tensors=tuple(tensor.detach() for tensor in self.tensors))
 
     def value(self) -> Any:
-        """The forward's return value again."""
+        """Rebuild the forward's return value."""
         tensors = iter(self.tensors)
         leaves = [next(tensors) if leaf is _Hole else leaf for leaf in self.rest]
         return tree_unflatten(leaves, self.spec)
@@ -69,13 +69,13 @@ class StepCall:
     """One call of the transformer's forward.
 
     Attributes:
-        inputs: Arguments by the forward's own names, in its order, without `return_dict`.
-        run: The sampling run that it belongs to; None outside of one.
-        index: Index into the scheduler's timesteps; 0 outside of a run.
-        branch: Which of the calls of its step: name of the cache context, shapes of the latents,
-            order among equals.
-        return_dict: Whether the caller wants an output class instead of a tuple.
-        constants: What layers made once per run in place of inputs, by name.
+        inputs: The forward's arguments by name, in its order, without `return_dict`.
+        run: The sampling run of the call; None outside a run.
+        index: Index into the scheduler's timesteps; 0 outside a run.
+        branch: Identifies the call within its step: name of the cache context, shapes of the
+            latents, and order among equal calls.
+        return_dict: Whether the call returns an output class instead of a tuple.
+        constants: Tensors that layers compute once per run in place of inputs, by name.
     """
 
     inputs: Mapping[str, Any]
@@ -87,7 +87,7 @@ class StepCall:
 
     @property
     def step(self) -> int:
-        """Steps of the run before this one; 0 outside of a run."""
+        """Number of steps of the run before this one; 0 outside a run."""
         return 0 if self.run is None else self.index - self.run.begin
 
     @property
@@ -103,7 +103,7 @@ class StepCall:
 
     @property
     def lora_scale(self) -> float:
-        """The scale of LoRA layers, which pipelines pass in their attention arguments."""
+        """The LoRA scale that the pipeline passes in its attention arguments; 1 by default."""
         for name, value in self.inputs.items():
             if name.endswith("attention_kwargs") and value is not None:
                 return float(value.get("scale", 1.0))
@@ -115,19 +115,19 @@ class StepCall:
 
 
 Inner = Callable[[StepCall], Output]
-"""The rest of the chain behind a layer; its end is the transformer's own forward."""
+"""The remaining layers of the chain; the last one is the transformer's own forward."""
 
 
 class Layer(Protocol):
-    """Something that stands before the transformer's forward: a step cache, CUDA graphs …
+    """A layer in front of the transformer's forward: a step cache, CUDA graphs …
 
-    A layer holds what it keeps of a run in `run.kept[name]`, which is dropped with the run.
+    A layer stores its state of a run in `run.kept[name]`, which is dropped with the run.
     """
 
     name: str
 
     def __call__(self, call: StepCall, inner: Inner) -> Output:
-        """Handle a call, by `inner` or without it."""
+        """Handle a call, with or without calling `inner`."""
 
     def live(self) -> str:
-        """Counts and bytes for the summary; empty where there is nothing to say."""
+        """Current counts and bytes for the summary; may be empty."""

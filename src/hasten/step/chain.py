@@ -1,8 +1,8 @@
-"""The transformer's forward under hasten: the only thing that ever takes its place.
+"""`StepChain` replaces the transformer's forward; no other code does.
 
 The chain parses a call once, finds its run, step and branch, passes it through the layers, and
-wraps what they return once. One run at a time: `lock` is held for a call of the transformer, and by
-an optimised pipeline for its whole call, so that a second thread waits in line.
+wraps their output once. Runs are serialised: `lock` is held during a call of the transformer, and
+an optimised pipeline holds it during its whole call, so a second thread waits.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from hasten.step.call import Inner, Layer, Output, StepCall
 from hasten.step.protocols import Scheduler, Transformer
 from hasten.step.run import Run, current_call, step_index
 
-# Outermost first. The cache decides before anything runs; what a run needs once is made outside of
-# CUDA graphs, which record all that is left of a step; compiled code is innermost.
+# Outermost first. The cache decides before anything runs. The constants of a run are computed
+# outside the CUDA graphs, which record the rest of a step. Compiled code is innermost.
 ORDER = ("cache", "attention", "constants", "graphs", "body", "compile")
 
 _context: ContextVar[str | None] = ContextVar("name of the cache context", default=None)
 
 
 class RunLock:
-    """A reentrant lock; a copy of what holds one gets a lock of its own."""
+    """A reentrant lock; a deep copy is a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -49,7 +49,7 @@ class RunLock:
 
 
 class Runs:
-    """Current runs by the scheduler that drives them. A copy of what holds them has none."""
+    """Current runs by their scheduler; a deep copy is empty."""
 
     def __init__(self) -> None:
         self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
@@ -72,14 +72,14 @@ class Runs:
 
 
 class StepChain:
-    """Layers before one transformer's forward, named and in the order of `ORDER`.
+    """Layers in front of one transformer's forward, named and sorted by `ORDER`.
 
-    It takes the forward's place when the first layer is pushed, and gives it back when the last one
+    The chain replaces the forward when the first layer is pushed, and restores it when the last one
     is removed. Only this instance of the transformer is changed.
 
     Args:
-        transformer: As the pipeline has it; it may be compiled or offloaded by its owner.
-        scheduler: The scheduler of a call that no optimised pipeline makes.
+        transformer: The pipeline's transformer; it may be compiled or offloaded.
+        scheduler: Returns the scheduler for calls outside an optimised pipeline's call.
     """
 
     def __init__(self, transformer: Transformer, scheduler: Callable[[], Scheduler]) -> None:
@@ -96,7 +96,7 @@ class StepChain:
         self._entry: Inner = self._forward
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        """Called in place of the transformer's forward, with its arguments and its result."""
+        """Called in place of the transformer's forward, with the same arguments and result."""
         with self.lock:
             call = self._call(args, kwargs)
             output = self._entry(call)
@@ -105,7 +105,7 @@ class StepChain:
             return output.value()
 
     def push(self, layer: Layer) -> None:
-        """Put a layer at its place in the order, in front of the forward."""
+        """Insert a layer at its position in the order."""
         with self.lock:
             if not self.layers:
                 self._install()
@@ -113,7 +113,7 @@ class StepChain:
             self._link()
 
     def remove(self, name: str) -> None:
-        """Take a layer out, wherever it is; nothing happens where there is none of that name."""
+        """Remove the layer of that name, if there is one."""
         with self.lock:
             self.layers = [layer for layer in self.layers if layer.name != name]
             self._link()
@@ -122,15 +122,15 @@ class StepChain:
                     self._replaced.pop()()
 
     def layer(self, name: str) -> Layer | None:
-        """The layer of that name."""
+        """The layer of that name; None if there is none."""
         return next((layer for layer in self.layers if layer.name == name), None)
 
     def end_run(self, scheduler: Scheduler | None = None) -> None:
-        """Drop what is kept of the current run of a scheduler, by default of the running call."""
+        """Drop the current run of a scheduler, by default that of the current call."""
         self.runs.end(scheduler or self.driving())
 
     def held_bytes(self) -> int:
-        """Bytes that layers keep of runs which have not ended."""
+        """Bytes that layers hold for runs that have not ended."""
         kept = [tensor for run in self.runs for tensor in tensors_in(run.kept)]
         return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in kept}.values())
 
@@ -146,7 +146,7 @@ class StepChain:
         return StepCall(inputs, run, index, branch, return_dict is not False)
 
     def _run(self) -> tuple[Run | None, int]:
-        """The current run and the scheduler's step in it; a new run where a new one has begun."""
+        """The current run and the scheduler's step index; starts a new run if one has begun."""
         scheduler = self.driving()
         index = step_index(scheduler)
         if index is None:
@@ -161,22 +161,22 @@ class StepChain:
         if call is not None and call.scheduler is scheduler:
             if call.runs and not call.runs[-1].finished:
                 raise CallError(
-                    "the pipeline's scheduler was set to other timesteps in the middle of a run: "
-                    "the plain pipeline was called meanwhile",
-                    "call what optimize() returned instead of the plain pipeline: such calls wait "
-                    "for each other",
+                    "the pipeline's scheduler was set to other timesteps during a run: the plain "
+                    "pipeline was called at the same time",
+                    "call the pipeline that optimize() returned instead of the plain one: its "
+                    "calls are serialised",
                 )
             call.runs.append(run := self.runs.begin(scheduler, index))
             return run
         return self.runs.begin(scheduler, index)
 
     def driving(self) -> Scheduler:
-        """The scheduler of the call that is going on; outside of any, the pipeline's."""
+        """The scheduler of the current call; outside a call, the pipeline's."""
         call = current_call()
         return self.scheduler() if call is None else call.scheduler
 
     def _forward(self, call: StepCall) -> Output:
-        """The end of the chain: the forward that was there before, hooked or compiled as it was."""
+        """The end of the chain: the original forward, with its hooks or compiled code."""
         arguments = dict(call.inputs)
         if not call.return_dict:
             arguments["return_dict"] = False
@@ -206,7 +206,7 @@ class StepChain:
         return replace_attribute(self.transformer, "forward", self)
 
     def _without_chain(self, function: Callable[..., Any], **arguments: object) -> Any:
-        """Call a function while the forward before the chain's is in its place."""
+        """Call a function while the original forward is in place."""
         taken = next(one for one in self._replaced if one.name == "forward")
         taken()
         try:
@@ -231,7 +231,7 @@ def _named_context(original: Callable[..., Any], name: str, **where: object) -> 
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """Tensors in what layers keep of a run: containers and objects that say `kept()`."""
+    """All tensors in the state of a layer: in containers, and in objects with a `kept()` method."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -244,5 +244,5 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 def plain_module(module: Any) -> Any:
-    """The module itself where `torch.compile(module)` has wrapped it."""
+    """The module inside the wrapper of `torch.compile(module)`; any other module unchanged."""
     return getattr(module, "_orig_mod", module)

@@ -1,12 +1,12 @@
-"""What stays the same over a sampling run, made at its first call and found again at the others.
+"""Constants of a sampling run: computed at its first call and reused at the others.
 
-The modulations depend on the timestep, the guidance scale and the pooled text. At the first call of
-a run all its timesteps are known, so one product per linear makes the rows of all steps, reading
-each weight once instead of once per step. Text and positions are embedded once, too.
+The modulations depend on the timestep, the guidance scale and the pooled text. All timesteps of a
+run are known at its first call, so one product per linear computes the rows of all steps and reads
+each weight once per run instead of once per step. Text and positions are embedded once, too.
 
-A value belongs to a call if it was made from the very tensors that the call passes, unchanged.
-Anything else is made again: other prompts, embeddings that a callback swaps or writes to, guidance
-branches, another size or batch.
+Constants are reused if a call passes the same, unmodified tensors that they were computed from.
+They are computed again for other prompts, embeddings that a callback replaces or writes to,
+guidance branches, or another size or batch.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from hasten.step.call import Inner, Output, StepCall
 from hasten.step.modulations import Modulations, RowReaders
 from hasten.step.protocols import Transformer
 
-MOST = 4  # sets of constants kept of a run: conditional, unconditional, two for perturbed guidance
+MOST = 4  # sets of constants per run: conditional, unconditional, two for perturbed guidance
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The modulations whose rows can be made for all steps at once.
+    """How a family's modulations are conditioned, so that all steps can be computed at once.
 
     Attributes:
-        norms: Of a transformer: (name, norm) of each norm with a modulation linear, in order.
-        rows: (transformer, inputs of a call, R timesteps as the forward gets them, dtype of the
-            latents) -> R×D: what the modulation linears see after their activation function.
-        inputs: Names of the forward's arguments that the rows depend on besides the timestep.
-        timestep: The forward's argument that holds the timestep.
-        per_timestep: The scheduler's timesteps are that many times the forward's.
+        norms: Returns a transformer's (name, norm) pairs, in order; each norm has a modulation
+            linear.
+        rows: (transformer, inputs of a call, R timesteps of the forward, dtype of the latents) ->
+            R×D conditioning vectors, before the activation function of the modulations.
+        inputs: Names of the forward's arguments that the rows depend on, besides the timestep.
+        timestep: Name of the forward's timestep argument.
+        per_timestep: Ratio of the scheduler's timesteps to the forward's.
     """
 
     norms: Callable[[Transformer], list[tuple[str, nn.Module]]]
@@ -51,20 +52,20 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Split:
-    """Cuts a step into what a run needs once and a body, for kernels and exported engines.
+    """Splits a step into constants of the run and a body, for kernels and exported engines.
 
     Attributes:
         inputs: Names of the forward's arguments that `embedded` reads.
-        embedded: (transformer, inputs of a call) -> the body's constants besides the row, by name.
-        original_only: Arguments that only the original forward takes.
+        embedded: (transformer, inputs of a call) -> the body's constants by name, without the row.
+        original_only: Arguments that only the original forward supports.
     """
 
     inputs: tuple[str, ...]
     embedded: Callable[[Transformer, Mapping[str, Any]], dict[str, Tensor]]
     original_only: tuple[str, ...] = ()
 
-    def beyond(self, inputs: Mapping[str, Any]) -> str | None:
-        """What of a call's inputs the body cannot take; None where it takes all."""
+    def unsupported(self, inputs: Mapping[str, Any]) -> str | None:
+        """The first input of a call that the body does not support; None if it supports all."""
         for name in self.original_only:
             if inputs.get(name) is not None:
                 return name
@@ -75,20 +76,20 @@ class Split:
 
 
 def no_change() -> str | None:
-    """The original modules are read at every call, so they may change."""
+    """Always None: the original modules are read at every call, so they may change."""
     return None
 
 
 class ConstantsLayer:
-    """Makes a run's constants at its first call and hands each call those of its step.
+    """Computes a run's constants at its first call and passes each call the constants of its step.
 
     Args:
-        transformer: Whose inputs the calls have.
-        conditioning: How the modulations are conditioned.
-        modulations: Whose rows the table holds.
-        split: Where there is a body, what it needs besides the row and what it cannot take.
-        whole_run: Whether the table has all steps' rows, or the one of the call.
-        changed: What was replaced since the body was made; None if nothing.
+        transformer: The transformer.
+        conditioning: How its modulations are conditioned.
+        modulations: The modulations in the table.
+        split: The body's further constants and unsupported inputs; None without a body.
+        whole_run: Whether the table has the rows of all steps or only that of the call.
+        changed: Returns the part that was replaced since the body was built; None if none was.
     """
 
     name = "constants"
@@ -111,7 +112,7 @@ class ConstantsLayer:
         self.changed = changed
         self.made = 0
         self.peak_bytes = 0
-        self.beyond: dict[str, int] = {}
+        self.unsupported: dict[str, int] = {}
 
     def __call__(self, call: StepCall, inner: Inner) -> Output:
         if self.split is None or not self._goes_to_body(self.split, call.inputs):
@@ -122,16 +123,16 @@ class ConstantsLayer:
 
     def live(self) -> str:
         line = f"held at most {self.peak_bytes / 2**20:.1f} MiB of constants"
-        beyond = "; ".join(
+        fallbacks = "; ".join(
             f"{count} call{'s' * (count != 1)} with {argument} ran on the original blocks"
-            for argument, count in self.beyond.items()
+            for argument, count in self.unsupported.items()
         )
-        return f"{line}; {beyond}" if beyond else line
+        return f"{line}; {fallbacks}" if fallbacks else line
 
     def _goes_to_body(self, split: Split, inputs: Mapping[str, Any]) -> bool:
-        argument = split.beyond(inputs)
+        argument = split.unsupported(inputs)
         if argument:
-            self.beyond[argument] = self.beyond.get(argument, 0) + 1
+            self.unsupported[argument] = self.unsupported.get(argument, 0) + 1
         return not argument
 
     def _constants(self, call: StepCall, split: Split | None) -> Mapping[str, Tensor]:
@@ -173,24 +174,24 @@ class ConstantsLayer:
 
     def _count(self, call: StepCall, table: Table) -> None:
         self.made += 1
-        known = [] if call.run is None else list(call.run.kept.get(self.name, ()))
-        held = sum(tensor.nbytes for one in (*known, table) for tensor in one.kept())
+        tables = [] if call.run is None else list(call.run.kept.get(self.name, ()))
+        held = sum(tensor.nbytes for one in (*tables, table) for tensor in one.kept())
         self.peak_bytes = max(self.peak_bytes, held)
 
 
 class Seen:
-    """The values that constants were made from, to be compared with those of later calls.
+    """The values that constants were computed from, for comparison with those of later calls.
 
-    A tensor is the same if it is the same object and has not been written to since. Small tensors,
-    which some pipelines make again at each step, may also be equal. Tensors made under inference
-    mode do not count writes, so they are compared by value, which waits for the device.
+    A tensor matches if it is the same object and has not been written to since. Small tensors,
+    which some pipelines create at each step, may also match by value. Tensors created under
+    inference mode do not count writes, so they are compared by value, which waits for the device.
     """
 
     def __init__(self, values: Sequence[object]) -> None:
         self.kept = [_Kept(value) for value in values]
 
     def same(self, values: Sequence[object]) -> bool:
-        """Whether these are the values of then."""
+        """Whether these values match the recorded ones."""
         return all(kept.same(value) for kept, value in zip(self.kept, values, strict=True))
 
 
@@ -212,7 +213,7 @@ class _Kept:
 
 
 def _version(value: object) -> int | None:
-    """Counts writes in place; None for what does not count them."""
+    """Torch's count of in-place writes; None for values without one."""
     if not isinstance(value, Tensor) or value.is_inference():
         return None
     return value._version
@@ -223,10 +224,10 @@ class Table:
     """Constants of a run.
 
     Attributes:
-        values: By name; those that `rows` does not hold.
-        rows: steps × B × width modulations from the run's step `begin` on.
-        begin: The first step that it has a row for.
-        seen: What it was made from.
+        values: The constants other than the rows, by name.
+        rows: Modulations from the run's step `begin` on, steps × B × width.
+        begin: The first step with a row.
+        seen: The values that the table was computed from.
     """
 
     values: Mapping[str, Tensor]
@@ -239,7 +240,7 @@ class Table:
         return [self.rows, *self.values.values()]
 
     def at(self, step: int) -> Mapping[str, Tensor] | None:
-        """The constants of a step of the run; None where it has no row for it."""
+        """The constants of a step of the run; None without a row for it."""
         place = step - self.begin
         if not 0 <= place < len(self.rows):
             return None
@@ -252,13 +253,13 @@ def constants_of(
     given: Sequence[object],
     make: Callable[[], tuple[Table, bool]],
 ) -> Mapping[str, Tensor]:
-    """The constants of a call: those of its run that were made from the same values, or new ones.
+    """Return the constants of a call: those computed from the same values in its run, or new ones.
 
     Args:
-        call: The call; outside of a run nothing is kept.
-        name: Under which the run keeps them.
-        given: What they are made from.
-        make: Makes a table, and says whether it is good for later calls.
+        call: The call; outside a run, nothing is kept.
+        name: The key of the constants in the run.
+        given: The values that they are computed from.
+        make: Computes a table; also returns whether later calls may use it.
     """
     kept: deque[Table] = deque(maxlen=MOST)
     if call.run is not None:
@@ -275,12 +276,17 @@ def constants_of(
 
 
 def timesteps_of(call: StepCall, name: str, per_timestep: float) -> Tensor | None:
-    """What the forward's timestep will be on the run's steps from this one on: steps × B.
+    """Predict the forward's timesteps on this and all later steps of the run.
 
-    They are rounded as the pipeline rounds them. This reads one value back from the device.
+    They are rounded as the pipeline rounds them. The check reads one value back from the device.
+
+    Args:
+        call: The call.
+        name: Name of the forward's timestep argument.
+        per_timestep: Ratio of the scheduler's timesteps to the forward's.
 
     Returns:
-        None where that does not give the call's own timestep, or outside of a run.
+        Timesteps, steps × B. None outside a run, or if they disagree with the call's own timestep.
     """
     if call.run is None:
         return None
@@ -292,7 +298,7 @@ def timesteps_of(call: StepCall, name: str, per_timestep: float) -> Tensor | Non
 
 @contextmanager
 def _scaled(transformer: Transformer, scale: float) -> Iterator[None]:
-    """While it lasts, LoRA layers have a call's scale, as in Diffusers' own forwards."""
+    """Set the scale of LoRA layers inside the context, as Diffusers' own forwards do."""
     if scale == 1.0 or not getattr(transformer, "_hf_peft_config_loaded", False):
         yield
         return
@@ -306,16 +312,16 @@ def _scaled(transformer: Transformer, scale: float) -> Iterator[None]:
 
 
 Body = Callable[..., Tensor]
-"""What is left of a step once the constants of a run are made, a function of tensors only: B×S×C
-latents and, by name, the `row` of the step and what `Split.embedded` gives -> the output."""
+"""A step without its constants, a function of tensors only: (latents B×S×C; by name, the `row` of
+the step and the tensors of `Split.embedded`) -> the output."""
 
 
 class BodyLayer:
-    """Runs the body on calls that come with its constants, the original forward on the others.
+    """Runs the body on calls with its constants, and the original forward on all others.
 
     Args:
-        body: None where the blocks stay as they are.
-        readers: In the modulation linears.
+        body: The body; None if the blocks are unchanged.
+        readers: The readers in the modulation linears.
     """
 
     name = "body"

@@ -1,8 +1,8 @@
-"""CUDA graphs: record a step's kernels once per shape, replay them as one launch.
+"""CUDA graphs: a step's kernels are recorded once per shape and replayed as one launch.
 
-Launching FLUX.1's some two thousand kernels from Python takes longer than a small picture's
-kernels run. A graph replays fixed kernels on fixed addresses, so inputs are copied into buffers of
-the graph's own and its output is copied out; all graphs share one pool of memory.
+Launching the roughly two thousand kernels of FLUX.1 from Python takes longer than running them for
+a small image. A graph replays fixed kernels on fixed addresses, so inputs are copied into the
+graph's own buffers and its outputs are copied out. All graphs share one memory pool.
 """
 
 from __future__ import annotations
@@ -30,20 +30,25 @@ PLAIN = (bool, int, float, str, type(None))
 
 MOST_GRAPHS = 8
 ADAPTERS = "unfused LoRA layers"
-WARM_UPS = 2  # the first call compiles kernels and picks algorithms, the second allocates as usual
+WARM_UPS = 2  # the first call compiles kernels and selects algorithms; the second is typical
 
 
 class Recording(NamedTuple):
+    """A CUDA graph with its input buffers and its outputs."""
+
     graph: Any
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
 
 class Graphs:
-    """Functions of tensors, recorded once for each combination of shapes, dtypes and `key`.
+    """Functions of tensors, recorded once per combination of shapes, dtypes and `key`.
 
-    A function's result must depend on nothing but its tensors, the key and weights that stay where
-    they are. The `MOST_GRAPHS` recordings used last are kept; `bytes` is what all took.
+    The result of a function may depend only on its tensors, the key, and weights at fixed
+    addresses. The `MOST_GRAPHS` most recently used recordings are kept.
+
+    Attributes:
+        bytes: GPU memory taken by all recordings.
     """
 
     def __init__(self) -> None:
@@ -55,7 +60,7 @@ class Graphs:
     def __call__(
         self, function: Function, inputs: Sequence[Tensor], key: Hashable = None
     ) -> tuple[Tensor, ...]:
-        """`function(*inputs)`, in memory of the caller's own."""
+        """Return `function(*inputs)` in newly allocated tensors."""
         key = key, tuple((x.shape, x.dtype, x.device) for x in inputs)
         recording = self.recorded.pop(key, None)
         if recording is None:
@@ -68,8 +73,8 @@ class Graphs:
         recording.graph.replay()
         return tuple(output.clone() for output in recording.outputs)
 
-    def look_after(self, transformer: Transformer) -> None:
-        """Forget all recordings if weights have moved: a graph would read where they were."""
+    def drop_if_moved(self, transformer: Transformer) -> None:
+        """Drop all recordings if weights have moved: a graph would read their old addresses."""
         tensors = itertools.chain(transformer.parameters(), transformer.buffers())
         addresses = tuple(_address(tensor) for tensor in tensors)
         if addresses != self.addresses:
@@ -77,26 +82,26 @@ class Graphs:
             self.addresses = addresses
 
     def drop(self) -> None:
-        """Forget all recordings and give their memory back."""
+        """Drop all recordings and free their memory."""
         self.recorded.clear()
         self.pool = None
         self.bytes = 0
 
     def _record(self, function: Function, inputs: Sequence[Tensor]) -> Recording:
         device = inputs[0].device
-        here = torch.cuda.current_stream(device)
+        outer_stream = torch.cuda.current_stream(device)
         try:
             with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
                 return self._capture(function, inputs, device)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
-            torch.cuda.set_stream(here)  # a capture that cannot end does not put it back
+            torch.cuda.set_stream(outer_stream)  # a failed capture does not restore it
             self.drop()
             torch.cuda.empty_cache()
             raise HastenError(
                 f"out of GPU memory while recording a CUDA graph: {str(error).splitlines()[0]}",
-                'set compile.cuda_graphs = "off", make smaller pictures, or quantise the weights '
+                'set compile.cuda_graphs = "off", use a smaller size, or quantise the weights '
                 '(the preset "fp8")',
             ) from error
 
@@ -110,7 +115,7 @@ class Graphs:
             for _ in range(WARM_UPS):
                 function(*buffers)
         torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.empty_cache()  # as the capture does: what the warm-up left is not the graph's
+        torch.cuda.empty_cache()  # the warm-up's memory does not count as the graph's
         before = torch.cuda.memory_reserved(device)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -123,20 +128,24 @@ class Graphs:
 
 
 class GraphLayer:
-    """Records what is left of a step behind it; what a run needs once is an input of the graph.
+    """Records the rest of a step as a graph; the constants of a run are inputs of the graph.
 
-    A call with something that a graph cannot take as an input runs without one, and so do all calls
-    under LoRA layers, whose scale is no tensor; where `insist`, they raise CallError.
+    Calls with inputs that a graph does not support run without one. So do all calls with LoRA
+    layers, whose scale is not a tensor.
+
+    Args:
+        transformer: The transformer.
+        required: Raise CallError instead of running without a graph.
     """
 
     name = "graphs"
 
-    def __init__(self, transformer: Transformer, *, insist: bool) -> None:
+    def __init__(self, transformer: Transformer, *, required: bool) -> None:
         self.transformer = transformer
-        self.insist = insist
+        self.required = required
         self.graphs = Graphs()
         self.without: set[str] = set()
-        self.looked_at: Callable[[], Run | None] = _no_run
+        self.checked_run: Callable[[], Run | None] = _no_run
         self.trees: dict[Hashable, Output] = {}  # what recorded calls returned, without tensors
 
     def __call__(self, call: StepCall, inner: Inner) -> Output:
@@ -146,9 +155,9 @@ class GraphLayer:
         if why := self._against(call, others):
             self._run_without(why)
             return inner(call)
-        if call.run is None or call.run is not self.looked_at():  # weights move between runs
-            self.looked_at = _no_run if call.run is None else weakref.ref(call.run)
-            self.graphs.look_after(self.transformer)
+        if call.run is None or call.run is not self.checked_run():  # weights may move between runs
+            self.checked_run = _no_run if call.run is None else weakref.ref(call.run)
+            self.graphs.drop_if_moved(self.transformer)
         key = repr(spec), tuple(others), call.return_dict
 
         def step(*values: Tensor) -> tuple[Tensor, ...]:
@@ -163,13 +172,13 @@ class GraphLayer:
         return self.trees[key].but(outputs)
 
     def drop(self) -> None:
-        """Forget all recordings and give their memory back."""
+        """Drop all recordings and free their memory."""
         self.graphs.drop()
         self.trees.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphLayer:
-        """Records again: a graph holds addresses."""
-        return GraphLayer(copy.deepcopy(self.transformer, memo), insist=self.insist)
+        """The copy has no recordings, because graphs hold addresses."""
+        return GraphLayer(copy.deepcopy(self.transformer, memo), required=self.required)
 
     def live(self) -> str:
         line = f"{len(self.graphs.recorded)} recorded, {self.graphs.bytes / 2**20:.0f} MiB"
@@ -178,7 +187,7 @@ class GraphLayer:
         )
 
     def _against(self, call: StepCall, others: Sequence[object]) -> str:
-        """Why this call has no graph; empty where it has one."""
+        """Why this call cannot use a graph; empty if it can."""
         if getattr(self.transformer, "_hf_peft_config_loaded", False):
             return ADAPTERS
         if all(isinstance(value, PLAIN) for value in others):
@@ -190,7 +199,7 @@ class GraphLayer:
         )
 
     def _run_without(self, inputs: str) -> None:
-        if self.insist:
+        if self.required:
             raise CallError(
                 f"a CUDA graph cannot take {inputs} as an input",
                 'set compile.cuda_graphs = "auto": such calls then run without a graph',
@@ -198,9 +207,14 @@ class GraphLayer:
         self.without.add(inputs)
 
 
-def record_graphs(chain: StepChain, *, insist: bool) -> Applied:
-    """Put CUDA graphs before a transformer's step."""
-    layer = GraphLayer(chain.transformer, insist=insist)
+def record_graphs(chain: StepChain, *, required: bool) -> Applied:
+    """Put CUDA graphs in front of a transformer's step.
+
+    Args:
+        chain: The transformer's chain.
+        required: Raise CallError for calls that a graph does not support.
+    """
+    layer = GraphLayer(chain.transformer, required=required)
     chain.push(layer)
     return Applied(
         name="cuda graphs",
@@ -220,7 +234,7 @@ def _undo(chain: StepChain, layer: GraphLayer) -> None:
 
 
 def no_graphs(why: str) -> Applied:
-    """What `cuda_graphs = "auto"` leaves where there can be none."""
+    """The record of `cuda_graphs = "auto"` where graphs are not possible, with the reason."""
     return Applied(
         name="cuda graphs",
         description="none",
@@ -233,10 +247,10 @@ def no_graphs(why: str) -> Applied:
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # a wrapper around others has no storage of its own
+    except RuntimeError:  # a wrapper tensor without storage
         return id(tensor)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """While recording it comes from the allocator, or from the driver under another class."""
+    """Whether memory ran out; during a capture, the driver raises another class."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

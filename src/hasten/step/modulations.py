@@ -1,8 +1,8 @@
-"""The adaLN modulations of a transformer, side by side in one row.
+"""The adaLN modulations of a transformer, concatenated into one row per step.
 
-Every modulated norm passes one conditioning vector (timestep, guidance, pooled text) through a
-linear of its own (adaLN-Zero, Peebles & Xie 2023). None of them sees the picture, so the rows of
-all steps can be made before the first one.
+Every modulated norm passes one conditioning vector (timestep, guidance, pooled text) through its
+own linear (adaLN-Zero, Peebles & Xie 2023). The vector does not depend on the image, so the rows of
+all steps can be computed before the first step.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ Norms = Sequence[tuple[str, nn.Module]]
 
 
 class Modulations:
-    """The linears of the modulated norms in the order in which they run, and where each writes.
+    """The linears of the modulated norms, in execution order, and their columns in a row.
 
     Attributes:
-        start: The column at which each norm's values begin, by the norm's name.
+        norms: The modulated norms by name.
+        start: The first column of each norm's values, by the norm's name.
         width: Length of a row.
     """
 
@@ -36,9 +37,15 @@ class Modulations:
             self.width += _linear(norm).out_features
 
     def rows(self, conditioning: Tensor) -> Tensor:
-        """R×D conditioning -> R×width: each linear once, for all R rows in one product.
+        """Compute R rows: each linear runs once, as one product for all of them.
 
-        Weights in host memory are brought over one linear at a time.
+        Weights in host memory are copied to the device one linear at a time.
+
+        Args:
+            conditioning: R×D, before the activation function.
+
+        Returns:
+            R×width.
         """
         active = nn.functional.silu(conditioning)
         table = active.new_empty(len(active), self.width)
@@ -49,10 +56,10 @@ class Modulations:
 
 
 class RowReader:
-    """In the place of a modulation linear's forward: gives its slice of the bound row.
+    """Replaces a modulation linear's forward: returns its slice of the bound row.
 
-    Without a bound row it is the forward that was there. The linear stays where it is in the module
-    tree, under its own name.
+    Without a bound row, it calls the original forward. The linear keeps its place and name in the
+    module tree.
     """
 
     def __init__(self, linear: Component, start: int) -> None:
@@ -65,13 +72,13 @@ class RowReader:
         linear.forward = self.read
 
     def read(self, activation: Tensor) -> Tensor:
-        """B×D -> B×out_features."""
+        """The linear's output: B×D -> B×out_features."""
         if self.row is None:
             return self.forward(activation)
         return self.row[:, self.start : self.stop]
 
     def detach(self) -> None:
-        """Give the linear its forward back, unless something else has taken its place since."""
+        """Restore the linear's forward, unless it has been replaced again."""
         if getattr(self.linear.__dict__.get("forward"), "__self__", None) is not self:
             return
         if self.own:
@@ -81,7 +88,7 @@ class RowReader:
 
 
 class RowReaders:
-    """A reader for each modulation linear of a transformer."""
+    """One reader per modulation linear of a transformer."""
 
     def __init__(self, modulations: Modulations) -> None:
         self.modulations = modulations
@@ -89,7 +96,7 @@ class RowReaders:
         self.attach()
 
     def attach(self) -> None:
-        """Follow linears that were replaced since, as adapters do."""
+        """Attach to the current linears; adapters may have replaced them."""
         linears = [_linear(norm) for _, norm in self.modulations.norms]
         if [id(reader.linear) for reader in self.readers] == [id(linear) for linear in linears]:
             return
@@ -100,14 +107,14 @@ class RowReaders:
         ]
 
     def detach(self) -> None:
-        """Give all linears their forwards back."""
+        """Restore the forwards of all linears."""
         for reader in self.readers:
             reader.detach()
         self.readers = []
 
     @contextmanager
     def reading(self, row: Tensor) -> Iterator[None]:
-        """Bind a row (B×width) while it lasts."""
+        """Bind a row (B×width) inside the context."""
         for reader in self.readers:
             reader.row = row
         try:
@@ -122,7 +129,7 @@ def _linear(norm: nn.Module) -> Any:
 
 
 def _on(active: Tensor, linear: Component) -> Tensor:
-    """The linear on these rows, wherever its weights are."""
+    """Apply the linear to these rows, also if its weights are on another device."""
     if isinstance(linear, nn.Linear) and linear.weight.device != active.device:
         weight = linear.weight.to(active.device, non_blocking=True)
         bias = None if linear.bias is None else linear.bias.to(active.device, non_blocking=True)

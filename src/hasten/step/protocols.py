@@ -1,4 +1,4 @@
-"""The members of Diffusers' objects that hasten relies on, and the private names among them."""
+"""The members of Diffusers' objects that hasten uses, and the private names among them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
     "torch.cuda": ("_sleep",),
     "torch.nn.Module": ("_call_impl", "_compiled_call_impl"),
 }
-"""Private names of other libraries that hasten reads or replaces, by where they are defined. A
-test holds each of them to exist in the installed versions."""
+"""Private names of other libraries that hasten reads or replaces, by the object that defines them.
+A test checks that each of them exists in the installed versions."""
 
 
 class Config(Protocol):
-    """A model's or a scheduler's configuration: a mapping whose keys are attributes, too."""
+    """A model's or a scheduler's configuration: a mapping whose keys are also attributes."""
 
     def get(self, key: str, default: object = None, /) -> Any: ...
     def items(self) -> Any: ...
@@ -31,7 +31,7 @@ class Config(Protocol):
 
 
 class Component(Protocol):
-    """A module, such as a block or an autoencoder, by attributes that its own class has."""
+    """A module, such as a block or an autoencoder, whose class defines further attributes."""
 
     def __call__(self, *args: object, **kwargs: object) -> Any: ...
     def __getattr__(self, name: str) -> Any: ...
@@ -40,7 +40,7 @@ class Component(Protocol):
 
 
 class Scheduler(Protocol):
-    """A scheduler of flow matching. `step_index` is None before the run's first step."""
+    """A flow-matching scheduler. `step_index` is None before the run's first step."""
 
     timesteps: Tensor
     sigmas: Tensor

@@ -1,7 +1,7 @@
-"""Sampling runs: which one a transformer call belongs to, and where it is in it.
+"""Sampling runs: the run and the step of each transformer call.
 
-A run is made at its first transformer call and dropped at its end. The step is read from the
-scheduler that drives the call, never counted.
+A run is created at its first transformer call and dropped at its end. The step is read from the
+scheduler of the call, never counted.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from hasten.step.protocols import Pipeline, Scheduler
 
 @dataclass(frozen=True)
 class RunCounts:
-    """What a finished (or interrupted) run did.
+    """Counts of a finished or interrupted run.
 
     Attributes:
         steps: Sampling steps that were entered.
-        computed: Those on which the whole transformer ran, for any branch.
-        skipped: The others.
-        stored: Transformer calls of which something was kept for later steps, over all branches.
+        computed: Steps on which the whole transformer ran, for any branch.
+        skipped: All other steps.
+        stored: Transformer calls whose results were stored for later steps, over all branches.
     """
 
     steps: int = 0
@@ -42,14 +42,14 @@ class RunCounts:
 class Run:
     """One pass over `scheduler.timesteps`.
 
-    The step is read from the scheduler, never counted, so guidance branches, interrupts and late
-    starts (img2img) cannot put it out of step. `timesteps` identifies the run: every call of
-    `set_timesteps` makes a new tensor.
+    The step is read from the scheduler, never counted, so it is right for guidance branches,
+    interrupts and late starts (img2img). `timesteps` identifies the run: every call of
+    `set_timesteps` creates a new tensor.
 
     Attributes:
-        scheduler: What drives it.
+        scheduler: The scheduler of the run.
         begin: Index of its first step.
-        kept: What each layer keeps for later steps, by the layer's name.
+        kept: The state of each layer for later steps, by the layer's name.
     """
 
     scheduler: Scheduler
@@ -68,33 +68,33 @@ class Run:
 
     @cached_property
     def sigmas(self) -> tuple[float, ...]:
-        """Falling noise levels of the run's N steps and its end: N + 1 entries."""
+        """Noise levels of the run's N steps and its end: N + 1 falling values."""
         steps = len(self.timesteps) - self.begin
         levels = [*self.scheduler.sigmas.tolist(), 0.0]
         return tuple(levels[self.begin : self.begin + steps + 1])
 
     @property
     def finished(self) -> bool:
-        """Whether its last step was entered."""
+        """Whether the last step was entered."""
         return self.index + 1 >= len(self.timesteps)
 
     def enter(self, index: int, caller: Hashable, timestep: object) -> Hashable:
-        """Note a transformer call at scheduler index `index`.
+        """Record a transformer call at scheduler index `index`.
 
-        Pipelines name their branches through `cache_context` or not at all; unnamed calls of one
-        step are told apart by their order. Where such a branch is new, its timestep is compared
-        with that of the step's first call, which waits for the device once per branch.
+        Some pipelines name their branches through `cache_context`. Unnamed calls of one step are
+        distinguished by their order. The timestep of a new unnamed branch is compared with that of
+        the step's first call, which waits for the device once per branch.
 
         Args:
-            index: Where the scheduler is.
+            index: The scheduler's index.
             caller: Name of the cache context and shapes of the latents.
-            timestep: What the forward got as its timestep.
+            timestep: The forward's timestep argument.
 
         Returns:
-            The branch that the call belongs to.
+            The branch of the call.
 
         Raises:
-            CallError: The call is another pipeline's, whose scheduler is somewhere else.
+            CallError: The call comes from another pipeline, whose scheduler is at another step.
         """
         if index != self.index:
             self.index = index
@@ -107,8 +107,8 @@ class Run:
             if order and not self._at_same_time(timestep):
                 raise CallError(
                     "the transformer was called at two timesteps in one sampling step: another "
-                    "pipeline with its own scheduler is driving it",
-                    "make that pipeline with `fast.from_pipe(PipelineClass)` and call the result",
+                    "pipeline with its own scheduler is using it",
+                    "create that pipeline with `fast.from_pipe(PipelineClass)` and call the result",
                 )
             self._branches.add(branch)
         self.entered.add(index)
@@ -126,18 +126,18 @@ class Run:
     def _at_same_time(self, timestep: object) -> bool:
         if self._timestep is None or not isinstance(timestep, Tensor):
             return True
-        first, here = self._timestep.flatten()[:1], timestep.flatten()[:1]
-        return torch.equal(first.to(here), here)
+        first, current = self._timestep.flatten()[:1], timestep.flatten()[:1]
+        return torch.equal(first.to(current), current)
 
 
 @dataclass
 class PipelineCall:
-    """A call of an optimised pipeline that is going on.
+    """An unfinished call of an optimised pipeline.
 
     Attributes:
-        scheduler: The pipeline's.
-        runs: Its sampling runs so far, the current one last.
-        outer: The call from whose callback this one was made.
+        scheduler: The pipeline's scheduler.
+        runs: The sampling runs of the call so far, the current one last.
+        outer: The call that made this one from a callback; None for most calls.
     """
 
     scheduler: Scheduler
@@ -149,16 +149,16 @@ class PipelineCall:
         while call is not None:
             if call.scheduler is self.scheduler:
                 raise CallError(
-                    "the pipeline was called again in the middle of its own call: both would "
-                    "share one scheduler",
-                    "call a second pipeline with a scheduler of its own: "
+                    "the pipeline was called again during its own call: both calls would share "
+                    "one scheduler",
+                    "call a second pipeline with its own scheduler: "
                     "fast.from_pipe(PipelineClass, scheduler=copy.deepcopy(fast.scheduler))",
                 )
             call = call.outer
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """Transformer calls in the block belong to this call."""
+        """Assign transformer calls inside the context to this call."""
         token = _current.set(self)
         try:
             yield
@@ -172,14 +172,14 @@ _current: ContextVar[PipelineCall | None] = ContextVar(
 
 
 def current_call() -> PipelineCall | None:
-    """The call of an optimised pipeline in which we are; None outside of any."""
+    """The current call of an optimised pipeline; None outside a call."""
     return _current.get()
 
 
 class SchedulerOf:
-    """The scheduler of a pipeline as it is when called, since users replace it.
+    """Returns a pipeline's current scheduler when called, since users may replace it.
 
-    It does not keep the pipeline alive, and works on with the last scheduler after it is gone.
+    It holds a weak reference. After the pipeline is deleted, it returns the last scheduler.
     """
 
     def __init__(self, pipe: Pipeline) -> None:
@@ -191,20 +191,20 @@ class SchedulerOf:
         return self._last if pipe is None else pipe.scheduler
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerOf:
-        """The scheduler of the pipeline's copy, where the pipeline is being copied, too."""
+        """Refer to the copy of the pipeline if the pipeline is part of the deep copy."""
         pipe = self._pipe()
-        twin = object.__new__(SchedulerOf)
+        duplicate = object.__new__(SchedulerOf)
         copied: Pipeline | None = memo.get(id(pipe), pipe)
-        twin._pipe = self._pipe if copied is None else weakref.ref(copied)
-        twin._last = memo.get(id(self._last), self._last)
-        return twin
+        duplicate._pipe = self._pipe if copied is None else weakref.ref(copied)
+        duplicate._last = memo.get(id(self._last), self._last)
+        return duplicate
 
 
 def step_index(scheduler: Scheduler) -> int | None:
-    """Where the scheduler is, as an index into its `timesteps`.
+    """The scheduler's position as an index into its `timesteps`.
 
     Returns:
-        None where it does not say, or where no sampling run is going on.
+        The index; None outside a sampling run or for a scheduler without `step_index`.
     """
     if not hasattr(scheduler, "step_index"):
         return None
@@ -217,10 +217,10 @@ def step_index(scheduler: Scheduler) -> int | None:
 
 
 def outside_of_a_run(scheduler: Scheduler) -> CallError:
-    """Why a step cache cannot follow a call."""
+    """The error for a call whose step a step cache cannot determine."""
     if not hasattr(scheduler, "step_index") or not hasattr(scheduler, "sigmas"):
         return CallError(
-            f"{type(scheduler).__name__} has no step_index or no sigmas, so the step is not known",
+            f"{type(scheduler).__name__} has no step_index or no sigmas, so the step is unknown",
             "use a flow-matching scheduler that has both, e.g. FlowMatchEulerDiscreteScheduler",
         )
     return CallError(

@@ -86,9 +86,9 @@ def test_the_peak_is_the_builder_s_own(graph: Path, engine: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda graph: graph.write_bytes(b""), "no whole ONNX graph"),
-        (lambda graph: graph.write_bytes(graph.read_bytes()[:300]), "no whole ONNX graph"),
-        (lambda graph: graph.write_bytes(b"\xff" * 300), "no whole ONNX graph"),
+        (lambda graph: graph.write_bytes(b""), "not a complete ONNX graph"),
+        (lambda graph: graph.write_bytes(graph.read_bytes()[:300]), "not a complete ONNX graph"),
+        (lambda graph: graph.write_bytes(b"\xff" * 300), "not a complete ONNX graph"),
         (lambda graph: graph.with_name(DATA).unlink(), "the weights of"),
         (lambda graph: os.truncate(graph.with_name(DATA), 100), "the weights of"),
     ],
@@ -129,7 +129,7 @@ def test_no_process_for_a_target_there_is_not(
 
 def test_a_text_length_that_the_graph_has_not(graph: Path, engine: Path) -> None:
     pinned = write_pinned(graph.parent / "pinned")
-    assert "does not take the requested sizes" in str(failure(pinned, engine))
+    assert "does not support the requested sizes" in str(failure(pinned, engine))
 
 
 def write_pinned(folder: Path) -> Path:
@@ -306,7 +306,7 @@ def test_what_is_not_known_is_said_as_it_is(engine: Path) -> None:
     told = {"errors": ["[x] cudaError 35: no driver", "Error Code 9: (a new one.\nOf two lines)"]}
     with pytest.raises(EngineError, match=r"Error Code 9: \(a new one\. Of two lines\)"):
         building._check(told, Path("model.onnx"), engine)
-    with pytest.raises(EngineError, match="without a reason"):
+    with pytest.raises(EngineError, match="no reason given"):
         building._check({"errors": []}, Path("model.onnx"), engine)
 
 
@@ -318,7 +318,7 @@ def test_types_that_a_gpu_has_not(engine: Path) -> None:
     )
     with pytest.raises(EngineError) as caught:
         building._check({"errors": [said]}, Path("model.onnx"), engine)
-    line = "the GPUs sm75, sm86 do not compute in fp8_e4m3, b16, which model.onnx holds"
+    line = "the GPUs sm75, sm86 do not support fp8_e4m3, b16, which model.onnx uses"
     assert caught.value.faults == (line,)
 
 

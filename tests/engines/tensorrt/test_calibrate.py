@@ -171,7 +171,7 @@ def adapt(pipe: Any) -> None:
     ("change", "arguments", "kind", "fault"),
     [
         (None, {"prompts": []}, InputError, "no prompts"),
-        (None, {"method": "awq"}, EngineError, "no calibration is called 'awq'"),
+        (None, {"method": "awq"}, EngineError, "unknown calibration 'awq'"),
         (poison, {}, ModelError, "Model Optimizer cannot calibrate this model: .*nan"),
         (adapt, {}, EngineError, "LoRA"),
     ],
@@ -246,13 +246,13 @@ def test_another_file_is_refused(tensors: dict[str, Tensor], tmp_path: Path) -> 
     from safetensors.torch import save_file
 
     save_file(tensors, tmp_path / "amax")
-    with pytest.raises(InputError, match="amax is no calibration"):
+    with pytest.raises(InputError, match="amax is not a calibration"):
         load_amax(tmp_path / "amax")
 
 
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no calibration"):
+    with pytest.raises(InputError, match="is not a calibration"):
         load_amax(tmp_path / "absent")
     (tmp_path / "text").write_text("text")
-    with pytest.raises(InputError, match="is no calibration"):
+    with pytest.raises(InputError, match="is not a calibration"):
         load_amax(tmp_path / "text")

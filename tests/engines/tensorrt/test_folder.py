@@ -17,8 +17,8 @@ from hasten.engines.tensorrt.folder import (
     RECIPE,
     SCRATCH,
     check_folder,
+    closest_existing,
     finished,
-    nearest,
     remember,
     write_export,
 )
@@ -60,7 +60,7 @@ def test_files_of_someone_s(tmp_path: Path, beside: bool) -> None:
     if beside:
         made().write(tmp_path / MANIFEST)
     fault = refused(tmp_path).faults[0]
-    assert fault.endswith("there are files in it that no export wrote, such as thesis.tex")
+    assert fault.endswith("the folder has files that no export wrote, such as thesis.tex")
     assert refused(tmp_path / "thesis.tex").faults[0].endswith("thesis.tex: a file, not a folder")
     inner = refused(tmp_path / "thesis.tex" / "engine")
     assert inner.faults[0].endswith("thesis.tex: a file, not a folder")
@@ -69,7 +69,7 @@ def test_files_of_someone_s(tmp_path: Path, beside: bool) -> None:
 @pytest.mark.parametrize(
     ("manifest", "fault"),
     [
-        (None, "no manifest.json, so no export is there"),
+        (None, "no manifest.json, so there is no export"),
         ("", "not valid JSON"),
         ('{"name": "another program"}', "its schema is None"),
         ('{"schema": 2, "name": "another program"}', "it has no checksum"),
@@ -82,9 +82,9 @@ def test_only_a_manifest_of_ours_makes_a_folder_ours(
     if manifest is not None:
         (tmp_path / MANIFEST).write_text(manifest)
     error = refused(tmp_path)
-    assert "model.onnx may be someone else's" in error.faults[0]
+    assert "model.onnx may not belong to an export" in error.faults[0]
     assert fault in error.faults[0]
-    assert error.fix.startswith("delete the folder if nobody needs it")
+    assert error.fix.startswith("delete the folder if it is not needed")
     assert (tmp_path / GRAPH).read_text() == "someone's graph"
 
 
@@ -136,8 +136,8 @@ def test_a_disk_that_is_mounted_read_only(tmp_path: Path) -> None:
 
 
 def test_the_nearest_folder(tmp_path: Path) -> None:
-    assert nearest(tmp_path) == tmp_path
-    assert nearest(tmp_path / "a" / "b") == tmp_path
+    assert closest_existing(tmp_path) == tmp_path
+    assert closest_existing(tmp_path / "a" / "b") == tmp_path
 
 
 class Source:
@@ -258,7 +258,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, old: Source) -> None:
     (out / DATA).write_text("")
     old.write(out, said)
     size = f"0 bytes instead of {old.manifest.files[DATA].bytes}"
-    told = f"write: {GRAPH} missing, {DATA} damaged ({size}) in {out}, so it is written again"
+    told = f"write: {GRAPH} missing, {DATA} damaged ({size}) in {out}; writing it again"
     assert said == [told]
     assert old.is_whole_in(out)
 
@@ -268,9 +268,9 @@ def test_what_is_replaced_is_said(tmp_path: Path, old: Source, new: Source) -> N
     out = old.write(tmp_path / "out", said)
     old.write(out, said)
     assert said == []
-    engine = f"the {old.manifest.precision} engine for {', '.join(old.manifest.targets)}"
+    engine = f"{old.manifest.precision} engine for {', '.join(old.manifest.targets)}"
     new.write(out, said)
-    assert said == [f"write: {engine} of old in {out} is replaced"]
+    assert said == [f"write: replacing {engine} of old in {out}"]
     assert new.is_whole_in(out)
 
 
@@ -311,7 +311,7 @@ def test_links_are_not_followed(tmp_path: Path, old: Source, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300])
 def test_names_that_cannot_be(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match="not a path") as caught:
+    with pytest.raises(InputError, match="not a valid path") as caught:
         check_folder(tmp_path / name)
     assert caught.value.fix == "choose another --out"
 

@@ -73,10 +73,10 @@ def test_there_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        (None, "no manifest.json, so no export is there"),
+        (None, "no manifest.json, so there is no export"),
         ("", "it is not valid JSON"),
-        ("[1]", "its schema is None, this hasten reads 2"),
-        ('{"schema": 1}', "its schema is 1, this hasten reads 2"),
+        ("[1]", "its schema is None, and this version reads 2"),
+        ('{"schema": 1}', "its schema is 1, and this version reads 2"),
         ('{"schema": 2}', "it has no checksum"),
         (seal({"schema": 2}), "hasten: Field required"),
         (seal({"schema": 2}).replace("2,", "2, "), "hasten: Field required"),
@@ -146,7 +146,7 @@ def test_a_manifest_that_is_not_a_file_is_not_opened(tmp_path: Path) -> None:
 def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / MANIFEST).open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(InputError, match="more than any that hasten writes"):
+    with pytest.raises(InputError, match="more than hasten ever writes"):
         Manifest.read(tmp_path)
 
 

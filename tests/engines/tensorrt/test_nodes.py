@@ -140,7 +140,7 @@ def test_swapping_leaves_all_else_alone() -> None:
 @pytest.mark.parametrize("name", ["1", "7", "", "0.weight"])
 def test_a_name_that_is_no_linear_is_refused_and_nothing_swapped(name: str) -> None:
     model = nn.Sequential(linear(), nn.GELU())
-    with pytest.raises(EngineError, match="1 calibrated layers are no plain linears"):
+    with pytest.raises(EngineError, match="1 calibrated layers are not plain linears"):
         swap(model, {"0": Amax(3.0, 0.5), name: Amax(3.0, 0.5)})
     assert type(model[0]) is nn.Linear
 

@@ -147,10 +147,10 @@ def test_weights_that_another_library_has_quantised(
     (error,) = model_faults(pipe.transformer, replace(OPTIONS, precision=precision))
     assert isinstance(error, UnsupportedError)
     assert error.faults == (
-        "2 weights of the transformer are quantised already; "
+        "2 weights of the transformer are already quantised; "
         f"transformer_blocks.0.attn.to_k.weight is {kind}",
     )
-    assert error.fix == "load the plain model: FP8 is made by the export itself (--precision fp8)"
+    assert error.fix == "load the plain model: the export quantises it itself (--precision fp8)"
 
 
 def stored_in(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:

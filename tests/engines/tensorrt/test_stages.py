@@ -32,7 +32,7 @@ from hasten.settings import Settings
 from tests.conftest import SMALL
 from tests.engines.tensorrt.test_store import files_up_to, flip_a_bit, names_below
 
-LINE = re.compile(r"(preflight|calibrate|export|verify|build|write) +\d+\.\d s(  \(made before\))?")
+LINE = re.compile(r"(preflight|calibrate|export|verify|build|write) +\d+\.\d s(  \(cached\))?")
 
 
 def small_pipe() -> Any:
@@ -98,7 +98,7 @@ def test_an_engine_too_small_for_the_model_s_own_size_is_noted() -> None:
 
 
 def made_before(said: list[str]) -> list[str]:
-    return [line.split()[0] for line in said if line.endswith("(made before)")]
+    return [line.split()[0] for line in said if line.endswith("(cached)")]
 
 
 def files_of(folder: Path) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def test_damage_in_what_was_written(place: Path, damage: Callable[[Path], Any]) 
     fault = "damaged" if damage is not DAMAGES["gone"] else "missing"
     (line,) = [line for line in said if line.startswith("write: ")]
     assert line.startswith(f"write: {GRAPH} {fault}")
-    assert line.endswith(f" in {place / 'engine'}, so it is written again")
+    assert line.endswith(f" in {place / 'engine'}; writing it again")
     assert made_before(said) == ["export", "verify", "build"]
     assert files_of(place / "engine") == before
 
@@ -297,7 +297,7 @@ def test_damage_in_the_cache(place: Path, name: str, how: str) -> None:
     DAMAGES[how](path)
     shutil.rmtree(place / "engine")
     _, said = exported(place / "engine")
-    assert any(re.match(f"export: {name} is damaged.*, so it is made again", x) for x in said)
+    assert any(re.match(f"export: {name} is damaged.*; running the stage again", x) for x in said)
     assert made_before(said) == ["verify", "build"]
     assert files_of(place / "engine") == before
 
@@ -354,7 +354,7 @@ def test_no_space_for_what_is_written(place: Path) -> None:
 @pytest.mark.usefixtures("quick_export")
 def test_a_link_without_an_end(place: Path) -> None:
     (place / "loop").symlink_to("loop")
-    assert failed(place / "loop").faults == (f"{place / 'loop'}: a link that leads to itself",)
+    assert failed(place / "loop").faults == (f"{place / 'loop'}: a link to itself",)
 
 
 def test_a_second_start_reads_no_large_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,5 +106,5 @@ def test_a_model_without_guidance_has_samples(transformer: Any) -> None:
     "shapes", [(0, 1, 1, 1), (8, 0, 1, 1), (8, 2, 1, 4), (8, 2, 4, 3), (8, 1, 1, 1 << 21)]
 )
 def test_impossible_profiles_are_refused(shapes: tuple[int, int, int, int]) -> None:
-    with pytest.raises(InputError, match="no profile"):
+    with pytest.raises(InputError, match="invalid profile"):
         Shapes(**dict(zip(("text", "least", "best", "most"), shapes, strict=True)))

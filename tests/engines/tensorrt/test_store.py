@@ -86,9 +86,9 @@ def test_made_once(store: StageStore, said: list[str]) -> None:
         (lambda folder: os.truncate(folder / "a", 0), "a is damaged (0 bytes instead of 7000)"),
         (lambda folder: flip_a_bit(folder / "a"), "a is damaged"),
         (lambda folder: (folder / "inner" / "b").unlink(), "inner/b is missing"),
-        (lambda folder: (folder / RECORD).unlink(), "stage.json is not what was written"),
-        (lambda folder: (folder / RECORD).write_text("{"), "stage.json is not what was written"),
-        (lambda folder: (folder / RECORD).write_text("{}"), "stage.json is not what was written"),
+        (lambda folder: (folder / RECORD).unlink(), "stage.json is damaged"),
+        (lambda folder: (folder / RECORD).write_text("{"), "stage.json is damaged"),
+        (lambda folder: (folder / RECORD).write_text("{}"), "stage.json is damaged"),
     ],
     ids=["cut short", "empty", "one bit", "missing", "no record", "no JSON", "nothing in it"],
 )
@@ -101,7 +101,7 @@ def test_what_is_damaged_is_made_again(
     after = store.stage("export", KEY, make)
     assert (make.times, after.cached) == (2, False)
     assert after.files == before.files
-    assert said == [f"export: {fault}, so it is made again"]
+    assert said == [f"export: {fault}; running the stage again"]
     assert store.stage("export", KEY, make).cached
 
 
@@ -173,7 +173,7 @@ def test_a_store_that_is_removed_meanwhile(store: StageStore, late: bool) -> Non
             (folder / "more").write_text("")
         return facts
 
-    with pytest.raises(EngineError, match="removed while a stage was at work") as caught:
+    with pytest.raises(EngineError, match="removed while a stage was running") as caught:
         store.stage("export", KEY, make)
     assert caught.value.fix == "run it again"
     assert not store.stage("export", KEY, Maker()).cached
@@ -287,7 +287,7 @@ def test_two_processes_do_not_do_the_same_work(store: StageStore, said: list[str
         make = Maker()
         done = store.stage("export", KEY, make)  # what is at work is not a leftover
         assert (make.times, done.cached) == (0, True)
-        assert said == ["export: another process is at it, waiting for that to end"]
+        assert said == ["export: waiting for another process that runs this stage"]
         assert first.stdout.read() == "made\n"
         assert other.stdout.read().splitlines()[-1] == "made"
 

@@ -82,7 +82,7 @@ def test_the_timestep_is_rounded_as_the_original_does(pipe: Any) -> None:
 )
 def test_what_a_body_cannot_take_is_named(beyond: dict[str, Any]) -> None:
     assert FLUX1.split is not None
-    assert FLUX1.split.beyond({"joint_attention_kwargs": {"scale": 0.5}}) is None
-    named = FLUX1.split.beyond(beyond)
+    assert FLUX1.split.unsupported({"joint_attention_kwargs": {"scale": 0.5}}) is None
+    named = FLUX1.split.unsupported(beyond)
     assert named is not None
     assert next(iter(beyond)) in named

@@ -19,7 +19,7 @@ from studies.peers import run
         (["--sizes", "100"], "not multiples of 16"),
         (["--rounds", "0"], "1 or more"),
         (["--device", "cuda:77"], "cuda:77"),
-        (["--model", "shape:nothing"], "no shape is called"),
+        (["--model", "shape:nothing"], "unknown shape"),
     ],
 )
 def test_bad_options_are_one_line_and_start_nothing(

@@ -1,3 +1,3 @@
 """From a transformer to a TensorRT engine: calibrate → export → verify → build → run."""
 
-PROMPTS = 4  # to calibrate FP8 on, by default
+PROMPTS = 4  # default number of prompts for the FP8 calibration

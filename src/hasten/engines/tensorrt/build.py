@@ -1,9 +1,9 @@
-"""From a graph to an engine for a list of GPUs, in a process of its own; no GPU is needed.
+"""Builds an engine for a list of GPUs from a graph, in a separate process. No GPU is needed.
 
-The builder takes 2.5 times the weights in memory, may crash, and gives that memory back only by
-ending. So `build` starts this very module as a program, `python -m ... REQUEST FD`. REQUEST
-is JSON: graph, part (the file to write), targets, and tokens: for each input with a free size, its
-least, best and largest size. The result goes to the file descriptor FD as JSON.
+The builder needs memory for 2.5 times the weights, may crash, and frees the memory only when its
+process ends. So `build` starts this module as a program, `python -m ... REQUEST FD`. REQUEST is
+JSON: graph, part (the file to write), targets, and tokens (the minimum, optimum and maximum of each
+input with a dynamic size). The result is written to the file descriptor FD as JSON.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from hasten.memory import status_bytes
 from hasten.process import how_it_ended, run_module
 
 BUILDER = "hasten.engines.tensorrt.build"
-NOISE = "cudaError 35"  # there is no driver: true, and no reason why anything failed
+NOISE = "cudaError 35"  # there is no driver, which a build does not need
 FREE_MEMORY = (
-    "free some memory, it takes 2.5 times the weights; run it again: finished stages are kept"
+    "free some memory (a build needs 2.5 times the weights); run it again: finished stages are kept"
 )
 EXPORT_AGAIN = "delete the graph's folder and export again"
-# What the builder says -> what that means, and what to do about it.
+# The builder's message -> fault and fix.
 REMEDIES = (
     (
         r"MODEL_DESERIALIZE_FAILED|ParseFromCodedStream|must have at least one output",
-        "{graph} is no whole ONNX graph",
+        "{graph} is not a complete ONNX graph",
         EXPORT_AGAIN,
     ),
     (
         r"Failed to open file|external weights offset|out of range for file",
-        "the weights of {graph} are missing or cut short",
+        "the weights of {graph} are missing or truncated",
         EXPORT_AGAIN,
     ),
     (
-        r"Cannot compile for target\(s\) (?P<what>[^,]+(?:, sm\d+)*),.*datatypes: (?P<types>[^.]+)",
-        "the GPUs {what} do not compute in {types}, which {graph} holds",
-        "leave those targets out, or export in another precision: bf16 from sm80, fp16 from sm75",
+        r"Cannot compile for target\(s\) (?P<gpus>[^,]+(?:, sm\d+)*),.*datatypes: (?P<types>[^.]+)",
+        "the GPUs {gpus} do not support {types}, which {graph} uses",
+        "remove those targets, or export in another precision: bf16 from sm80, fp16 from sm75",
     ),
     (
         r"optimization profiles|violate shape constraints|[Dd]imensions? (mismatch|not compatible)"
         r"|missing dimensions",
-        "{graph} does not take the requested sizes",
-        "export again with the text length and sizes that the engine is to have",
+        "{graph} does not support the requested sizes",
+        "export again with the text length and sizes of the engine",
     ),
     (
         r"OutOfMemory|out of memory|bad_alloc|Cannot allocate",
@@ -66,7 +66,13 @@ REMEDIES = (
 
 
 class Built(NamedTuple):
-    """Seconds that the build took, its peak of memory, and the engine's size."""
+    """Facts about a build.
+
+    Attributes:
+        seconds: The time of the build.
+        peak_bytes: The peak memory of the build process; None if unknown.
+        bytes: The size of the engine.
+    """
 
     seconds: float
     peak_bytes: int | None
@@ -76,25 +82,28 @@ class Built(NamedTuple):
 def build(graph: Path, engine: Path, targets: Sequence[str], shapes: Shapes) -> Built:
     """Build one engine for all targets from an exported graph.
 
-    The same graph, targets, shapes and version of TensorRT for RTX give the same bytes.
+    The same graph, targets, shapes and version of TensorRT for RTX result in the same bytes.
 
     Args:
         graph: The ONNX file, with its weights alongside.
-        engine: Where the engine goes; one that is there stays until the new one is whole.
+        engine: The file to write; an existing one is replaced when the new one is complete.
         targets: GPUs, such as sm89.
         shapes: The sizes that it is built for.
 
+    Returns:
+        Facts about the build.
+
     Raises:
-        InputError: No target, or an unknown one.
+        InputError: There is no target, or an unknown one.
         UnsupportedError: No engine can be built for a target, or TensorRT is not installed.
-        EngineError: The graph is damaged or does not fit, the disk is full, or the builder was
-            killed.
+        EngineError: The graph is damaged or does not match the shapes, the disk is full, or the
+            builder was killed.
     """
     if not targets:
-        raise InputError("no target to build an engine for", "for example sm89")
-    check_targets(targets, "fp16")  # which every target has: what the graph needs, the builder says
+        raise InputError("no target to build an engine for", "add one, for example sm89")
+    check_targets(targets, "fp16")  # supported by every target; the builder checks the graph's
     if not graph.is_file():
-        raise EngineError(f"{graph}: there is no such graph", EXPORT_AGAIN)
+        raise EngineError(f"{graph}: no such graph", EXPORT_AGAIN)
     start = time.perf_counter()
     logger.debug(f"building an engine for {', '.join(targets)}")
     with drafted(engine) as part:
@@ -107,20 +116,20 @@ def build(graph: Path, engine: Path, targets: Sequence[str], shapes: Shapes) -> 
         result = _run(request)
         _check(result, graph, engine)
         if part.stat().st_size != result["bytes"]:
-            raise EngineError(f"{engine}: not written whole", FIX_SPACE)
+            raise EngineError(f"{engine}: not completely written", FIX_SPACE)
     seconds = round(time.perf_counter() - start, 3)
     return Built(seconds, result["peak_bytes"], result["bytes"])
 
 
 def _tokens(shapes: Shapes) -> dict[str, list[int]]:
-    """The free size of each input that has one: at least, at best, at most."""
+    """Minimum, optimum and maximum of each input's dynamic size."""
     image = [shapes.least, shapes.best, shapes.most]
     both = [shapes.text + number for number in image]
     return {"latents": image, "cos": both, "sin": both}
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
-    """The builder's result. Whatever raises here ends the builder first."""
+    """Run the builder and return its result. If this raises, the builder has ended."""
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "builder.log")
@@ -140,37 +149,37 @@ def _died(status: int, printed: str) -> EngineError | UnsupportedError:
         return EngineError(ended, FREE_MEMORY)
     return EngineError(
         f"{ended}: {last or 'it printed nothing'}",
-        "run it again; if that changes nothing, report this line",
+        "run it again; if the error persists, report this line",
     )
 
 
 def _check(result: dict[str, Any], graph: Path, engine: Path) -> None:
-    """Raise EngineError where the result is not that of a built engine."""
+    """Raise EngineError if the build failed."""
     if "unwritten" in result:
         raise EngineError(f"{engine}: cannot be written: {result['unwritten']}", FIX_SPACE)
     if "errors" not in result:
         return
     errors = [text for text in result["errors"] if NOISE not in text]
-    first = " ".join(errors[0].split()) if errors else "without a reason"
+    first = " ".join(errors[0].split()) if errors else "no reason given"
     for pattern, fault, fix in REMEDIES:
-        if found := re.search(pattern, first):
-            raise EngineError(fault.format(graph=graph, **found.groupdict()), fix)
+        if match := re.search(pattern, first):
+            raise EngineError(fault.format(graph=graph, **match.groupdict()), fix)
     raise EngineError(
-        f"TensorRT for RTX refused {graph}: {first[:300]}",
-        "build with the versions of hasten[tensorrt]; if that changes nothing, report this line",
+        f"TensorRT for RTX rejected {graph}: {first[:300]}",
+        "build with the versions of hasten[tensorrt]; if the error persists, report this line",
     )
 
 
-def _main(request: str, answer: int) -> None:
-    """Build, and write the result to the file descriptor `answer`. The program's side."""
+def _main(request: str, descriptor: int) -> None:
+    """The program: build, and write the result to the file descriptor `descriptor`."""
     result = _build(json.loads(request))
     result["peak_bytes"] = status_bytes("VmHWM")
-    with os.fdopen(answer, "w", encoding="utf-8") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         print(json.dumps(result), file=file)
 
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
-    """{"bytes"} of the engine, or the builder's {"errors"}, or {"unwritten": reason}."""
+    """Build the engine; return its {"bytes"}, the {"errors"} or the reason of {"unwritten"}."""
     import tensorrt_rtx as trt
 
     log = error_log(trt)
@@ -187,7 +196,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         built = builder.build_serialized_network_to_stream(network, config, writer)
         if writer.fault is None:
             writer.fault = _flush(file)
-    if writer.fault is not None:  # the builder ignores it and reports success
+    if writer.fault is not None:  # the builder ignores write errors and reports success
         return {"unwritten": os.strerror(writer.fault)}
     if not built:
         return {"errors": log.errors}
@@ -197,9 +206,9 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
 def _set_targets(trt: Any, config: Any, targets: list[str]) -> None:
     config.num_compute_capabilities = len(targets)
     for index, target in enumerate(targets):
-        known = trt.ComputeCapability.__members__[target.upper()]
-        if not config.set_compute_capability(known, index):
-            raise RuntimeError(f"this TensorRT for RTX takes no target {target}")
+        capability = trt.ComputeCapability.__members__[target.upper()]
+        if not config.set_compute_capability(capability, index):
+            raise RuntimeError(f"this TensorRT for RTX does not support the target {target}")
 
 
 def _profile(builder: Any, network: Any, tokens: dict[str, list[int]]) -> Any:
@@ -213,7 +222,7 @@ def _profile(builder: Any, network: Any, tokens: dict[str, list[int]]) -> Any:
 
 
 def _flush(file: BinaryIO) -> int | None:
-    """Put a file on the disk; the errno where that failed."""
+    """Flush a file to the disk; return the errno of a failure."""
     try:
         file.flush()
         os.fsync(file.fileno())
@@ -223,7 +232,7 @@ def _flush(file: BinaryIO) -> int | None:
 
 
 def _writer(trt: Any, file: BinaryIO) -> Any:
-    """A stream that keeps its own exception: the builder would print it and go on."""
+    """A stream that records write errors; the builder would only print an exception."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:

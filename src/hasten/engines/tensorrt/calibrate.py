@@ -1,7 +1,7 @@
-"""The largest inputs and weights of a model's linears, by NVIDIA's Model Optimizer.
+"""Calibrates the FP8 scales of a model's linears with NVIDIA's Model Optimizer.
 
-It observes the whole pipeline as it generates images, and keeps the largest absolute value that
-each tensor ever had ("max"), or first moves outliers of the inputs into the weights ("smoothquant",
+It observes the pipeline while it generates images and records the largest absolute value of each
+tensor ("max"). Optionally, it first moves outliers of the inputs into the weights ("smoothquant",
 Xiao et al., arXiv:2211.10438, with α = 0.5).
 """
 
@@ -28,7 +28,7 @@ from hasten.families.family import Family
 from hasten.log import logger, quiet
 from hasten.structural_copy import structural_copy
 
-ALPHA = 0.5  # of SmoothQuant: how much of the outliers the weights take
+ALPHA = 0.5  # of SmoothQuant: the share of the outliers that is moved into the weights
 
 
 @torch.no_grad()
@@ -41,31 +41,34 @@ def calibrate_fp8(
     seed: int = 0,
     **arguments: Any,
 ) -> dict[str, Amax]:
-    """The largest input per linear that `family.quantizable` names, over all steps of all prompts.
+    """Measure the largest input and weight of each quantisable linear over all steps and prompts.
 
-    Deterministic for a seed. Runs a structural copy, so the pipeline stays as it was, whatever
-    happens. Each prompt is logged at DEBUG as it begins.
+    The result is deterministic for a seed. A structural copy runs, so the pipeline is not changed.
+    Each prompt is logged at DEBUG when it begins.
 
     Args:
         pipe: A text-to-image pipeline.
         family: Its family.
-        prompts: A few are enough.
-        method: max or smoothquant.
-        seed: Of the first prompt's noise.
-        **arguments: Of the pipeline's calls. Calibrate at the number of steps that will be run: the
-            noise levels matter.
+        prompts: Text prompts; a few are enough.
+        method: "max" or "smoothquant".
+        seed: The seed of the first prompt's noise; each later prompt adds 1.
+        **arguments: Arguments of the pipeline's calls. Use the number of steps of later runs,
+            because the scales depend on the noise levels.
+
+    Returns:
+        The measured values by the linears' names.
 
     Raises:
-        InputError: No prompts, or a linear that never ran.
-        EngineError: Adapters, an unknown method, or what Model Optimizer refuses.
-        ModelError: Values that are not finite.
+        InputError: There are no prompts, or a linear never ran.
+        EngineError: The transformer has adapters, or the method is unknown.
+        ModelError: A value is not finite.
         UnsupportedError: Model Optimizer is missing, or the model is offloaded or compiled.
         AlreadyOptimizedError: The pipeline is optimised.
     """
     if not prompts:
-        raise InputError("there are no prompts to calibrate on", "a few are enough")
+        raise InputError("there are no prompts to calibrate on", "pass a few prompts")
     if method not in METHODS:
-        raise EngineError(f"no calibration is called {method!r}", f"one of {', '.join(METHODS)}")
+        raise EngineError(f"unknown calibration {method!r}", f"use one of {', '.join(METHODS)}")
     refuse_optimized(pipe)
     refuse_adapters(pipe.transformer)
     plain = structural_copy(pipe)
@@ -74,15 +77,15 @@ def calibrate_fp8(
     if method == "smoothquant":
         _own_weights(plain.transformer, names)
 
-    def draw(model: nn.Module) -> None:
+    def generate(model: nn.Module) -> None:
         plain.transformer = model
         for index, prompt in enumerate(prompts):
             logger.debug(f"calibrating: prompt {index + 1} of {len(prompts)}")
             noise = torch.Generator().manual_seed(seed + index)
             plain(prompt=prompt, output_type="latent", generator=noise, **arguments)
 
-    watched = _watch(plain.transformer, names, method, draw)
-    return {name: _found(name, watched.get_submodule(name), method) for name in names}
+    watched = _watch(plain.transformer, names, method, generate)
+    return {name: _observed(name, watched.get_submodule(name), method) for name in names}
 
 
 def save_amax(amax: Mapping[str, Amax], path: Path) -> None:
@@ -99,31 +102,31 @@ def save_amax(amax: Mapping[str, Amax], path: Path) -> None:
 
 
 def load_amax(path: Path) -> dict[str, Amax]:
-    """Read what `save_amax` wrote, by name in alphabetical order.
+    """Read a file of `save_amax`; the linears are in alphabetical order.
 
     Raises:
-        InputError: The file is anything else.
+        InputError: The file is not a calibration.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     try:
         for key, tensor in sorted(load_file(path).items()):
-            name, _, what = key.rpartition(".")
-            found.setdefault(name, {})[what] = tensor if what == "smooth" else float(tensor)
-        return {name: Amax(**values) for name, values in found.items()}
+            name, _, field = key.rpartition(".")
+            entries.setdefault(name, {})[field] = tensor if field == "smooth" else float(tensor)
+        return {name: Amax(**values) for name, values in entries.items()}
     except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is no calibration: {error}", "calibrate again") from error
+        raise InputError(f"{path} is not a calibration: {error}", "calibrate again") from error
 
 
 def _watch(
-    transformer: nn.Module, names: Sequence[str], method: str, draw: Callable[[nn.Module], None]
+    transformer: nn.Module, names: Sequence[str], method: str, generate: Callable[[nn.Module], None]
 ) -> nn.Module:
-    """The transformer with Model Optimizer's quantisers, which have seen what `draw` draws.
+    """Add Model Optimizer's quantisers to the transformer and run `generate` to calibrate them.
 
-    Everything is turned off before the linears are turned on by name, so nothing else slips in. As
-    8-bit integers, because SmoothQuant skips all other formats; the largest values are the same.
+    All quantisers are disabled before those of the named linears are enabled. The format is 8-bit
+    integers because SmoothQuant skips all others; the largest values do not depend on it.
     """
     tensorwise = {"num_bits": 8, "axis": None}
     config = {
@@ -141,14 +144,14 @@ def _watch(
 
     def loop(model: nn.Module) -> None:
         with redirect_stdout(outside):
-            draw(model)
+            generate(model)
 
     try:
-        # It warns of versions newer than itself, and prints what it inserted.
+        # It warns about newer versions and prints the quantisers that it inserted.
         with functions_restored(), quiet():
             optimizer = needed("modelopt.torch.quantization")
             watched: nn.Module = optimizer.quantize(transformer, config, loop)
-    except AssertionError as error:  # its way to say that a value is not finite
+    except AssertionError as error:  # raised for values that are not finite
         raise ModelError(
             f"Model Optimizer cannot calibrate this model: {error}",
             "load the model in bfloat16 or float32",
@@ -157,14 +160,14 @@ def _watch(
 
 
 def _own_weights(transformer: nn.Module, names: Sequence[str]) -> None:
-    """Copies of the linears' weights, because SmoothQuant writes into them."""
+    """Copy the linears' weights, because SmoothQuant writes to them in place."""
     for name in names:
         linear: Any = transformer.get_submodule(name)
         linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
 
 
-def _found(name: str, linear: Any, method: str) -> Amax:
-    """What the quantisers of a linear have seen."""
+def _observed(name: str, linear: Any, method: str) -> Amax:
+    """The largest values that a linear's quantisers have observed."""
     seen: Tensor | None = linear.input_quantizer.amax
     if seen is None:
         raise InputError(f"the linear {name} never ran", "calibrate with calls that use it")
@@ -185,10 +188,10 @@ def _found(name: str, linear: Any, method: str) -> Amax:
 
 @contextmanager
 def functions_restored() -> Iterator[None]:
-    """Put torch's functions back after Model Optimizer has run a model.
+    """Restore torch's functions after Model Optimizer has run a model.
 
-    It replaces functions of torch while a module runs, and leaves them replaced where the module
-    raises. Everything in the process would then go through a quantiser without a meaning.
+    It replaces functions of torch while a module runs and does not restore them if the module
+    raises. All later calls of the process would then go through a quantiser.
     """
     before = [(module, dict(vars(module))) for module in (torch, functional)]
     try:
@@ -198,5 +201,5 @@ def functions_restored() -> Iterator[None]:
             for name, function in functions.items():
                 if callable(function) and vars(module).get(name) is not function:
                     setattr(module, name, function)
-                    if f"_{name}" not in functions:  # where it keeps the original
+                    if f"_{name}" not in functions:  # Model Optimizer's name for the original
                         vars(module).pop(f"_{name}", None)

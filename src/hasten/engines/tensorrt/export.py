@@ -1,9 +1,9 @@
-"""From a transformer to an ONNX graph, without ever holding a second copy of its weights.
+"""Exports a transformer to an ONNX graph without a second copy of its weights in memory.
 
-The step is exported with tensors that have shapes and no values, so what torch.onnx makes is small
-whatever the model. Then each weight is rounded, quantised where it is to be, and written to
-`model.onnx.data`, one at a time; `model.onnx` refers to it. Both files depend on the weights, the
-scales and the versions of torch and onnxscript, and on nothing else: repeats are byte-identical.
+The step is exported with fake tensors, which have shapes but no values, so the output of torch.onnx
+is small for every model. Then the weights are rounded, quantised if requested, and written to
+`model.onnx.data` one at a time; `model.onnx` refers to them. Both files depend only on the weights,
+the scales and the versions of torch and onnxscript: repeated exports are byte-identical.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from hasten.quantization.plan import adapted_layers
 from hasten.structural_copy import replace_tensors, share_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"""A precision's dtype of everything that is not FP8 or, as norms' insides are, float32."""
+"""The dtype of a precision, except for FP8 codes and the float32 arithmetic of norms."""
 
-OPSET = 20  # 19 brought FP8 to QuantizeLinear, 20 brought Gelu
-TRACED = 4, 6  # image tokens of the inputs to trace with; any will do
-SMALL = 4096  # bytes of a constant that may be computed in advance and kept in the graph
+OPSET = 20  # 19 added FP8 to QuantizeLinear, 20 added Gelu
+TRACED = 4, 6  # height and width of the traced inputs in image tokens; any values work
+SMALL = 4096  # bytes: larger constants are not folded
 PREFIX = "transformer."
 
 
@@ -45,19 +45,19 @@ def export_onnx(
     shapes: Shapes,
     folder: Path,
 ) -> None:
-    """Write `model.onnx` and `model.onnx.data` of a `Step`.
+    """Export a `Step` to `model.onnx` and `model.onnx.data`.
 
     Args:
-        transformer: In any floating-point dtype, on any device; it stays as it is.
+        transformer: A transformer in any floating-point dtype, on any device; it is not changed.
         family: Its family.
-        precision: bf16, fp16 or fp8.
-        amax: For fp8, of every quantisable linear.
-        shapes: Only their text length matters.
+        precision: "bf16", "fp16" or "fp8".
+        amax: For fp8, the calibrated values of every quantisable linear.
+        shapes: The sizes of the engine; only the text length is used.
         folder: An empty folder.
 
     Raises:
-        EngineError: Adapters, tensors without values, a calibration of another model, or a step
-            that cannot be exported.
+        EngineError: The transformer has adapters or tensors without values, the calibration belongs
+            to another model, or the step cannot be exported.
         UnsupportedError: A package is missing, or the transformer is offloaded or compiled.
         OSError: The folder cannot be written.
     """
@@ -72,31 +72,31 @@ def export_onnx(
 def in_precision(
     transformer: Any, precision: str, amax: Mapping[str, Amax] | None = None
 ) -> nn.Module:
-    """The transformer that a graph of this precision computes, in torch on the CPU.
+    """Build the torch equivalent of a graph of this precision on the CPU.
 
-    A structural copy in the precision's dtype with FP8 linears where `amax` names them. `.float()`
-    of the copy changes no value: it is what the graph's float32 twin computes.
+    It is a structural copy in the precision's dtype, with FP8 linears for the names in `amax`.
+    `.float()` of the copy changes no values and is equivalent to the graph's float32 version.
     """
-    twin = in_dtype(transformer, DTYPES[precision])
-    swap(twin, amax or {})
-    return twin
+    converted = in_dtype(transformer, DTYPES[precision])
+    swap(converted, amax or {})
+    return converted
 
 
 def in_dtype(transformer: Any, dtype: torch.dtype) -> nn.Module:
-    """A structural copy in a dtype on the CPU; tensors that are both already are shared."""
-    twin: nn.Module = _rebuilt(
-        transformer, lambda tensor: tensor.detach().to("cpu", _kept(tensor, dtype))
+    """A structural copy in a dtype on the CPU; tensors that need no conversion are shared."""
+    converted: nn.Module = _rebuilt(
+        transformer, lambda tensor: tensor.detach().to("cpu", _dtype_for(tensor, dtype))
     )
-    return twin
+    return converted
 
 
 def refuse_adapters(transformer: nn.Module) -> None:
-    """EngineError where layers carry adapters (LoRA) that are not part of their weights."""
+    """Raise EngineError if layers have LoRA adapters that are not fused into their weights."""
     if adapted := adapted_layers(transformer):
         raise EngineError(
-            f"{len(adapted)} layers carry LoRA adapters ({adapted[0]}, …), which an engine would "
-            "lose",
-            "pipe.fuse_lora() and then pipe.unload_lora_weights() before exporting",
+            f"{len(adapted)} layers have LoRA adapters ({adapted[0]}, …), which would not be "
+            "exported",
+            "call pipe.fuse_lora() and pipe.unload_lora_weights() before exporting",
         )
 
 
@@ -105,29 +105,33 @@ def _refuse(
 ) -> None:
     """Raise EngineError for what cannot be exported."""
     if precision not in DTYPES:
-        raise EngineError(f"no precision is called {precision!r}", f"one of {', '.join(DTYPES)}")
+        raise EngineError(f"unknown precision {precision!r}", f"use one of {', '.join(DTYPES)}")
     refuse_adapters(transformer)
     empty = [name for name, tensor in _tensors(transformer).items() if tensor.is_meta]
     if empty:
         raise EngineError(
-            f"{len(empty)} tensors of the transformer have no values, the first is {empty[0]}",
-            "load the whole model before exporting it: device_map=None, nothing offloaded",
+            f"{len(empty)} tensors of the transformer have no values; the first is {empty[0]}",
+            "load the complete model before exporting it: device_map=None, nothing offloaded",
         )
     names = {name for name, _ in family.quantizable(transformer)} if precision == "fp8" else set()
     if names != set(amax or {}):
         odd = sorted(names ^ set(amax or {}))
         raise EngineError(
-            f"the calibration does not belong to this model in {precision}: {len(odd)} linears "
-            f"differ, the first is {odd[0]}",
-            "calibrate this model, for fp8 only",
+            f"the calibration does not match this model in {precision}: {len(odd)} linears "
+            f"differ; the first is {odd[0]}",
+            "calibrate this model for fp8; omit the calibration for other precisions",
         )
 
 
 def _graph(
     transformer: Any, family: Family, precision: str, amax: Mapping[str, Amax], shapes: Shapes
 ) -> tuple[Any, Sequence[str]]:
-    """The step as an onnx_ir.Model whose weights have shapes and no values, and whose outputs are
-    the velocity and what each block gives, and the names that the latter are to have."""
+    """Export the step with fake weights.
+
+    Returns:
+        An onnx_ir.Model whose outputs are the velocity and the outputs of each block, and the names
+        for the latter.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     needed("onnx_ir")
@@ -158,7 +162,7 @@ def _graph(
 
 
 def _cannot_export(error: BaseException) -> EngineError:
-    """What is behind an error of the exporter's, in one line."""
+    """The one-line form of an exporter's error, from its first cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, EngineError):
@@ -166,39 +170,39 @@ def _cannot_export(error: BaseException) -> EngineError:
     first = (str(error).splitlines() or [""])[0]
     return EngineError(
         f"the transformer cannot be exported to ONNX: {type(error).__name__}: {first}",
-        "export the plain transformer, neither optimised nor with processors of your own",
+        "export the plain transformer, not optimised and without custom processors",
     )
 
 
 def _rebuilt(transformer: Any, make: Callable[[Tensor], Tensor]) -> Any:
-    """A structural copy with `make(tensor)` for every tensor; what was shared is shared again."""
+    """A structural copy with `make(tensor)` for every tensor; tied tensors stay tied."""
 
     def rebuild(tensor: Tensor) -> Tensor:
-        made = make(tensor)
-        return nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
+        converted = make(tensor)
+        return nn.Parameter(converted, False) if isinstance(tensor, nn.Parameter) else converted
 
     return replace_tensors(share_weights(transformer), rebuild)
 
 
 def _hollow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Under fake tensors: one of this shape, on the CPU."""
-    return torch.empty(tensor.shape, dtype=_kept(tensor, dtype), device="cpu")
+    """In fake tensor mode: a tensor of the same shape on the CPU."""
+    return torch.empty(tensor.shape, dtype=_dtype_for(tensor, dtype), device="cpu")
 
 
 def _hollow_amax(amax: Amax) -> Amax:
-    """Under fake tensors: one whose factors have no values."""
+    """In fake tensor mode: the same values with factors of the same shape."""
     return replace(amax, smooth=None if amax.smooth is None else torch.empty(amax.smooth.shape))
 
 
-def _kept(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a tensor has in a model of this dtype: integers stay what they are."""
+def _dtype_for(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor in a model of dtype `dtype`; integers are unchanged."""
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def _fill_in(
     model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, amax: Mapping[str, Amax]
 ) -> frozenset[str]:
-    """Give the hollow initialisers their values, each made when it is written; their names."""
+    """Give the fake initialisers their values, computed when written; return their names."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     ir = needed("onnx_ir")
@@ -222,21 +226,21 @@ def _fill_in(
 def _weight(
     name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, amax: Mapping[str, Amax]
 ) -> Tensor:
-    """A parameter or buffer of the transformer, as `in_precision` has it."""
+    """A parameter or buffer of the transformer, with the values of `in_precision`."""
     owner, _, leaf = name.rpartition(".")
     scales = scales_of(amax[owner], dtype, torch.device("cpu")) if owner in amax else {}
     if leaf in scales:
         tensor: Tensor = scales[leaf]
         return tensor
     tensor = tensors[name].detach()
-    tensor = tensor.to("cpu", _kept(tensor, dtype))
+    tensor = tensor.to("cpu", _dtype_for(tensor, dtype))
     if not scales or leaf == "bias":
         return tensor
     return weight_codes(tensor, scales["weight_scale"], scales["smooth"])
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, under each of their names."""
+    """Parameters and buffers by name; tied ones appear under each of their names."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -244,7 +248,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _simplify(model: Any, weights: frozenset[str]) -> None:
-    """Compute what is constant in advance, but nothing that starts from a weight."""
+    """Fold constants, except those computed from weights."""
 
     def should_fold(node: Any) -> bool | None:
         from_weights = any(value is not None and value.name in weights for value in node.inputs)
@@ -257,9 +261,9 @@ def _simplify(model: Any, weights: frozenset[str]) -> None:
 
 
 def _hide(model: Any, states: Sequence[str]) -> None:
-    """Make what the blocks give inner values under these names; nodes that only they needed go.
+    """Turn the block outputs into inner values with these names; remove nodes that become unused.
 
-    As outputs, they have stayed separate tensors through all simplification.
+    Being graph outputs kept them separate tensors during the simplification.
     """
     for value, name in zip(model.graph.outputs[1:], states, strict=True):
         value.name = name
@@ -268,7 +272,7 @@ def _hide(model: Any, states: Sequence[str]) -> None:
 
 
 def _strip(model: Any) -> None:
-    """Remove notes about where in the source each node came from: they hold absolute paths."""
+    """Remove metadata on the source of each node, which contains absolute paths."""
     needed("onnx_ir.passes.common").ClearMetadataAndDocStringPass()(model)
     graph = model.graph
     outputs = (value for node in graph.all_nodes() for value in node.outputs)

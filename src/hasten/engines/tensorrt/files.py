@@ -1,7 +1,7 @@
-"""The files of an export: their names, where they are kept, and whether they are what was written.
+"""The files of an export: their names, their location and their integrity.
 
-Engines are too large to hash at every start, so the sha256 of a large file is remembered while its
-inode, size and times stay as they are. No torch.
+Engines are too large to hash at every start, so the sha256 of a large file is cached while its
+inode, size and times are unchanged. Does not import torch.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ GRAPH, DATA = "model.onnx", "model.onnx.data"  # the second holds the weights of
 ENGINE, AMAX = "engine.plan", "amax.safetensors"
 RUNTIME_CACHE = "runtime.cache"  # the engine as compiled for the GPU that ran it
 
-WORTH_IT = 2**20  # bytes: smaller files are read faster than looked up
-TICK, COARSE_TICK = 0.05, 2.5  # seconds: two changes within one could leave the same time behind
-LARGEST_RECORD = 2**24  # bytes of a JSON file that hasten reads back
+WORTH_IT = 2**20  # bytes: smaller files are hashed faster than looked up
+TICK, COARSE_TICK = 0.05, 2.5  # seconds: two changes within a tick may leave the same time
+LARGEST_RECORD = 2**24  # bytes of the largest JSON file that hasten reads back
 
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Record(BaseModel):
-    """Base of what is written to be read back."""
+    """Base class of records that are written to files and read back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,32 +58,32 @@ def default_root() -> Path:
         return Path.home() / ".cache" / "hasten" / "tensorrt"
     except RuntimeError:
         raise InputError(
-            "there is no home directory to keep exports in",
-            "set HASTEN_CACHE to a folder that can be written",
+            "there is no home directory to store exports in",
+            "set HASTEN_CACHE to a writable folder",
         ) from None
 
 
 def bytes_below(folder: Path) -> int:
-    """Bytes of all files below a folder; a file with two names counts once."""
+    """Bytes of all files below a folder; hard links count once."""
     sizes: dict[int, int] = {}
     for place, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError):  # it was removed meanwhile
+            with suppress(OSError):  # it has been removed
                 facts = os.lstat(os.path.join(place, name))
                 sizes[facts.st_ino] = facts.st_size
     return sum(sizes.values())
 
 
 def read_regular(path: Path, limit: int | None = None) -> bytes:
-    """The content of a regular file, which is opened without following a link or waiting.
+    """Read a regular file without following links or blocking.
 
     Args:
         path: The file.
-        limit: The most bytes that it may have; more is not read.
+        limit: The maximum size in bytes; larger files are not read.
 
     Raises:
-        DamagedError: It is a link, a device or a folder, or larger than `limit`.
-        OSError: It cannot be read.
+        DamagedError: The path is a link, a device or a folder, or the file is larger than `limit`.
+        OSError: The file cannot be read.
     """
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise DamagedError("it is not a regular file")
@@ -93,12 +93,12 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
         if not stat.S_ISREG(facts.st_mode):
             raise DamagedError("it is not a regular file")
         if limit is not None and facts.st_size > limit:
-            raise DamagedError(f"it has {facts.st_size} bytes, more than any that hasten writes")
+            raise DamagedError(f"it has {facts.st_size} bytes, more than hasten ever writes")
         return file.read(facts.st_size)
 
 
 def read_sealed(path: Path, **identity: Any) -> dict[str, Any] | None:
-    """The content of a sealed record, or None where it is not what was written under `identity`."""
+    """The content of a sealed record; None if it is damaged or has another `identity`."""
     try:
         content = unseal(read_regular(path, LARGEST_RECORD))
     except (OSError, ValueError):
@@ -108,21 +108,24 @@ def read_sealed(path: Path, **identity: Any) -> dict[str, Any] | None:
 
 
 def write_sealed(path: Path, content: Mapping[str, Any], **identity: Any) -> None:
-    """Write a record that `read_sealed` reads back; `identity` says what it is a record of."""
+    """Write a record for `read_sealed`; `identity` identifies the subject of the record."""
     write_text(path, seal({**content, **identity}, indent=1))
 
 
 def damaged_files(
     folder: Path, files: Mapping[str, FileFacts], *, read: bool = True
 ) -> dict[str, str]:
-    """The files that are not in a folder as they were, by name, and what is wrong with each.
+    """Check the files in a folder.
 
-    Nothing outside of the folder is opened, and no file whose size is already wrong.
+    No files outside the folder are opened, nor files whose size is wrong.
 
     Args:
-        folder: Where the files belong.
-        files: What they were when they were written, by their paths in the folder.
-        read: Whether to compare their contents too, not their sizes alone.
+        folder: The folder of the files.
+        files: The expected size and sha256 of each file, by its path in the folder.
+        read: Whether to compare the contents, not only the sizes.
+
+    Returns:
+        The problems by file; empty if all files are as expected.
     """
     faults = {name: _fault(folder, name, facts, read) for name, facts in files.items()}
     return {name: fault for name, fault in faults.items() if fault is not None}
@@ -147,13 +150,12 @@ def _fault(folder: Path, name: str, expected: FileFacts, read: bool) -> str | No
 
 
 def facts_of_file(path: Path) -> FileFacts:
-    """Size and sha256 of a file.
+    """Compute the size and sha256 of a file.
 
-    Reads the whole file, except a large one that has been read before and whose inode, size and
-    times of change are as they were then.
+    The file is read, unless it is large and a cached sha256 exists for its inode, size and times.
     """
     before = _settled(path)
-    with suppress(InputError):  # there is no cache to note it in
+    with suppress(InputError):  # there is no folder for the cache
         if note := read_sealed(_note_path(path), identity=_identity(before)):
             return FileFacts(bytes=before.st_size, sha256=note["sha256sum"])
     with path.open("rb") as file:
@@ -165,8 +167,8 @@ def facts_of_file(path: Path) -> FileFacts:
 
 
 def note_facts(path: Path, facts: FileFacts) -> None:
-    """Remember what `facts_of_file` would find, of a file that was just made or moved."""
-    with suppress(OSError):  # it has been removed meanwhile
+    """Cache the facts of a file that was just written or moved, for `facts_of_file`."""
+    with suppress(OSError):  # it has been removed
         if (now := _settled(path)).st_size == facts.bytes:
             _note(path, now, facts)
 
@@ -176,7 +178,7 @@ def _identity(now: os.stat_result) -> list[int]:
 
 
 def _settled(path: Path) -> os.stat_result:
-    """The state of a large file, once a further change is sure to give it another identity."""
+    """The state of a file; for a large one, after a wait that makes later changes detectable."""
     now = os.stat(path)
     if now.st_size >= WORTH_IT and (wait := TICK - _age(now)) > 0:
         time.sleep(min(wait, TICK))
@@ -189,11 +191,11 @@ def _age(now: os.stat_result) -> float:
 
 
 def _note(path: Path, now: os.stat_result, facts: FileFacts) -> None:
-    whole_seconds = now.st_mtime_ns % 10**9 == 0  # as some disks keep time
+    whole_seconds = now.st_mtime_ns % 10**9 == 0  # the time resolution of some file systems
     tick = COARSE_TICK if whole_seconds else TICK
     if now.st_size < WORTH_IT or _age(now) < tick:
         return
-    with suppress(OSError, InputError):  # it is read again then
+    with suppress(OSError, InputError):  # the file will be read again
         note = _note_path(path)
         note.parent.mkdir(parents=True, exist_ok=True)
         write_sealed(note, {"sha256sum": facts.sha256}, identity=_identity(now))

@@ -1,9 +1,9 @@
-"""The folder that an export goes to: what may be replaced there, and how it is written.
+"""Writes an export to its output folder, and checks what may be replaced there.
 
-Files are copied into a folder within, then moved to their places. The old manifest is removed
-before that and the new one comes last, so that nothing without a manifest is taken for an export
-and nothing with one is half an export. While files move, the manifest in the folder within marks
-what lies outside as part of an export.
+Files are copied into a temporary subfolder and then moved to their places. The old manifest is
+removed first and the new one is moved last, so a folder with a manifest is always a complete
+export. While files are moved, the manifest in the subfolder marks the files outside as parts of an
+export.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from hasten.recipe import Recipe
 
 RECIPE = "recipe.toml"
 OURS = {MANIFEST, GRAPH, DATA, ENGINE, AMAX, RUNTIME_CACHE, RECIPE}  # the files of an export
-SCRATCH = ".hasten-export"  # in the folder while files are put there
+SCRATCH = ".hasten-export"  # the temporary subfolder
 PROBE = ".hasten-probe-"
 ANOTHER = "choose another --out"
 
 
 def resolved(out: Path) -> Path:
-    """Where a path leads to, which is what an export replaces.
+    """Resolve the links of an output path.
 
     Raises:
-        InputError: It leads to itself, or cannot be a path.
+        InputError: The path is a link to itself or is not a valid path.
     """
     try:
         path = out.resolve()
@@ -54,27 +54,27 @@ def resolved(out: Path) -> Path:
             raise ValueError("its name is too long")
         return path
     except (OSError, RuntimeError):
-        raise InputError(f"{out}: a link that leads to itself", ANOTHER) from None
+        raise InputError(f"{out}: a link to itself", ANOTHER) from None
     except ValueError as error:
-        raise InputError(f"{str(out)!r:.200}: not a path: {error}", ANOTHER) from None
+        raise InputError(f"{str(out)!r:.200}: not a valid path: {error}", ANOTHER) from None
 
 
-def nearest(path: Path) -> Path:
-    """The path, or the closest folder around it that exists."""
+def closest_existing(path: Path) -> Path:
+    """The path, or its closest parent that exists."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
 def check_folder(given: Path) -> None:
-    """Check that a folder can be made and written, and that no file of someone else's is lost.
+    """Check that a folder can be created and written, and that no foreign files would be lost.
 
-    Leaves nothing there.
+    The check leaves no files behind.
 
     Raises:
-        InputError: It cannot be written, or holds files that no export wrote.
+        InputError: The folder cannot be written, or it has files that no export wrote.
     """
     out = resolved(given)
-    place = nearest(out)
+    place = closest_existing(out)
     if not place.is_dir():
         raise InputError(f"{place}: a file, not a folder", ANOTHER)
     try:
@@ -89,19 +89,19 @@ def check_folder(given: Path) -> None:
 def write_export(
     manifest: Manifest, files: Mapping[str, Path], out: Path | None, store: StageStore
 ) -> Manifest:
-    """Put all files into `out`; those that are there already stay as they are.
+    """Write all files of an export to a folder; files that are already there are not rewritten.
 
     Args:
-        manifest: Of the export.
-        files: Where each file lies now, whole.
-        out: A resolved path; None for a folder of the store's, whose engine takes no extra room.
-        store: Of the stages' files.
+        manifest: The manifest of the export.
+        files: The path of each complete file in the store.
+        out: A resolved path; None for a folder in the store, where the engine is a hard link.
+        store: The store of the stages.
 
     Returns:
         The manifest, with its folder.
 
     Raises:
-        EngineError: The disk is full; an export that was there is as it was.
+        EngineError: The disk is full. A previous export in the folder is unchanged.
         InputError: The folder cannot be written.
     """
     folder = out if out is not None else _unnamed(manifest, store)
@@ -118,17 +118,17 @@ def write_export(
             if out_of_space(error):
                 raise EngineError(f"{folder}: no space left for the export", FIX_SPACE) from error
             raise _unwritable(folder, error) from error
-        for name, facts in manifest.files.items():  # copies and second names have new identities
+        for name, facts in manifest.files.items():  # copies and hard links have new identities
             for path in (folder / name, files[name]):
                 note_facts(path, facts)
     return manifest.model_copy(update={"folder": folder})
 
 
 def finished(store: StageStore, key: str, out: Path) -> Manifest | None:
-    """The export in `out` if a request with this key wrote it and its files are as they were."""
+    """The export in `out` if a request with this key wrote it and its files are intact."""
     memo = read_sealed(_memo(store, key), request=key, out=str(out.absolute()))
     manifest = None if memo is None else _export_in(out)
-    if memo is None or manifest is None or memo != _known_by(manifest) or manifest.damaged(out):
+    if memo is None or manifest is None or memo != _identity_of(manifest) or manifest.damaged(out):
         return None
     if not (out / RECIPE).is_file():
         return None
@@ -136,18 +136,18 @@ def finished(store: StageStore, key: str, out: Path) -> Manifest | None:
 
 
 def remember(store: StageStore, key: str, out: Path, manifest: Manifest) -> None:
-    """Keep what a request led to, for `finished`. Without it a repeat takes longer."""
+    """Record the result of a request for `finished`, which makes repeated requests faster."""
     memo = _memo(store, key)
     with suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(memo, _known_by(manifest), request=key, out=str(out.absolute()))
+        write_sealed(memo, _identity_of(manifest), request=key, out=str(out.absolute()))
 
 
 def _memo(store: StageStore, key: str) -> Path:
     return store.root / "finished" / f"{key}.json"
 
 
-def _known_by(manifest: Manifest) -> dict[str, str]:
+def _identity_of(manifest: Manifest) -> dict[str, str]:
     return {"manifest": hashlib.sha256(manifest.text().encode()).hexdigest()}
 
 
@@ -156,13 +156,13 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
 
 
 def _refuse_others(out: Path, names: set[str]) -> None:
-    """InputError for files that are, or might be, someone else's."""
+    """Raise InputError for files that may not belong to an export."""
     if not names:
         return
     if strange := sorted(name for name in names if name not in OURS or (out / name).is_dir()):
         raise InputError(
-            f"{out}: there are files in it that no export wrote, such as {strange[0]}",
-            f"{ANOTHER}, or move them away",
+            f"{out}: the folder has files that no export wrote, such as {strange[0]}",
+            f"{ANOTHER}, or move them to another folder",
         )
     if _export_in(out / SCRATCH):  # killed while it replaced its files
         return
@@ -170,8 +170,8 @@ def _refuse_others(out: Path, names: set[str]) -> None:
         Manifest.read(out)
     except InputError as error:
         raise InputError(
-            f"{out}: {', '.join(sorted(names))} may be someone else's: {error.faults[0]}",
-            f"delete the folder if nobody needs it, or {ANOTHER}",
+            f"{out}: {', '.join(sorted(names))} may not belong to an export: {error.faults[0]}",
+            f"delete the folder if it is not needed, or {ANOTHER}",
         ) from None
 
 
@@ -207,10 +207,10 @@ def _unnamed(manifest: Manifest, store: StageStore) -> Path:
 
 
 def _put(folder: Path, manifest: Manifest, files: Mapping[str, Path], *, shared: bool) -> None:
-    """Copy what is not there yet, then move it to its place; the caller holds the lock."""
+    """Copy missing files, then move them to their places. The caller holds the lock."""
     kept = {MANIFEST, RECIPE, *manifest.files}
     if ENGINE in manifest.files and ENGINE not in files:
-        kept.add(RUNTIME_CACHE)  # of this very engine
+        kept.add(RUNTIME_CACHE)  # it belongs to this engine
     made, scratch = not folder.exists(), folder / SCRATCH
     if scratch.is_symlink():
         scratch.unlink()
@@ -235,7 +235,7 @@ def _put(folder: Path, manifest: Manifest, files: Mapping[str, Path], *, shared:
 
 
 def _empty(scratch: Path, *, made: bool) -> None:
-    """Leave the folder around as it was; a manifest of a run that was killed before stays."""
+    """Empty the subfolder after an error, but keep a manifest of an earlier, killed run."""
     with suppress(OSError):
         for path in scratch.iterdir():
             if path.name != MANIFEST:
@@ -246,13 +246,13 @@ def _empty(scratch: Path, *, made: bool) -> None:
 
 
 def _place(source: Path, target: Path, *, shared: bool) -> None:
-    """Give the file a second name where that is wanted and possible, else copy it.
+    """Make a hard link if `shared` and possible, else copy the file.
 
-    Not for a graph's files: the onnx packages refuse a second name as an attack.
+    The files of a graph must be copies: the onnx packages reject hard links as unsafe.
     """
-    target.unlink(missing_ok=True)  # of a run that was killed, or a link
+    target.unlink(missing_ok=True)  # of a killed run, or a link
     if shared:
-        with suppress(OSError):  # a disk without second names
+        with suppress(OSError):  # the file system has no hard links
             os.link(source, target)
             return
     with drafted(target) as draft:
@@ -260,12 +260,12 @@ def _place(source: Path, target: Path, *, shared: bool) -> None:
 
 
 def _log_changes(before: Manifest, manifest: Manifest, missing: Mapping[str, str]) -> None:
-    """What happens to an export that is there already, unless it stays."""
+    """Log the changes to an existing export."""
     if before.files != manifest.files:
-        what = f"engine for {', '.join(before.targets)}" if before.targets else "graph"
+        content = f"engine for {', '.join(before.targets)}" if before.targets else "graph"
         logger.info(
-            f"write: the {before.precision} {what} of {before.model} in {before.folder} is replaced"
+            f"write: replacing {before.precision} {content} of {before.model} in {before.folder}"
         )
     elif missing:
         faults = ", ".join(f"{name} {fault}" for name, fault in missing.items())
-        logger.info(f"write: {faults} in {before.folder}, so it is written again")
+        logger.info(f"write: {faults} in {before.folder}; writing it again")

@@ -1,7 +1,7 @@
-"""The float32 twin of a graph file, for machines whose runtime has no bfloat16.
+"""The float32 version of a graph file, for runtimes without bfloat16.
 
-The twin is the same graph with BFLOAT16 read as FLOAT. Nodes, names, shapes, weights and FP8 codes
-are the same, so it computes what the graph computes, except for the rounding in between.
+It is the same graph with FLOAT instead of BFLOAT16. Nodes, names, shapes, weights and FP8 codes are
+the same, so its results differ only by the rounding of intermediate values.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from hasten.engines.tensorrt.packages import needed
 from hasten.engines.tensorrt.step import STATE
 from hasten.errors import EngineError
 
-TYPES = "to", "dtype"  # attributes that name the type a node gives
+TYPES = "to", "dtype"  # attributes with the output type of a node
 
 
 def float32_twin(graph: Path, folder: Path, *, with_states: bool = False) -> list[str]:
-    """Write the twin of a graph and its weights, one weight at a time, into an existing folder.
+    """Write the float32 version of a graph, one weight at a time, into an existing folder.
 
-    A graph without bfloat16 gives a plain copy. Both files have the names of the originals.
+    A graph without bfloat16 is copied unchanged. Both files have the names of the originals.
 
     Args:
-        graph: The graph's file, with its weights alongside.
-        folder: Another folder than the graph's.
-        with_states: Whether the twin has the blocks' outputs as further outputs.
+        graph: The graph file, with its weights alongside.
+        folder: A folder other than the graph's.
+        with_states: Whether to add the blocks' outputs to the graph's outputs.
 
     Returns:
         The names of the blocks' outputs.
@@ -37,7 +37,7 @@ def float32_twin(graph: Path, folder: Path, *, with_states: bool = False) -> lis
     """
     ir = needed("onnx_ir")
     if graph.parent.resolve() == folder.resolve():
-        raise EngineError(f"{folder} holds the graph itself", "write its twin into another folder")
+        raise EngineError(f"{folder} is the folder of the graph itself", "use another folder")
     model = _read(graph, ir)
     for value in _values(model.graph):
         if value.dtype == ir.DataType.BFLOAT16:
@@ -54,20 +54,20 @@ def float32_twin(graph: Path, folder: Path, *, with_states: bool = False) -> lis
 
 
 def _read(graph: Path, ir: Any) -> Any:
-    """The graph, with all of the weights that it refers to in their place."""
+    """Read the graph and check that all of its weights are present."""
     again = "export it again"
     try:
         model = ir.load(graph)
-    except Exception as error:  # what protobuf and onnx_ir raise for a broken file is any type
-        raise EngineError(f"{graph} is no readable ONNX graph: {error}", again) from error
+    except Exception as error:  # protobuf and onnx_ir raise many types for a broken file
+        raise EngineError(f"{graph} is not a readable ONNX graph: {error}", again) from error
     if not model.graph.outputs:
-        raise EngineError(f"{graph} is no readable ONNX graph: it has no output", again)
+        raise EngineError(f"{graph} is not a readable ONNX graph: it has no output", again)
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             path = Path(tensor.path)
             if not path.is_file() or path.stat().st_size < tensor.offset + tensor.length:
-                raise EngineError(f"{path} ends before {name}, or is not there", again)
+                raise EngineError(f"{path} is missing, or ends before {name}", again)
     return model
 
 
@@ -79,7 +79,7 @@ def _values(graph: Any) -> Iterator[Any]:
 
 
 def _widened(tensor: Any, ir: Any) -> Any:
-    """A bfloat16 tensor as float32, made when it is written; any other as it is."""
+    """A bfloat16 tensor as float32, converted when it is written; any other one unchanged."""
     if tensor.dtype != ir.DataType.BFLOAT16:
         return tensor
     return ir.LazyTensor(

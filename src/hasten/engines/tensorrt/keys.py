@@ -18,34 +18,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-STAGES = 4  # raise it when what a stage makes of the same input changes
+STAGES = 4  # increment it when the output of a stage changes for the same input
 LIBRARIES = {
     "calibrate": ("torch", "diffusers", "transformers", "nvidia-modelopt"),
     "export": ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"),
     "verify": ("torch", "diffusers", "onnx", "onnxruntime"),
     "build": ("tensorrt-rtx-cu13",),
 }
-MOST_THREADS = 8  # each holds one tensor: 94 MB of FLUX.1's largest
+MOST_THREADS = 8  # each holds one tensor: up to 94 MB for FLUX.1
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits for values that JSON can hold; tuples count as lists."""
+    """Hash JSON-serialisable values to 32 hexadecimal digits; tuples count as lists."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def versions(stage: str | None = None) -> dict[str, str | None]:
-    """Versions of the libraries that a stage uses, or any stage; None where not installed."""
+    """Versions of the libraries that a stage, or any stage, uses; None for missing ones."""
     names = LIBRARIES[stage] if stage else dict.fromkeys(sum(LIBRARIES.values(), ()))
     return {name: version_of(name) for name in names}
 
 
 def request_key(model: Path | str, request: Mapping[str, Any]) -> str:
-    """The key of a request and the model that it names.
+    """The key of a request for a model.
 
     Args:
-        model: A directory, which counts by inodes, sizes and times of its files, or a shape.
-        request: Values that JSON can hold, or paths.
+        model: A directory, identified by the inodes, sizes and times of its files, or a shape.
+        request: JSON-serialisable values or paths.
     """
     files: list[Any] = [model]
     if isinstance(model, Path):
@@ -61,54 +61,54 @@ def request_key(model: Path | str, request: Mapping[str, Any]) -> str:
     return content_key({"request": plain, "model": files, "stages": STAGES, "versions": versions()})
 
 
-def weights_digest(model: Any, dtype: torch.dtype | None = None, what: str = "transformer") -> str:
-    """sha256 over names, shapes and values of all tensors of a model.
+def weights_digest(model: Any, dtype: torch.dtype | None = None, label: str = "transformer") -> str:
+    """Compute a sha256 over the names, shapes and values of all tensors of a model.
 
-    Values are rounded first, so that a model and its copy in another dtype agree, and because a
-    graph holds no more. Several tensors are read at once; each thread holds one, rounded.
+    Values are rounded first, as in a graph, so a model and its copy in another dtype have the same
+    digest. Several threads each hold one rounded tensor.
 
     Args:
         model: A torch module.
-        dtype: What values are rounded to; bfloat16 by default.
-        what: The model's name in errors.
+        dtype: The dtype to round values to; bfloat16 by default.
+        label: The model's name in errors.
 
     Raises:
         EngineError: A tensor has no values.
     """
     import torch
 
-    digest = partial(_digest, dtype=dtype or torch.bfloat16, what=what)
+    digest = partial(_digest, dtype=dtype or torch.bfloat16, label=label)
     with ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads())) as threads:
         digests = threads.map(digest, sorted(model.state_dict().items()))
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def pipeline_digest(pipe: Any, weights: str) -> dict[str, Any]:
-    """Everything that an image depends on: modules by their weights and configuration.
+    """Collect everything that a latent image depends on: weights, tokenizers and configurations.
 
     Args:
         pipe: A Diffusers pipeline.
-        weights: The digest of the transformer, which takes long to compute.
+        weights: The digest of its transformer, which is slow to compute.
     """
-    found: dict[str, Any] = {"dtype": str(pipe.dtype), "device": pipe.device.type}
+    contents: dict[str, Any] = {"dtype": str(pipe.dtype), "device": pipe.device.type}
     for name, component in sorted(pipe.components.items()):
         if hasattr(component, "state_dict") and name != "vae":
             is_first = name == "transformer"
-            found[name] = weights if is_first else weights_digest(component, what=name)
+            contents[name] = weights if is_first else weights_digest(component, label=name)
         if hasattr(component, "get_vocab"):
-            found[name] = _tokenizer(component)
+            contents[name] = _tokenizer(component)
         if hasattr(component, "config"):
-            found[f"{name}.config"] = config_of(component)
-    return found
+            contents[f"{name}.config"] = config_of(component)
+    return contents
 
 
 def config_of(component: Any) -> dict[str, Any]:
-    """A configuration as JSON values, without private entries: path, versions."""
+    """A configuration as JSON values, without private entries such as path and versions."""
     config = component.config
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     public = {key: value for key, value in values.items() if not key.startswith("_")}
-    found: dict[str, Any] = json.loads(json.dumps(public, sort_keys=True, default=str))
-    return found
+    plain: dict[str, Any] = json.loads(json.dumps(public, sort_keys=True, default=str))
+    return plain
 
 
 def _tokenizer(component: Any) -> dict[str, Any]:
@@ -120,17 +120,17 @@ def _tokenizer(component: Any) -> dict[str, Any]:
     }
 
 
-def _digest(named: tuple[str, Tensor], dtype: torch.dtype, what: str) -> str:
+def _digest(named: tuple[str, Tensor], dtype: torch.dtype, label: str) -> str:
     import torch
 
     name, tensor = named
     if tensor.is_meta:
         raise EngineError(
-            f"the tensor {name} of the {what} has no values",
-            "load the whole model before exporting it, nothing offloaded",
+            f"the tensor {name} of the {label} has no values",
+            "load the complete model before exporting it, nothing offloaded",
         )
-    here = tensor.detach().cpu()
-    rounded = here.to(dtype) if here.is_floating_point() else here
+    on_cpu = tensor.detach().cpu()
+    rounded = on_cpu.to(dtype) if on_cpu.is_floating_point() else on_cpu
     flat = rounded.contiguous().reshape(-1)
     digest = hashlib.sha256(f"{name}{tuple(tensor.shape)}".encode())
     values: Any = flat.view(torch.uint8).numpy()

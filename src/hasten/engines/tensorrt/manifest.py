@@ -1,4 +1,4 @@
-"""What an export consists of: `manifest.json`, sealed, and the files that it lists. No torch."""
+"""The sealed `manifest.json` of an export, and the files that it lists. Does not import torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hasten.errors import InputError
 from hasten.sealed import DamagedError, first_fault, parse_json, seal, unseal
 
 MANIFEST = "manifest.json"
-MOST_TOKENS = 1 << 20  # of any engine: the graph's own bound, far beyond any profile
+MOST_TOKENS = 1 << 20  # the graph's bound on image tokens, far beyond any profile
 SCHEMA: Literal[2] = 2  # 1 had no checksum
 
 
@@ -39,10 +39,10 @@ class Stage(Record):
     """A stage of the export.
 
     Attributes:
-        name: Of the stage.
-        seconds: What it took when it was made.
-        peak_bytes: Its peak of memory, where that is known.
-        cached: Whether this export found it made already.
+        name: The stage's name.
+        seconds: The time that it took when it ran.
+        peak_bytes: Its peak memory; None if unknown.
+        cached: Whether this export reused an earlier result.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Shapes(Record):
     """The sizes that an engine is built for.
 
     Attributes:
-        text: Tokens of every call.
-        least: The fewest image tokens.
-        best: The number of image tokens that it is tuned for.
-        most: The most image tokens.
+        text: Text tokens of every call.
+        least: The minimum number of image tokens.
+        best: The number of image tokens that the engine is tuned for.
+        most: The maximum number of image tokens.
 
     Raises:
-        InputError: Not 1 <= least <= best <= most, or no text token.
+        InputError: The sizes are not 1 <= least <= best <= most, or there is no text token.
     """
 
     text: int
@@ -73,16 +73,16 @@ class Shapes(Record):
     def _in_order(self) -> Self:
         if self.text < 1 or not 1 <= self.least <= self.best <= self.most <= MOST_TOKENS:
             raise InputError(
-                f"no profile: {self.text} text tokens and {self.least} to {self.most} image "
+                f"invalid profile: {self.text} text tokens and {self.least} to {self.most} image "
                 f"tokens, best {self.best}",
-                f"at least one text token, and 1 <= least <= best <= most <= {MOST_TOKENS}",
+                f"use at least one text token, and 1 <= least <= best <= most <= {MOST_TOKENS}",
             )
         return self
 
     def dynamic(self) -> dict[str, dict[int, Any] | None]:
-        """The free sizes, for torch.export: the same whatever the profile, and so the graph is.
+        """The dynamic sizes for torch.export; they and the graph do not depend on the profile.
 
-        From 2 on, because torch.export makes a constant of a 1; the resulting graph takes 1 too.
+        The minimum is 2, because torch.export treats 1 as a constant; the graph supports 1 too.
         """
         from torch.export import Dim
 
@@ -92,7 +92,7 @@ class Shapes(Record):
 
 
 class CalibrationFacts(Record):
-    """How the scales of FP8 were found."""
+    """How the FP8 scales were calibrated."""
 
     method: str
     prompts: PositiveInt
@@ -104,11 +104,11 @@ class SizeErrors(Record):
     """Relative errors at one size.
 
     Attributes:
-        height: Image tokens.
-        width: Image tokens.
-        whole: The graph against torch, each by itself from the inputs to the velocity.
-        blocks: The largest error among a block's outputs, by the block's name, where torch's block
-            got what the graph's block before it computed.
+        height: Height in image tokens.
+        width: Width in image tokens.
+        whole: Error of the velocity, computed independently by the graph and by torch.
+        blocks: The largest error of each block's outputs, by the block's name; torch's block gets
+            the outputs of the graph's preceding block.
         control: FP8 only: torch against itself with its latents changed by 2^-20.
         unquantised: FP8 only: the graph against the model in float32.
     """
@@ -127,7 +127,15 @@ class SizeErrors(Record):
 
 
 class Verification(Record):
-    """What was compared, the errors and their limits; without `whole_bar` the whole has none."""
+    """The result of a comparison.
+
+    Attributes:
+        what: A description of the two sides.
+        whole_bar: The limit for the velocity's error; None without one.
+        block_bar: The limit for each block's error.
+        sizes: The errors at each size.
+        seconds: The time of the comparison.
+    """
 
     what: str
     whole_bar: float | None
@@ -147,14 +155,26 @@ class Verification(Record):
 
 
 class Manifest(Record):
-    """What was exported, from what, how, and how well the graph agrees with torch.
+    """The description of an export: its source, its settings, its files and its verification.
 
     Attributes:
+        hasten: The version of hasten.
+        model: The model's name.
+        family: The model's family.
         weights: sha256 over all tensors of the transformer, in the dtype of the precision.
-        targets: Empty where only the graph was exported.
-        channels: Of the latents; with text_dim, row_width and head_dim a fixed size of the graph.
-        verification: What `hasten.engines.tensorrt.verify` found; None where it was left out.
-        folder: Where the manifest was read from; not part of the file.
+        precision: "bf16", "fp16" or "fp8".
+        targets: The engine's GPUs; empty if only the graph was exported.
+        shapes: The sizes that the engine is built for.
+        channels: Channels of the latents.
+        text_dim: Width of the embedded text.
+        row_width: Width of a modulation row.
+        head_dim: Width of an attention head.
+        calibration: The FP8 calibration; None for other precisions.
+        files: Size and sha256 of each file.
+        stages: The stages of the export.
+        verification: The comparison with torch; None if it was skipped.
+        versions: Versions of the libraries.
+        folder: The folder that the manifest was read from; not part of the file.
     """
 
     schema_version: Literal[2] = Field(default=SCHEMA, alias="schema")
@@ -177,7 +197,7 @@ class Manifest(Record):
     folder: Path | None = Field(default=None, exclude=True)
 
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         write_text(path, self.text())
 
     def text(self) -> str:
@@ -186,10 +206,10 @@ class Manifest(Record):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest in a folder. The files that it lists are not looked at: see `damaged`.
+        """Read the manifest in a folder. The listed files are not checked; see `damaged`.
 
         Raises:
-            InputError: There is none, or it is not what an export wrote.
+            InputError: There is no manifest, or it is damaged.
         """
         path = folder / MANIFEST
         export = f"`hasten export tensorrt --out {folder}`"
@@ -200,8 +220,8 @@ class Manifest(Record):
             _check_files(manifest)
         except FileNotFoundError:
             raise InputError(
-                f"{folder}: no {MANIFEST}, so no export is there",
-                f"check the path, or export there: {export}",
+                f"{folder}: no {MANIFEST}, so there is no export",
+                f"check the path, or export to it: {export}",
             ) from None
         except NotADirectoryError:
             raise InputError(
@@ -214,7 +234,7 @@ class Manifest(Record):
         return manifest
 
     def damaged(self, folder: Path, *, read: bool = True) -> dict[str, str]:
-        """Its files that are not in a folder as they were: see `damaged_files`."""
+        """The problems of its files in a folder: see `damaged_files`."""
         return damaged_files(folder, self.files, read=read)
 
 
@@ -222,11 +242,11 @@ def _check_schema(text: bytes) -> None:
     content = parse_json(text)
     version = content.get("schema") if isinstance(content, dict) else None
     if version != SCHEMA:
-        raise DamagedError(f"its schema is {version!r:.80}, this hasten reads {SCHEMA}")
+        raise DamagedError(f"its schema is {version!r:.80}, and this version reads {SCHEMA}")
 
 
 def _check_files(manifest: Manifest) -> None:
-    """The files are exactly those of such an export."""
+    """Check that the listed files are exactly those of such an export."""
     expected = {GRAPH, DATA}
     expected |= {ENGINE} if manifest.targets else set()
     expected |= {AMAX} if manifest.precision == "fp8" else set()

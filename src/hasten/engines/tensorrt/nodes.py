@@ -1,24 +1,24 @@
-"""Operations that torch.onnx would not export as exactly: FP8 linears, and attention.
+"""Operations that torch.onnx would export less exactly: FP8 linears and attention.
 
-A linear whose weight is FP8 codes and whose input is rounded to FP8 with one calibrated scale:
+In an FP8 linear, the weight is FP8 codes and the input is rounded to FP8 with one calibrated scale:
 
     scale = amax / 448        codes = round(clamp(x / scale))        y = (codes · scale) Wᵀ + b
 
-In an ONNX graph these are QuantizeLinear and DequantizeLinear (opset 19 and later: the type of the
-zero point is that of the codes), which a builder fuses with the product into an FP8 one. In torch
-it rounds in the same way, in float32, and multiplies in the activations' dtype.
+In an ONNX graph, these are QuantizeLinear and DequantizeLinear (opset 19 and later: the zero point
+has the type of the codes), which a builder fuses with the product into an FP8 product. In torch,
+values are rounded in the same way, in float32, and multiplied in the activations' dtype.
 
-Scales are rounded to the weight's dtype before the codes are made, because QuantizeLinear needs its
-scale in its input's dtype: cast a model first and swap then. Casting afterwards, up to float32,
+Scales are rounded to the weight's dtype before the codes are computed, because QuantizeLinear needs
+its scale in its input's dtype. So cast a model before `swap`; casting it to float32 afterwards
 changes no value.
 
-Attention, with its scale as exact as sixteen bits allow:
+Attention is exported with a scale that is as exact as sixteen bits allow:
 
     softmax(Q Kᵀ / √d) V        as        softmax((a·Q) (b·K)ᵀ) V        with a·b ≈ 1/√d
 
-Both factors are constants in the graph's dtype. Where both are d^-¼ rounded to bfloat16, as
-torch.onnx has them, all logits of FLUX.1 (d = 128) are 0.3 % too small. The product of two
-*different* bfloat16 numbers is 0.01 % off.
+Both factors are constants in the graph's dtype. torch.onnx uses d^-¼ rounded to bfloat16 for both,
+so all logits of FLUX.1 (d = 128) are 0.3 % too small. The product of two *different* bfloat16
+numbers has an error of only 0.01 %.
 """
 
 from __future__ import annotations
@@ -37,16 +37,19 @@ from hasten.errors import EngineError
 from hasten.kernels.quantize import FP8, dequantize, fp8_codes, fp8_scale
 from hasten.quantization.linear import QuantizedLinear
 
-BITS = {"BFLOAT16": 8, "FLOAT16": 11}  # significant ones, the hidden one among them
-ROWS_AT_ONCE = 1024  # of a weight, in float32: bounds the memory that codes are made in
+BITS = {"BFLOAT16": 8, "FLOAT16": 11}  # significant bits, including the hidden one
+ROWS_AT_ONCE = 1024  # rows of a weight quantised at once, which limits the memory in float32
 
 
 @dataclass(frozen=True, eq=False)
 class Amax:
-    """Largest absolute input and weight of a linear.
+    """The largest absolute input and weight of a linear.
 
-    smooth: K factors that inputs are multiplied and weights divided by (SmoothQuant, Xiao et al.,
-    arXiv:2211.10438), or None; the two maxima are those of what comes out of that.
+    Attributes:
+        input: The largest absolute input, after the multiplication by `smooth`.
+        weight: The largest absolute weight, after the division by `smooth`.
+        smooth: K factors that inputs are multiplied and weights divided by (SmoothQuant, Xiao et
+            al., arXiv:2211.10438), or None.
     """
 
     input: float
@@ -55,7 +58,7 @@ class Amax:
 
 
 def scales_of(amax: Amax, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The buffers of a `QdqLinear` besides its codes, for a weight of this dtype."""
+    """The buffers of a `QdqLinear` for a weight of this dtype, without the codes."""
 
     def scale(largest: float) -> Tensor:
         return fp8_scale(largest, device).to(dtype).clamp(min=torch.finfo(dtype).tiny)
@@ -73,7 +76,7 @@ def scales_of(amax: Amax, dtype: torch.dtype, device: torch.device) -> dict[str,
 
 
 def weight_codes(weight: Tensor, scale: Tensor, smooth: Tensor | None) -> Tensor:
-    """FP8 codes of a weight, N × K, by the scale and factors that `scales_of` gives for it."""
+    """FP8 codes of a weight (N × K) with the scale and factors of `scales_of`."""
     codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     for first in range(0, len(weight), ROWS_AT_ONCE):
         rows = weight[first : first + ROWS_AT_ONCE].float()
@@ -84,31 +87,37 @@ def weight_codes(weight: Tensor, scale: Tensor, smooth: Tensor | None) -> Tensor
 
 
 class QdqLinear(QuantizedLinear):
-    """Stands in for a linear. `weight` is N × K codes; the scales and zeros are 0-dim.
+    """An FP8 linear for export.
 
-    `input_scale`, `weight_scale` and `smooth` (K, or None) have the original weight's dtype.
+    Attributes:
+        weight: Codes, N × K.
+        weight_scale: 0-dim, in the original weight's dtype.
+        input_scale: 0-dim, in the original weight's dtype.
+        weight_zero: The zero point of the weight, 0-dim.
+        input_zero: The zero point of the input, 0-dim.
+        smooth: K factors in the original weight's dtype, or None.
     """
 
     weight_zero: Tensor
     input_zero: Tensor
     smooth: Tensor | None
-    keeps_dtype = ("weight", "weight_zero", "input_zero")
+    fixed_dtype = ("weight", "weight_zero", "input_zero")
 
     @classmethod
     def calibrated(cls, linear: nn.Linear, amax: Amax) -> Self:
-        """Leaves the weight, of any floating-point dtype, as it is; the bias is shared."""
+        """Quantise a linear of any floating-point dtype. It is not changed; its bias is shared."""
         weight = linear.weight.detach()
         scales = scales_of(amax, weight.dtype, weight.device)
         codes = weight_codes(weight, scales["weight_scale"], scales["smooth"])
-        made = cls(codes, scales["weight_scale"], linear.bias, scales["input_scale"])
+        module = cls(codes, scales["weight_scale"], linear.bias, scales["input_scale"])
         for name in ("smooth", "weight_zero", "input_zero"):
-            made.register_buffer(name, scales[name])
-        return made
+            module.register_buffer(name, scales[name])
+        return module
 
     def forward(self, x: Tensor) -> Tensor:
         """… × K -> … × N in x's dtype."""
         input_scale = self.input_scale
-        assert input_scale is not None  # it always has one
+        assert input_scale is not None  # set by `calibrated`
         if self.smooth is not None:
             x = x * self.smooth
         if torch.onnx.is_in_onnx_export():
@@ -124,15 +133,16 @@ class QdqLinear(QuantizedLinear):
 
 
 def swap(module: nn.Module, amax: Mapping[str, Amax]) -> None:
-    """Replace every linear that `amax` names in the module, one at a time.
+    """Replace every linear in `amax` by a `QdqLinear`, one at a time.
 
-    Raises EngineError where a name is no plain linear of the module, before any is replaced.
+    Raises:
+        EngineError: A name is not a plain linear of the module. Nothing has been replaced.
     """
     linears: dict[str, Any] = dict(module.named_modules())
     wrong = [name for name in amax if type(linears.get(name)) is not nn.Linear]
     if wrong:
         raise EngineError(
-            f"{len(wrong)} calibrated layers are no plain linears of this model, the first is "
+            f"{len(wrong)} calibrated layers are not plain linears of this model; the first is "
             f"{wrong[0]}",
             "calibrate this model; load it in bfloat16 or float32, not quantised",
         )
@@ -160,13 +170,13 @@ def factors(scale: float, bits: int) -> tuple[float, float]:
 
 
 def _rounded(value: float, bits: int) -> float:
-    """To so many significant bits."""
+    """Round a value to that many significant bits."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(round(mantissa * 2**bits), exponent - bits)
 
 
 def translation() -> dict[Any, Any]:
-    """For torch.onnx.export's `custom_translation_table`."""
+    """The `custom_translation_table` for torch.onnx.export."""
     op = needed("onnxscript").opset20
 
     def attention(
@@ -179,11 +189,11 @@ def translation() -> dict[Any, Any]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        """B×heads×L×d each."""
+        """Attention of queries, keys and values, B×heads×L×d each."""
         if attn_mask is not None or dropout_p or is_causal or enable_gqa:
             raise EngineError(
                 "attention with a mask, dropout or grouped heads cannot be exported",
-                "export a FLUX.1 transformer with its own attention processors, in eval mode",
+                "export a FLUX.1 transformer in eval mode with its original attention processors",
             )
         if scale is None:
             scale = int(query.shape[-1]) ** -0.5

@@ -1,4 +1,4 @@
-"""The optional packages of `hasten[tensorrt]`, imported when they are needed and not before."""
+"""The optional packages of `hasten[tensorrt]`, imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ INSTALL = "pip install 'hasten[tensorrt]'"
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be found; it is not imported."""
+    """Whether a module is installed; it is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # ValueError: it is there without a specification
+    except (ImportError, ValueError):  # ValueError: it is loaded but has no spec
         return False
 
 
 def needed(module: str) -> Any:
-    """Import a module; without telemetry, where it or what it imports has any.
+    """Import a module with the telemetry of its dependencies disabled.
+
+    Other errors of the import are not changed.
 
     Raises:
-        UnsupportedError: It is not installed. A package that is there and fails on import raises
-            what it raises.
+        UnsupportedError: The module is not installed.
     """
     disable_telemetry()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            f"the Python module {error.name} is not installed, which TensorRT export needs",
+            f"the Python module {error.name}, which TensorRT export needs, is not installed",
             INSTALL,
         ) from error
 
 
 def error_log(trt: Any) -> Any:
-    """A logger for TensorRT that keeps its errors, one line each: its reasons are nowhere else."""
+    """A TensorRT logger that collects errors, one line each; they are reported only there."""
 
     class ErrorLog(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What would stop an export, all of it at once, before anything is made."""
+"""Checks everything that could stop an export before the first stage runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hasten.check import empty_weights
-from hasten.engines.tensorrt.folder import check_folder, nearest
+from hasten.engines.tensorrt.folder import check_folder, closest_existing
 from hasten.engines.tensorrt.packages import INSTALL, is_installed
 from hasten.engines.tensorrt.targets import check_targets
 from hasten.errors import Faults, InputError, UnsupportedError
@@ -19,27 +19,27 @@ from hasten.memory import format_bytes, status_bytes
 from hasten.recipe import Engine, parse_size
 
 METHODS: tuple[str, ...] = get_args(Engine.model_fields["calibration"].annotation)
-LARGEST = (2048, 2048)  # pixels of the largest image, by default
-PIXELS_A_TOKEN = 16  # along each side
-FEWEST_TOKENS = 4  # of the largest image: a profile needs a range
+LARGEST = (2048, 2048)  # default size of the largest image in pixels
+PIXELS_PER_TOKEN = 16  # along each side
+FEWEST_TOKENS = 4  # minimum for the largest image, because a profile needs a range
 
 TEXT_TO_IMAGE = ("FluxPipeline", "FluxKontextPipeline")
 
-BUILD_FACTOR = 2.5  # peak of the builder by the bytes of the graph's weights, measured
+BUILD_FACTOR = 2.5  # measured ratio of the builder's peak memory to the graph's weights
 BUILD_BASE = 2**29  # bytes
-SINGLE = 4  # bytes: the check runs in float32, once in onnxruntime and once in torch
+SINGLE = 4  # bytes per value: the check runs in float32, once in onnxruntime and once in torch
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is to be exported.
+    """The options of an export.
 
     Attributes:
-        precision: bf16, fp16 or fp8.
+        precision: "bf16", "fp16" or "fp8".
         targets: GPUs, such as sm89; () for the graph alone.
         max_size: Width and height of the largest image in pixels.
-        method: How FP8 is calibrated.
-        verify: Whether the graph is compared with torch.
+        method: The FP8 calibration, "max" or "smoothquant".
+        verify: Whether to compare the graph with torch.
     """
 
     precision: str
@@ -52,11 +52,19 @@ class ExportOptions:
     def most_tokens(self) -> int:
         """Image tokens of the largest image."""
         width, height = self.max_size
-        return (width // PIXELS_A_TOKEN) * (height // PIXELS_A_TOKEN)
+        return (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
 
 
 def check_request(options: ExportOptions, out: Path | None, faults: Faults) -> None:
-    """Note what is wrong with the request, whatever the model. Loads neither torch nor packages."""
+    """Collect the problems of a request that do not depend on the model.
+
+    Imports neither torch nor the optional packages.
+
+    Args:
+        options: The options.
+        out: The output folder; None for the cache.
+        faults: Collects the problems.
+    """
     for check in (_check_system, _check_packages, _check_size, _check_method, _check_targets):
         with faults.gather():
             check(options)
@@ -73,24 +81,29 @@ def check_exportable(
     machine: Machine,
     faults: Faults,
 ) -> None:
-    """Note what is wrong with exporting this transformer here: adapters, weights that another
-    library has quantised, memory, disk.
+    """Collect the problems of exporting a transformer: adapters, weights, memory and disk space.
 
-    places: folders with how many times the graph's bytes each has to take.
+    Args:
+        options: The options.
+        transformer: The transformer.
+        family: Its family.
+        places: Folders to write to, with the required space in multiples of the graph's size.
+        machine: The machine.
+        faults: Collects the problems.
     """
     from hasten.engines.tensorrt.export import refuse_adapters
 
     with faults.gather():
         refuse_adapters(transformer)
     with faults.gather():
-        if trouble := empty_weights(transformer):
-            raise UnsupportedError(*trouble)
+        if problem := empty_weights(transformer):
+            raise UnsupportedError(*problem)
     with faults.gather():
         _refuse_special_weights(
-            transformer, "transformer", "FP8 is made by the export itself (--precision fp8)"
+            transformer, "transformer", "the export quantises it itself (--precision fp8)"
         )
     if options.precision not in get_args(Engine.model_fields["precision"].annotation):
-        return  # noted already, and there is no size without it
+        return  # already reported, and the size depends on it
     weights = graph_bytes(transformer, family, options.precision)
     with faults.gather():
         _check_memory(options, weights, _parameters(transformer, family), machine)
@@ -98,36 +111,43 @@ def check_exportable(
         _check_disk(weights, places)
 
 
-def check_draws(pipe: Any) -> None:
-    """Raise where a pipeline cannot draw from a text alone, as the calibration of FP8 does."""
+def check_text_to_image(pipe: Any) -> None:
+    """Check that a pipeline generates images from text alone, as the FP8 calibration needs.
+
+    Raises:
+        UnsupportedError: It needs other inputs, or its text encoders are missing or quantised.
+    """
     name = type(pipe).__name__
     if name not in TEXT_TO_IMAGE:
         raise UnsupportedError(
-            f"fp8 is calibrated by drawing from texts, and {name} wants more than that",
-            f"optimise a {TEXT_TO_IMAGE[0]}, then make yours from it: fast.from_pipe({name})",
+            f"fp8 is calibrated by generating images from text, and {name} needs other inputs",
+            f"optimise a {TEXT_TO_IMAGE[0]}, then create yours from it: fast.from_pipe({name})",
         )
     if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "text_encoder_2", None) is None:
         raise UnsupportedError(
-            "fp8 is calibrated by drawing from texts, and the pipeline has no text encoders",
+            "fp8 is calibrated by generating images, and the pipeline has no text encoders",
             "load it with its text encoders",
         )
-    for what in ("text_encoder", "text_encoder_2"):
+    for encoder in ("text_encoder", "text_encoder_2"):
         _refuse_special_weights(
-            getattr(pipe, what), what, "what was calibrated is kept by the values of its weights"
+            getattr(pipe, encoder), encoder, "the calibration is cached by the weights' values"
         )
 
 
 def graph_bytes(transformer: Any, family: Any, precision: str) -> int:
-    """Bytes of the weights in the graph, a little too many: what makes the text's embedding is
-    counted too. Modulations are not in it; FP8 holds a byte for each weight that it quantises."""
+    """Estimate the bytes of the weights in a graph.
+
+    Modulations are not part of a graph. In FP8, quantised weights take one byte each. The estimate
+    is slightly too high because it includes the text embedding.
+    """
     halves = 2 * _parameters(transformer, family)
     if precision != "fp8":
         return halves
     return halves - sum(int(linear.weight.numel()) for _, linear in family.quantizable(transformer))
 
 
-def _refuse_special_weights(model: Any, what: str, because: str) -> None:
-    """UnsupportedError for weights that another library has quantised, or keeps in fewer bits."""
+def _refuse_special_weights(model: Any, label: str, reason: str) -> None:
+    """Raise UnsupportedError for weights that another library has quantised."""
     import torch
 
     from hasten.quantization.plan import PLAIN_DTYPES, special_weight
@@ -140,8 +160,8 @@ def _refuse_special_weights(model: Any, what: str, because: str) -> None:
     ]
     if special:
         raise UnsupportedError(
-            f"{len(special)} weights of the {what} are quantised already; {special[0]}",
-            f"load the plain model: {because}",
+            f"{len(special)} weights of the {label} are already quantised; {special[0]}",
+            f"load the plain model: {reason}",
         )
 
 
@@ -154,7 +174,7 @@ def _parameters(transformer: Any, family: Any) -> int:
 def _check_system(_: ExportOptions) -> None:
     if sys.platform != "linux":
         raise UnsupportedError(
-            f"engines are exported on Linux, and this is {sys.platform}",
+            f"engines can only be exported on Linux, and this is {sys.platform}",
             "run it on Linux, or on Windows in WSL 2",
         )
 
@@ -179,14 +199,14 @@ def _check_size(options: ExportOptions) -> None:
     if options.most_tokens < FEWEST_TOKENS:
         raise InputError(
             f"the largest size {width}x{height} is too small for an engine",
-            "32x32 is the smallest, 2048x2048 the default",
+            "use at least 32x32; the default is 2048x2048",
         )
 
 
 def _check_method(options: ExportOptions) -> None:
     if options.method not in METHODS:
         raise InputError(
-            f"no calibration is called {options.method!r}", f"one of {', '.join(METHODS)}"
+            f"unknown calibration {options.method!r}", f"use one of {', '.join(METHODS)}"
         )
 
 
@@ -203,25 +223,25 @@ def _check_memory(options: ExportOptions, weights: int, parameters: int, machine
         needs["building"] = ours + int(BUILD_FACTOR * weights) + BUILD_BASE
     if options.verify:
         needs["checking the graph"] = ours + 2 * SINGLE * parameters
-    what = max(needs, key=needs.__getitem__)
-    if needs[what] <= machine.ram_bytes:
+    phase = max(needs, key=needs.__getitem__)
+    if needs[phase] <= machine.ram_bytes:
         return
     fix = "use a machine with more memory, or the model in bfloat16 (--dtype)"
-    if what == "checking the graph":
-        fix += ", or leave the check out: --no-verify (engine.verify = false)"
+    if phase == "checking the graph":
+        fix += ", or skip the check: --no-verify (engine.verify = false)"
     raise UnsupportedError(
-        f"{what} takes about {format_bytes(needs[what])} of memory, "
-        f"this machine has {format_bytes(machine.ram_bytes)}",
+        f"{phase} takes about {format_bytes(needs[phase])} of memory, and this machine has "
+        f"{format_bytes(machine.ram_bytes)}",
         fix,
     )
 
 
 def _check_disk(weights: int, places: Mapping[Path, float]) -> None:
-    """Folders on one disk share what it has."""
+    """Raise UnsupportedError if a disk has too little free space for all of its folders."""
     needed: dict[int, float] = {}
     sample: dict[int, Path] = {}
     for place, times in places.items():
-        existing = nearest(place)
+        existing = closest_existing(place)
         device = existing.stat().st_dev
         needed[device] = needed.get(device, 0) + times * weights
         sample[device] = existing

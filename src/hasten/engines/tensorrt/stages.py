@@ -1,7 +1,7 @@
-"""The whole way to an engine: preflight → calibrate → export → verify → build → write.
+"""All stages of an export: preflight → calibrate → export → verify → build → write.
 
-Each stage is kept under a key of everything that it depends on, so that an interrupted export goes
-on where it was, and one that differs in part repeats only that part.
+The result of each stage is stored under a key of everything that it depends on. So an interrupted
+export resumes at the first unfinished stage, and changed options repeat only the affected stages.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from hasten.engines.tensorrt.manifest import (
 from hasten.engines.tensorrt.nodes import Amax
 from hasten.engines.tensorrt.preflight import (
     ExportOptions,
-    check_draws,
     check_exportable,
     check_request,
+    check_text_to_image,
 )
 from hasten.engines.tensorrt.step import graph_sizes
 from hasten.engines.tensorrt.store import Done, StageStore
@@ -61,9 +61,9 @@ FIX_MEMORY = (
     "it again: finished stages are kept"
 )
 FEW_STEPS = 4
-LEAST_TOKENS = 64  # of the smallest image, 128x128, unless the model's own is smaller
-# Times the graph's bytes that the store takes: graph, engine and the float32 twin; and out, whose
-# engine takes no room of its own in the store.
+LEAST_TOKENS = 64  # of the smallest image, 128x128, unless the model's own size is smaller
+# Required disk space in multiples of the graph's size: of the store, with graph, engine and the
+# float32 graph; of an output folder; and of the store's exports, where the engine is a hard link.
 IN_STORE, IN_OUT, IN_EXPORTS = 6.0, 2.0, 1.0
 
 
@@ -79,24 +79,24 @@ def export_tensorrt(
 ) -> Manifest:
     """Export the transformer of a pipeline, build one engine for all targets, and write both.
 
-    The pipeline stays as it was. Finished stages are kept, so that a repeat goes on after them;
-    `out` is written whole or not at all. Each finished stage and files that were damaged are logged
-    at INFO, progress within a stage at DEBUG.
+    The pipeline is not changed. Finished stages are kept and reused; a failed export leaves `out`
+    unchanged. Finished stages and damaged files are logged at INFO, progress within a stage at
+    DEBUG.
 
     Args:
         pipe: A pipeline that is not optimised.
-        out: A folder; None keeps the export in the cache, where `Manifest.folder` says.
-        options: What is to be exported.
-        prompts: To calibrate FP8 with; the model's own by default.
-        steps: To calibrate FP8 at; the model's own by default.
-        max_sequence_length: Text tokens of every call; the model's own by default.
-        model: The model's name for the manifest.
+        out: The output folder; None writes to the cache, and `Manifest.folder` is the path.
+        options: The options of the export.
+        prompts: Prompts for the FP8 calibration; by default, those of the model.
+        steps: The number of steps of the FP8 calibration; by default, that of the model.
+        max_sequence_length: Text tokens of every call; by default, those of the model.
+        model: The model's name in the manifest.
 
     Returns:
-        What was written, with its folder.
+        The manifest of the export, with its folder.
 
     Raises:
-        HastenError: Everything that would stop it, at once and before anything is made.
+        HastenError: The export is not possible; all problems are listed before any stage runs.
         EngineError: A stage failed.
     """
     started = time.perf_counter()
@@ -105,7 +105,7 @@ def export_tensorrt(
     defaults = _defaults(pipe)
     sampling = Sampling(steps=steps, max_sequence_length=max_sequence_length)
     settings = Settings.of_model(defaults).under(sampling)
-    _note_own_size(options, settings)
+    _log_own_size(options, settings)
     texts = list(prompts or read_prompts(defaults.prompts, limit=PROMPTS))
     weights = weights_digest(pipe.transformer, DTYPES[options.precision])
     export = _Export(pipe, family, options, settings, texts, store, weights)
@@ -116,7 +116,7 @@ def export_tensorrt(
 def _preflight(
     pipe: Any, options: ExportOptions, out: Path | None, store: StageStore
 ) -> tuple[Family, Path | None]:
-    """The pipeline's family and where `out` leads to; raises all that would stop the export."""
+    """Check everything that could stop the export; return the family and the resolved `out`."""
     faults = Faults()
     check_request(options, out, faults)
     with faults.gather():
@@ -125,7 +125,7 @@ def _preflight(
         refuse_optimized(pipe)
     if options.precision == "fp8":
         with faults.gather():
-            check_draws(pipe)
+            check_text_to_image(pipe)
     family: Any = None
     with faults.gather():
         family = family_of(pipe)
@@ -143,7 +143,7 @@ class _Export:
 
     Attributes:
         weights: The transformer's digest in the precision's dtype.
-        done: The stages that are finished, by name and in order.
+        done: The finished stages by name, in order.
     """
 
     pipe: Any
@@ -219,12 +219,12 @@ class _Export:
         return None if done is None else load_amax(done.folder / AMAX)
 
     def digests(self, name: str) -> dict[str, str]:
-        """sha256 of a stage's files; empty where the stage is not part of this export."""
+        """sha256 of a stage's files; empty if the stage is not part of this export."""
         done = self.done.get(name)
         return {} if done is None else {file: facts.sha256 for file, facts in done.files.items()}
 
     def stage(self, name: str, key: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> None:
-        """One stage of the store under its whole key, timed and logged."""
+        """Run a stage, or reuse its stored result; time and log it."""
 
         def watched(folder: Path) -> dict[str, Any]:
             with PeakMemory() as peak:
@@ -237,9 +237,9 @@ class _Export:
             return {"peak_bytes": peak.bytes, **facts}
 
         logger.debug(name)
-        whole = {**key, "stages": STAGES, "versions": versions(name)}
+        full_key = {**key, "stages": STAGES, "versions": versions(name)}
         start = time.perf_counter()
-        done = self.store.stage(name, content_key(whole), watched)
+        done = self.store.stage(name, content_key(full_key), watched)
         _log_stage(name, start, cached=done.cached)
         self.done[name] = done
 
@@ -291,17 +291,17 @@ class _Export:
 
 def _log_stage(name: str, start: float, *, cached: bool = False) -> None:
     seconds = time.perf_counter() - start
-    logger.info(f"{name:<10}{seconds:7.1f} s{'  (made before)' if cached else ''}")
+    logger.info(f"{name:<10}{seconds:7.1f} s{'  (cached)' if cached else ''}")
 
 
-def _note_own_size(options: ExportOptions, settings: Settings) -> None:
-    """Log that the model's own size is too large for the engine, where it is."""
+def _log_own_size(options: ExportOptions, settings: Settings) -> None:
+    """Log a note if the model's own size is too large for the engine."""
     if _own_tokens(settings) > options.most_tokens:
         most = "x".join(map(str, options.max_size))
         own = f"{settings.width}x{settings.height}"
         logger.info(
-            f"note: the engine takes images up to {most}, and the model's own size is {own}: "
-            f"set a smaller size in each call, or --max-size {own} (engine.max_size)"
+            f"note: the engine supports images up to {most}, and the model's own size is {own}: "
+            f"use a smaller size in each call, or --max-size {own} (engine.max_size)"
         )
 
 
@@ -310,17 +310,17 @@ def _own_tokens(settings: Settings) -> int:
 
 
 def _defaults(pipe: Any) -> ModelDefaults:
-    """The model's own where it was loaded from a directory that has them, else the pipeline's."""
+    """The defaults of the model's directory, completed by those of the pipeline."""
     name = getattr(pipe, "name_or_path", None)
-    found = defaults_for(name) if name else ModelDefaults()
+    defaults = defaults_for(name) if name else ModelDefaults()
     side = pipe.default_sample_size * pipe.vae_scale_factor
     own: dict[str, Any] = {"width": side, "height": side}
     if not pipe.transformer.config.guidance_embeds:  # schnell: distilled to a few steps
         own["steps"] = FEW_STEPS
-    left_open = own.keys() - found.model_fields_set
-    return found.model_copy(update={name: own[name] for name in left_open})
+    missing = own.keys() - defaults.model_fields_set
+    return defaults.model_copy(update={name: own[name] for name in missing})
 
 
 def _name(pipe: Any) -> str:
-    """What the pipeline was loaded as; of a directory, its last part: paths stay private."""
+    """The name that the pipeline was loaded by; of a path, only the last part is used."""
     return Path(getattr(pipe, "name_or_path", None) or type(pipe).__name__).name

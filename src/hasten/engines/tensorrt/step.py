@@ -1,16 +1,16 @@
-"""What an engine computes: one transformer step as a function of five named tensors.
+"""The function of an engine: one transformer step of five named tensors.
 
-| name     | shape             | dtype     | what |
-| -------- | ----------------- | --------- | ---- |
+| name     | shape             | dtype     | content |
+| -------- | ----------------- | --------- | ------- |
 | latents  | 1×S×C             | precision | packed latents |
-| text     | 1×T×D             | precision | embedded text: after `context_embedder` |
+| text     | 1×T×D             | precision | embedded text, after `context_embedder` |
 | row      | 1×width           | precision | every adaLN modulation of the step (`Modulations`) |
 | cos, sin | (T+S)×head_dim    | float32   | rotary embedding, text first |
 | velocity | 1×S×C             | precision | the output |
 
-This is the signature of `hasten.step.constants.Body`: timestep, guidance and pooled text come
-in as the row, so the modulation weights (two fifths of an FP8 FLUX.1) are in no engine. T is fixed;
-S, the number of image tokens, is free within the engine's profile.
+This is the signature of `hasten.step.constants.Body`. Timestep, guidance and pooled text are passed
+as the row, so an engine does not contain the modulation weights (two fifths of an FP8 FLUX.1). T is
+fixed; S, the number of image tokens, may vary within the engine's profile.
 """
 
 from __future__ import annotations
@@ -29,13 +29,17 @@ from hasten.step.modulations import Modulations, RowReaders
 
 INPUTS = ("latents", "text", "row", "cos", "sin")
 OUTPUT = "velocity"
-STATE = "block/"  # begins the names of the blocks' outputs in a graph
+STATE = "block/"  # prefix of the blocks' outputs in a graph
 
 
 class Step(nn.Module):
-    """The blocks of a transformer between latents and velocity, with a row for its modulations.
+    """A transformer step from latents to velocity, with the modulations as an input row.
 
-    The modulation linears of the transformer that it is given read the row while it runs.
+    The modulation linears of the transformer read the row while the step runs.
+
+    Args:
+        transformer: The transformer.
+        family: Its family.
     """
 
     def __init__(self, transformer: Any, family: Family) -> None:
@@ -58,23 +62,28 @@ class Step(nn.Module):
 
 
 def state_name(block: str, position: int) -> str:
-    """The name in a graph of a block's output at this position.
+    """The name of a block's output in a graph.
 
-    Of FLUX.1's blocks, 0 is text (1×T×D) and 1 is image (1×S×D).
+    Args:
+        block: The block's name.
+        position: The output's position; for FLUX.1, 0 is text (1×T×D) and 1 is image (1×S×D).
     """
     return f"{STATE}{block}/{position}"
 
 
 def block_of(state: str) -> str:
-    """The block whose output has this name."""
+    """The block of an output with this name."""
     return state.removeprefix(STATE).rpartition("/")[0]
 
 
 class Watched(Step):
     """A step for the exporter: returns the velocity, then all outputs of all blocks.
 
-    `names` are those of the latter, known once it has run. Exported with them as graph outputs,
-    the tensors stay separate through optimisation and a finished graph can be read block by block.
+    As graph outputs, the blocks' outputs stay separate tensors during optimisation, so that a
+    finished graph can be read block by block.
+
+    Attributes:
+        names: The names of the blocks' outputs, set by the first call.
     """
 
     names: tuple[str, ...] = ()
@@ -82,21 +91,21 @@ class Watched(Step):
     def forward(  # type: ignore[override]
         self, latents: Tensor, text: Tensor, row: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, ...]:
-        """The velocity, 1×S×C, then the outputs of each block; inputs as those of `Step`."""
-        found: dict[str, Tensor] = {}
+        """The velocity, 1×S×C, then the outputs of each block; the inputs are those of `Step`."""
+        outputs: dict[str, Tensor] = {}
 
         def keep(name: str, _: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-            found.update({state_name(name, at): tensor for at, tensor in enumerate(output)})
+            outputs.update({state_name(name, at): tensor for at, tensor in enumerate(output)})
 
         blocks = self.family.repeated_blocks(self.transformer)
         with watched(blocks, lambda name: partial(keep, name)):
             velocity = super().forward(latents, text, row, cos, sin)
-        self.names = tuple(found)
-        return velocity, *found.values()
+        self.names = tuple(outputs)
+        return velocity, *outputs.values()
 
 
 def most_square(tokens: int) -> tuple[int, int]:
-    """Two sides, the shorter one first, of the most square image with so many tokens."""
+    """The sides of the most square image with that many tokens, the shorter one first."""
     short = next(side for side in range(math.isqrt(tokens), 0, -1) if tokens % side == 0)
     return short, tokens // short
 
@@ -121,27 +130,39 @@ def sample(
     dtype: torch.dtype,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Random inputs of a step, of height × width image tokens, on the transformer's device.
+    """Sample random inputs of a step on the transformer's device.
 
-    Latents, text and pooled text are drawn from N(0, 1) on the CPU; the text goes through the
-    model's embedding and the row through its modulations, at half noise, in its own dtype, and all
-    but cos and sin are rounded to `dtype` then. The caller's generators stay as they are.
+    Latents, text and pooled text are sampled from N(0, 1) on the CPU. The text is embedded and the
+    row is computed at half noise by the model, in its own dtype. All inputs except cos and sin are
+    then rounded to `dtype`. The caller's generators are not changed.
+
+    Args:
+        transformer: The transformer.
+        family: Its family.
+        shapes: The sizes of the engine; only the text length is used.
+        height: Height in image tokens.
+        width: Width in image tokens.
+        dtype: The dtype of the inputs.
+        seed: The seed.
+
+    Returns:
+        The inputs by name.
     """
-    config, here = transformer.config, transformer.x_embedder.weight
+    config, reference = transformer.config, transformer.x_embedder.weight
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(here.device, here.dtype)
+        return torch.randn(*shape, generator=generator).to(reference.device, reference.dtype)
 
     latents = normal(1, height * width, config.in_channels)
     text = transformer.context_embedder(normal(1, shapes.text, config.joint_attention_dim))
-    half = torch.full((1,), 0.5, device=here.device, dtype=here.dtype)
+    half = torch.full((1,), 0.5, device=reference.device, dtype=reference.dtype)
     guidance = torch.full_like(half, 3.5) if config.guidance_embeds else None
     pooled = normal(1, config.pooled_projection_dim)
-    conditioning = family.export.conditioning(transformer, half, guidance, pooled, here.dtype)
+    conditioning = family.export.conditioning(transformer, half, guidance, pooled, reference.dtype)
     row = Modulations(family.modulated_norms(transformer)).rows(conditioning)
-    ids = torch.zeros(shapes.text + height * width, 3, device=here.device)
-    places = torch.arange(height * width, device=here.device)
+    ids = torch.zeros(shapes.text + height * width, 3, device=reference.device)
+    places = torch.arange(height * width, device=reference.device)
     ids[shapes.text :, 1] = (places // width).float()
     ids[shapes.text :, 2] = (places % width).float()
     cos, sin = family.export.rotary(transformer, ids[: shapes.text], ids[shapes.text :])

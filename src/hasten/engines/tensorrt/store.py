@@ -1,8 +1,8 @@
-"""Finished stages by what they were made from, in a folder, so that no work is done twice.
+"""Stores the results of stages in a folder under a key of their inputs.
 
-ROOT/STAGE/KEY/          what a stage made; stage.json, sealed, has its files' sizes and sha256
-ROOT/STAGE/.KEY.tmp/     a stage at work; left behind only by a process that was killed
-ROOT/STAGE/.KEY.lock     held while one process makes or checks it; the others wait
+ROOT/STAGE/KEY/          the files of a stage; the sealed stage.json has their sizes and sha256
+ROOT/STAGE/.KEY.tmp/     a running stage; left behind only by a process that was killed
+ROOT/STAGE/.KEY.lock     held while a process runs or checks the stage; other processes wait
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Done(Record):
     """A finished stage.
 
     Attributes:
-        facts: What `make` returned.
-        seconds: What making it took, then or now.
-        files: By their names in the folder.
-        folder: Where its files are.
-        cached: Whether it was there already.
+        facts: The return value of `make`.
+        seconds: The time that the stage took when it ran.
+        files: Size and sha256 of its files, by their names in the folder.
+        folder: The folder of its files.
+        cached: Whether an earlier result was reused.
     """
 
     facts: dict[str, Any]
@@ -59,22 +59,29 @@ class Done(Record):
 
 
 class StageStore:
-    """Stages below `root`. Damaged files and waiting for another process are logged."""
+    """The stages below `root`. Damaged files and waits for other processes are logged.
+
+    Args:
+        root: The folder; None for the default cache.
+    """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_root()
 
     def stage(self, name: str, key: str, make: Callable[[Path], dict[str, Any]]) -> Done:
-        """What `make` writes into the empty folder that it is given, made once for each key.
+        """Run a stage, or reuse its stored result.
 
-        The folder gets its name when it is whole. When it is found again its files are compared
-        with their sha256, and it is made again where one differs.
+        A stored result is checked against its sha256 and is computed again if a file differs. A
+        folder gets its final name when it is complete.
 
         Args:
-            name: Of the stage.
-            key: Of everything that the result depends on, see `content_key`.
-            make: Fills the folder and returns facts, values that JSON keeps as they are. Whatever
-                it raises leaves nothing behind.
+            name: The stage's name.
+            key: A key of everything that the result depends on, see `content_key`.
+            make: Writes files into the empty folder that it gets, and returns facts as JSON values.
+                If it raises, the folder is removed.
+
+        Returns:
+            The finished stage.
 
         Raises:
             InputError: The store cannot be used.
@@ -85,21 +92,21 @@ class StageStore:
             try:
                 _remove(place / f".{key}.tmp")
                 _remove_leftovers(place)
-                return self._found(place / key) or self._made(place, key, make)
+                return self._reused(place / key) or self._run(place, key, make)
             except Exception as error:
-                if trouble := self._trouble(place, error):
-                    raise trouble from error
+                if store_error := self._store_error(place, error):
+                    raise store_error from error
                 raise
 
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:
-        """One process at a time; the system frees the lock of one that was killed."""
+        """Lock a key for one process; the system frees the locks of killed processes."""
         path = self._place(name) / f".{key}.lock"
         file = _lock(path, wait=False)
         if file is None:
-            logger.info(f"{name}: another process is at it, waiting for that to end")
+            logger.info(f"{name}: waiting for another process that runs this stage")
             file = _lock(path, wait=True)
-        assert file is not None  # it was waited for
+        assert file is not None  # wait=True
         with file:
             yield
 
@@ -111,33 +118,33 @@ class StageStore:
             raise _unusable(place, error) from None
         return place
 
-    def _trouble(self, place: Path, error: Exception) -> HastenError | None:
-        """An error of the store's disk or folders, for one that a stage raised."""
+    def _store_error(self, place: Path, error: Exception) -> HastenError | None:
+        """The error to raise if a stage failed because of the store's disk or folders."""
         if out_of_space(error):
             fault = f"{place.name}: no space left for its files in {self.root}"
             return EngineError(fault, FIX_SPACE)
         if not place.is_dir():
-            return EngineError(f"{place}: removed while a stage was at work", "run it again")
+            return EngineError(f"{place}: removed while a stage was running", "run it again")
         if isinstance(error, OSError) and str(error.filename).startswith(str(self.root)):
             return _unusable(place, error)
         return None
 
-    def _found(self, folder: Path) -> Done | None:
+    def _reused(self, folder: Path) -> Done | None:
         if not os.path.lexists(folder):
             return None
         if folder.is_symlink() or not folder.is_dir():
             fault = "it is not a folder"
         elif (done := _read_done(folder)) is None:
-            fault = f"{RECORD} is not what was written"
+            fault = f"{RECORD} is damaged"
         elif faults := damaged_files(folder, done.files):
             fault = " is ".join(next(iter(faults.items())))
         else:
             return done
-        logger.info(f"{folder.parent.name}: {fault}, so it is made again")
+        logger.info(f"{folder.parent.name}: {fault}; running the stage again")
         _remove(folder)
         return None
 
-    def _made(self, place: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> Done:
+    def _run(self, place: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> Done:
         draft, folder = place / f".{key}.tmp", place / key
         start = time.perf_counter()
         draft.mkdir()
@@ -150,20 +157,20 @@ class StageStore:
             os.replace(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        for name, known in files.items():
-            note_facts(folder / name, known)
+        for name, file_facts in files.items():
+            note_facts(folder / name, file_facts)
         return done
 
 
 def out_of_space(error: BaseException) -> bool:
-    """Whether a disk, a quota or a limit on files is full; some libraries say so only in text."""
+    """Whether an error is about a full disk, quota or file limit; some have it only in the text."""
     if isinstance(error, OSError):
         return error.errno in NO_SPACE
     return any(f"(os error {number})" in str(error) for number in NO_SPACE)
 
 
 def _read_done(folder: Path) -> Done | None:
-    """A stage by its record; None where that is not the record of this stage."""
+    """Read the record of a stage; None if it is damaged or belongs to another stage."""
     record = read_sealed(folder / RECORD, stage=folder.parent.name, key=folder.name)
     try:
         return Done.model_validate({**(record or {}), "folder": folder, "cached": True})
@@ -172,7 +179,7 @@ def _read_done(folder: Path) -> Done | None:
 
 
 def _files(folder: Path) -> dict[str, FileFacts]:
-    """What a stage has written, once that is on the disk."""
+    """The files that a stage has written, after they are synced to the disk."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         sync(path)
@@ -180,7 +187,7 @@ def _files(folder: Path) -> dict[str, FileFacts]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or what is in the place of one. Links are not followed."""
+    """Remove a folder, or a file in place of one. Links are not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -188,7 +195,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_leftovers(place: Path) -> None:
-    """Remove what killed processes left of other keys; a folder whose lock is held is at work."""
+    """Remove the folders that killed processes left behind; a held lock marks a running stage."""
     for draft in place.glob(".*.tmp"):
         if file := _lock(place / f"{draft.stem}.lock", wait=False):
             with file:
@@ -196,8 +203,8 @@ def _remove_leftovers(place: Path) -> None:
 
 
 def _lock(path: Path, *, wait: bool) -> BinaryIO | None:
-    """A file that is locked until it is closed; None where another has it and we do not wait."""
-    import fcntl  # not on Windows, where preflight refuses
+    """A file that is locked until it is closed; None if another process holds it and not `wait`."""
+    import fcntl  # not available on Windows, which preflight rejects
 
     try:
         file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666), "r+b")
@@ -216,5 +223,5 @@ def _lock(path: Path, *, wait: bool) -> BinaryIO | None:
 def _unusable(path: Path, error: OSError) -> InputError:
     return InputError(
         f"{path}: cannot be used: {error.strerror or error}",
-        "set HASTEN_CACHE to a folder of yours on a local disk",
+        "set HASTEN_CACHE to a writable folder on a local disk",
     )

@@ -1,4 +1,4 @@
-"""The GPUs an engine can be built for, and what each of them computes. No torch, no TensorRT."""
+"""The GPUs that engines can be built for, and their precisions. Imports no torch or TensorRT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hasten.errors import Faults, InputError, UnsupportedError
 Precision = Literal["bf16", "fp16", "fp8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-# What TensorRT for RTX 1.7 builds for: the members of its ComputeCapability.
+# The targets of TensorRT for RTX 1.7: the members of its ComputeCapability.
 TARGETS = {
     "sm75": "Turing: RTX 20, T4",
     "sm80": "Ampere: A100",
@@ -23,15 +23,20 @@ TARGETS = {
 }
 DATACENTER = {"sm90": "Hopper: H100, H200", "sm100": "Blackwell: B200", "sm103": "Blackwell: B300"}
 
-# The first generation whose tensor cores have the type; the builder refuses any before it.
+# The first generation whose tensor cores support the type; the builder rejects older ones.
 FIRST = {"fp16": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """`"sm89,sm86"` -> `("sm86", "sm89")`: sorted by generation, each once. `"none"` -> `()`.
+    """Parse a list of targets: `"sm89,sm86"` -> `("sm86", "sm89")`, `"none"` -> `()`.
 
-    Raises InputError that names every word that is no target; whether an engine can be built for
-    them is for `check_targets`.
+    The syntax is checked here; `check_targets` checks whether an engine can be built.
+
+    Returns:
+        Distinct targets, sorted by generation.
+
+    Raises:
+        InputError: A word is not a target; all such words are listed.
     """
     words = [word.strip().lower() for word in text.split(",")]
     if words == ["none"]:
@@ -43,7 +48,11 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def check_targets(targets: Sequence[str], precision: str) -> None:
-    """Raise every reason why no engine of this precision can be built for these targets."""
+    """Check that engines of this precision can be built for these targets.
+
+    Raises:
+        HastenError: They cannot; all problems are listed.
+    """
     faults = Faults()
     if precision not in PRECISIONS:
         faults.add(
@@ -67,17 +76,17 @@ def _check(target: str, precision: str) -> None:
         raise UnsupportedError(
             f"target {target} ({DATACENTER[target]}): TensorRT for RTX does not build for "
             "datacenter GPUs of this generation",
-            f'leave {target} out; there, run the recipe "{instead}" in torch instead of an engine',
+            f'remove {target}; on this GPU, use the recipe "{instead}" instead of an engine',
         )
     if target not in TARGETS:
-        raise InputError(f"there is no target {target}", _nearest(target))
+        raise InputError(f"unknown target {target}", _nearest(target))
     if precision in FIRST and capability_of(target) < FIRST[precision]:
         works = [name for name in TARGETS if capability_of(name) >= FIRST[precision]]
         other = "bf16" if capability_of(target) >= FIRST["bf16"] else "fp16"
         raise UnsupportedError(
-            f"target {target} ({TARGETS[target]}) has no {precision}",
-            f"leave {target} out ({precision} works on {', '.join(works)}), or export it apart in "
-            f"{other}",
+            f"target {target} ({TARGETS[target]}) does not support {precision}",
+            f"remove {target} ({precision} works on {', '.join(works)}), or export it separately "
+            f"in {other}",
         )
 
 

@@ -1,16 +1,16 @@
-"""Compare an exported graph, run by onnxruntime on the CPU, with what torch computes.
+"""Compares an exported graph, run by onnxruntime on the CPU, with torch.
 
-Random inputs at two sizes, compared in two ways. As a whole: from the inputs to the velocity, each
-by itself. Block by block: each block of torch gets what onnxruntime's block before it computed, so
-that errors do not accumulate and a fault can be located.
+Random inputs at two sizes are compared in two ways. The velocities are compared after independent
+runs. The blocks are compared one by one: each block of torch gets the output of onnxruntime's
+preceding block, so that errors do not accumulate and a fault can be located.
 
-An FP8 graph has a limit per block only. FP8 rounds so coarsely that a difference in the last bit of
-float32 flips codes, flipped codes flip others, and after a dozen blocks torch differs from
-*itself*, its latents changed by 2^-20, as much as from onnxruntime. The error of the whole, of that
-control and against the model before it was quantised are reported as well.
+For an FP8 graph, only the blocks have a limit. FP8 rounding is so coarse that a difference in the
+last bit of float32 changes codes, and changed codes change others. After a dozen blocks, torch
+differs from *itself*, with its latents changed by 2^-20, as much as from onnxruntime. The errors of
+the velocity, of that control and against the unquantised model are reported, too.
 
-onnxruntime multiplies no bfloat16 on a CPU. A graph in bfloat16 is checked as its float32 twin: the
-same nodes and values, against torch in float32 on the same rounded weights.
+onnxruntime has no bfloat16 products on a CPU. A bfloat16 graph is checked as its float32 version:
+the same nodes and values, against torch in float32 with the same rounded weights.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from hasten.quantization.report import watched
 
 WHOLE_BARS = {"bf16": 0.002, "fp16": 0.002}
 BLOCK_BARS = {"bf16": 0.001, "fp16": 0.01, "fp8": 0.01}
-"""Relative errors. A block's output is mostly its input, so a bar on blocks has to be low where the
-arithmetic allows it: bfloat16 graphs are compared in float32."""
+"""Limits of relative errors. A block's output is mostly its input, so the limit for blocks is low
+where the arithmetic allows it: bfloat16 graphs are compared in float32."""
 NUDGE = 2.0**-20
 SEED = 0
 AFTER = "after the blocks"
-"""Stands for a block's name where the output norm and projection are meant."""
+"""The name of the output norm and projection in place of a block's name."""
 
 
 @torch.no_grad()
@@ -70,16 +70,19 @@ def verify(
     The errors at each size are logged at DEBUG.
 
     Args:
-        transformer: It is left as it is.
+        transformer: The transformer; it is not changed.
         family: Its family.
-        graph: The graph's file.
-        precision: As at the export, like amax and shapes.
-        amax: Of every quantised linear.
-        shapes: Sizes of the profile.
+        graph: The graph file.
+        precision: The precision of the export.
+        amax: The calibrated values of every quantised linear, as for the export.
+        shapes: The sizes of the engine.
         scratch: An empty folder for a copy of the graph.
 
+    Returns:
+        The errors and their limits.
+
     Raises:
-        EngineError: The graph cannot be read or run, or an error is over its limit; the block with
+        EngineError: The graph cannot be read or run, or an error exceeds its limit; the block with
             the largest error is named.
         UnsupportedError: A package is missing.
     """
@@ -91,43 +94,44 @@ def verify(
         original = Step(in_dtype(transformer, torch.float32).eval(), family)
         exact = [original(**run.inputs) for run in runs]
         del original
-    twin = in_precision(transformer, precision, amax).eval()
-    step = Step(twin if precision == "fp16" else twin.float(), family)
-    found = []
+    converted = in_precision(transformer, precision, amax).eval()
+    step = Step(converted if precision == "fp16" else converted.float(), family)
+    errors = []
     for run, velocity in zip(runs, exact, strict=True):
-        found.append(_compare(run, step, velocity))
-        logger.debug(_line(found[-1]))
+        errors.append(_compare(run, step, velocity))
+        logger.debug(_line(errors[-1]))
     verification = Verification(
         what=f"{precision} graph in onnxruntime against torch, both on the CPU in "
         f"{'float16' if precision == 'fp16' else 'float32'}",
         whole_bar=WHOLE_BARS.get(precision),
         block_bar=BLOCK_BARS[precision],
-        sizes=tuple(found),
+        sizes=tuple(errors),
         seconds=time.perf_counter() - began,
     )
-    _hold(verification, graph)
+    _check_limits(verification, graph)
     return verification
 
 
 def sizes(shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two sizes within the profile, height × width in tokens: the fewest tokens, and half as many
-    again where that is allowed, each as square as can be; else the fewest in one row."""
+    """Select two sizes within the profile, as height × width in tokens.
+
+    They have the minimum number of tokens and 1.5 times as many, if the profile allows it, and are
+    as square as possible. Otherwise, the second size has the minimum number in one row.
+    """
     larger = min(shapes.most, shapes.least * 3 // 2)
     return most_square(shapes.least), most_square(larger) if larger > shapes.least else (1, larger)
 
 
-def relative_distance(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| over all elements, in float64; infinite where an element is
-    not finite."""
+def relative_distance(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| over all elements, in float64; infinite for NaN results."""
     expected = expected.double()
-    error = float((found.double() - expected).norm() / expected.norm())
+    error = float((actual.double() - expected).norm() / expected.norm())
     return math.inf if math.isnan(error) else error  # NaN compares as smaller than anything
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What onnxruntime made of one size's inputs: the velocity, and what the blocks gave, by the
-    names of `state_name`."""
+    """Results of onnxruntime at one size: the velocity, and the blocks' outputs by `state_name`."""
 
     height: int
     width: int
@@ -139,17 +143,17 @@ class _Run:
 def _run(
     transformer: Any, family: Family, graph: Path, precision: str, shapes: Shapes, scratch: Path
 ) -> list[_Run]:
-    """The graph at both sizes. Its session, and so its copy of the weights, is gone afterwards."""
+    """Run the graph at both sizes; its session and weights are freed afterwards."""
     names = float32_twin(graph, scratch, with_states=True)
     _check_complete(graph, family.repeated_blocks(transformer), names)
     dtype = torch.float16 if precision == "fp16" else torch.float32
     driver, runs = OnnxRuntime(scratch / GRAPH), []
     try:
         for height, width in sizes(shapes):
-            drawn = sample(transformer, family, shapes, height, width, dtype, SEED)
-            inputs = {name: tensor.cpu() for name, tensor in drawn.items()}
-            made = driver.session.run([OUTPUT, *names], {n: x.numpy() for n, x in inputs.items()})
-            velocity, *states = map(torch.from_numpy, made)
+            sampled = sample(transformer, family, shapes, height, width, dtype, SEED)
+            inputs = {name: tensor.cpu() for name, tensor in sampled.items()}
+            arrays = driver.session.run([OUTPUT, *names], {n: x.numpy() for n, x in inputs.items()})
+            velocity, *states = map(torch.from_numpy, arrays)
             runs.append(
                 _Run(height, width, inputs, velocity, dict(zip(names, states, strict=True)))
             )
@@ -159,18 +163,18 @@ def _run(
 
 
 def _check_complete(graph: Path, blocks: list[tuple[str, nn.Module]], names: list[str]) -> None:
-    """A block whose output was optimised away would go unchecked."""
-    known = {block_of(name) for name in names}
-    missing = [name for name, _ in blocks if name not in known]
+    """Check that the graph has the output of every block; it could not be compared otherwise."""
+    named = {block_of(name) for name in names}
+    missing = [name for name, _ in blocks if name not in named]
     if missing:
         raise EngineError(
-            f"{graph} does not name what {missing[0]} gives: it is of another model",
-            "delete the folder it is in and export again",
+            f"{graph} has no output of {missing[0]}: it belongs to another model",
+            "delete its folder and export again",
         )
 
 
 def _compare(run: _Run, step: Step, exact: Tensor | None) -> SizeErrors:
-    """Torch against what onnxruntime made: free-running, and block by block."""
+    """Compare torch with the results of onnxruntime: the velocity, and block by block."""
     velocity = step(**run.inputs)
     control = None
     if exact is not None:
@@ -187,8 +191,10 @@ def _compare(run: _Run, step: Step, exact: Tensor | None) -> SizeErrors:
 
 
 def _block_errors(run: _Run, step: Step) -> dict[str, float]:
-    """Of each block, then of what comes after the last: torch's output against the graph's, which
-    takes its place before the next one runs."""
+    """The errors of each block, then of the output layers.
+
+    The graph's output of a block replaces torch's before the next block runs.
+    """
     errors: dict[str, float] = {}
 
     def compare(name: str, _: nn.Module, __: Any, output: tuple[Tensor, ...]) -> Any:
@@ -204,41 +210,41 @@ def _block_errors(run: _Run, step: Step) -> dict[str, float]:
     return errors
 
 
-def _hold(found: Verification, graph: Path) -> None:
-    """Raise where a bar is missed."""
-    faults = [fault for size in found.sizes for fault in _misses(size, found)]
+def _check_limits(verification: Verification, graph: Path) -> None:
+    """Raise EngineError if an error exceeds its limit."""
+    faults = [fault for size in verification.sizes for fault in _violations(size, verification)]
     if faults:
         raise EngineError(
             [f"{graph}: {fault}" for fault in faults],
-            "delete the folder it is in and export again; if it comes back, do not use the engine, "
-            "and report it with the versions that `hasten doctor` prints",
+            "delete its folder and export again; if the error persists, do not use the engine, and "
+            "report it with the versions that `hasten doctor` prints",
         )
 
 
-def _misses(size: SizeErrors, found: Verification) -> Iterator[str]:
-    """A line for each bar that is missed at one size."""
+def _violations(size: SizeErrors, verification: Verification) -> Iterator[str]:
+    """One line per error that exceeds its limit at one size."""
     at = f"at {size.height} × {size.width} tokens"
     block = size.worst
     error = size.blocks[block]
-    if error > found.block_bar:
-        yield f"{block} is not what torch computes: error {error:.2g} {at}, bar {found.block_bar}"
+    if error > verification.block_bar:
+        yield f"{block} differs from torch: error {error:.2g} {at}, limit {verification.block_bar}"
     if math.isinf(size.whole):
         yield f"the velocity is not finite {at}"
-    elif found.whole_bar is not None and size.whole > found.whole_bar:
+    elif verification.whole_bar is not None and size.whole > verification.whole_bar:
         yield (
-            f"the velocity is not what torch computes: error {size.whole:.2g} {at}, bar "
-            f"{found.whole_bar}; the largest of a block is {error:.2g}, of {block}"
+            f"the velocity differs from torch: error {size.whole:.2g} {at}, limit "
+            f"{verification.whole_bar}; the largest error of a block is {error:.2g}, of {block}"
         )
 
 
 def _line(size: SizeErrors) -> str:
     text = (
-        f"{size.height} × {size.width} tokens: error {size.whole:.2g}, worst block "
+        f"{size.height} × {size.width} tokens: error {size.whole:.2g}, largest error of a block "
         f"{size.blocks[size.worst]:.2g} ({size.worst})"
     )
     if size.control is None:
         return text
     return (
-        f"{text}; torch against itself, nudged, {size.control:.2g}; to the unquantised model "
-        f"{size.unquantised:.2g}"
+        f"{text}; torch against itself with perturbed latents {size.control:.2g}; against the "
+        f"unquantised model {size.unquantised:.2g}"
     )

@@ -1,4 +1,4 @@
-"""FLUX.1 dev, schnell, Krea, Kontext, Fill, Control: all run one `FluxTransformer2DModel`."""
+"""The FLUX.1 family: dev, schnell, Krea, Kontext, Fill and Control use `FluxTransformer2DModel`."""
 
 from hasten.families.family import Family, Stack
 from hasten.families.flux1.fused import FluxKernels

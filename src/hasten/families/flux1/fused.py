@@ -1,9 +1,9 @@
-"""FLUX.1's blocks on fused kernels: the same weights, a third of the passes over memory.
+"""FLUX.1's blocks on fused kernels: the same weights with a third of the memory passes.
 
-One residual stream holds the text rows and then the image rows of the batch (`Streams`), so that
-double and single blocks alike norm, rotate and activate both in one launch, and nothing is ever
-concatenated or split. The output of a projection is added to the stream by the *next* norm. Where
-the linears are FP8 or int8, every kernel before a projection writes codes and scales.
+One residual stream holds the text rows and then the image rows of the batch (`Streams`). So double
+and single blocks normalise, rotate and activate both in one launch, and nothing is concatenated or
+split. The output of a projection is added to the stream by the *next* norm. If the linears are FP8
+or int8, every kernel before a projection writes codes and scales.
 
 Shapes: B batch, T text tokens, S image tokens, R = B·(T+S) rows, D = heads × head_dim, M = 4·D.
 """
@@ -34,24 +34,31 @@ EPS = 1e-6  # of every norm in a FLUX block; `reasons_against` checks it
 
 
 class FluxKernels:
-    """FLUX.1's blocks on fused kernels (`families.family.Kernels`)."""
+    """The `Kernels` of FLUX.1."""
 
     def reasons_against(
-        self, transformer: Transformer, to_be: Mapping[nn.Module, type] = MappingProxyType({})
+        self, transformer: Transformer, planned: Mapping[nn.Module, type] = MappingProxyType({})
     ) -> list[str]:
-        return reasons_against(transformer, to_be)
+        """See `reasons_against`."""
+        return reasons_against(transformer, planned)
 
     def fused(
         self, transformer: Transformer, modulations: Modulations, attend: Attend
     ) -> FusedFlux:
+        """See `FusedFlux`."""
         return FusedFlux(transformer, modulations, attend)
 
 
 class FusedFlux:
-    """Everything between the embedders and the velocity, as a function of tensors only.
+    """A step from the latents to the velocity, as a function of tensors only.
 
-    Weights are merged when the blocks are first asked for. A deep copy merges those of its own
-    transformer, since torch copies parameters apart that were views of one tensor.
+    Weights are merged when `blocks` is first read. A deep copy merges the weights of its own
+    transformer, since torch copies views of one tensor as separate tensors.
+
+    Args:
+        transformer: The transformer.
+        modulations: Its modulations.
+        attend: The attention function.
     """
 
     def __init__(self, transformer: Transformer, modulations: Modulations, attend: Attend) -> None:
@@ -68,7 +75,7 @@ class FusedFlux:
 
     @cached_property
     def blocks(self) -> list[DoubleBlock | SingleBlock]:
-        """The blocks in the order in which they run."""
+        """The blocks in execution order."""
         start = self.modulations.start
         blocks: list[DoubleBlock | SingleBlock] = [
             DoubleBlock(block, start[f"{name}.norm1_context"], start[f"{name}.norm1"], self.attend)
@@ -83,18 +90,29 @@ class FusedFlux:
 
     @property
     def codes(self) -> set[torch.dtype]:
-        """Dtypes of the codes that the products take; empty where all are plain."""
+        """Dtypes of the products' codes; empty if all products are plain."""
         return {part.codes for block in self.blocks for part in block.projections if part.codes}
 
     def __call__(
         self, latents: Tensor, text: Tensor, row: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """The velocity, B×S×C.
+        """Compute the velocity.
 
-        latents: B×S×C; text: B×T×D embedded; row: B×width modulations; cos, sin: (T+S)×head_dim.
+        Args:
+            latents: B×S×C.
+            text: Embedded text, B×T×D.
+            row: Modulations, B×width.
+            cos: Rotary cosines, (T+S)×head_dim.
+            sin: Rotary sines, (T+S)×head_dim.
+
+        Returns:
+            B×S×C.
+
+        Raises:
+            CallError: The batch sizes or the numbers of tokens disagree.
         """
         if fault := _misfit(latents, text, row, cos):  # kernels would read past the end
-            raise CallError(fault, "give latents, prompt embeddings and positions of one batch")
+            raise CallError(fault, "pass latents, prompt embeddings and positions of one batch")
         image = self.transformer.x_embedder(latents)
         streams = Streams(len(image), text.shape[1], image.shape[1])
         stream = ResidualStream(torch.cat([text.flatten(0, 1), image.flatten(0, 1)]), row, streams)
@@ -102,13 +120,13 @@ class FusedFlux:
             block(stream, cos, sin)
         width = image.shape[-1]
         last = self.modulations.start["norm_out"]
-        final = last + width, last  # this norm's linear gives the scale first
+        final = last + width, last  # this norm's linear returns the scale first
         y, _ = stream.norm((*final, 0) * 2, codes=None)
         velocity: Tensor = self.transformer.proj_out(y[streams.text_rows :])
         return velocity.view(len(image), -1, velocity.shape[1])
 
     def changed(self) -> str | None:
-        """What has been replaced since the weights were merged; None if nothing."""
+        """The part that has been replaced since the weights were merged; None if none has."""
         blocks = self.blocks
         if _layers(self.transformer) != self.layers:
             return "a layer of the transformer"
@@ -120,7 +138,7 @@ class FusedFlux:
 
 
 class ResidualStream:
-    """The residual stream, and the gated output that its next norm is to add."""
+    """The residual stream, with the gated output that the next norm will add."""
 
     def __init__(self, x: Tensor, row: Tensor, streams: Streams) -> None:
         self.x = x
@@ -130,9 +148,15 @@ class ResidualStream:
         self.gates = (0, 0)
 
     def norm(self, offsets: Sequence[int], *, codes: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """Add what is due, then norm and modulate: R×D values, or codes and scales.
+        """Add the pending output, then normalise and modulate.
 
-        offsets: shift and scale of the text rows and one column not read, then of the image rows.
+        Args:
+            offsets: Columns of shift and scale of the text rows and one that is not read, then the
+                same for the image rows.
+            codes: The codes' dtype; None for plain values.
+
+        Returns:
+            R×D values and an empty tensor, or codes and scales.
         """
         text, image = self.gates
         columns = [offsets[0], offsets[1], text, offsets[3], offsets[4], image]
@@ -141,12 +165,12 @@ class ResidualStream:
         return y, scales
 
     def add(self, delta: Tensor, text_gate: int, image_gate: int) -> None:
-        """gate · delta joins the stream at the next norm."""
+        """Let the next norm add gate · delta to the stream."""
         self.delta, self.gates = delta, (text_gate, image_gate)
 
 
 class DoubleBlock:
-    """Text and image rows through weights of their own; attention over both."""
+    """A double block: separate weights for text and image rows, joint attention."""
 
     def __init__(self, block: Component, text: int, image: int, attend: Attend) -> None:
         attn, width = block.attn, block.attn.query_dim
@@ -181,7 +205,7 @@ class DoubleBlock:
 
 
 class SingleBlock:
-    """Attention and MLP side by side over all rows alike."""
+    """A single block: attention and MLP in parallel, with the same weights for all rows."""
 
     def __init__(self, block: Component, start: int, attend: Attend) -> None:
         attn, width = block.attn, block.attn.query_dim
@@ -206,11 +230,13 @@ class SingleBlock:
 
 
 def reasons_against(
-    transformer: Transformer, to_be: Mapping[nn.Module, type] = MappingProxyType({})
+    transformer: Transformer, planned: Mapping[nn.Module, type] = MappingProxyType({})
 ) -> list[str]:
-    """Why these blocks cannot run on the fused kernels; empty where they can.
+    """Why these blocks cannot run on the fused kernels; empty if they can.
 
-    to_be: what a recipe will put in the place of linears before.
+    Args:
+        transformer: The transformer.
+        planned: The classes that will replace linears, by linear.
     """
     reasons: list[str] = []
     dtype = transformer.dtype
@@ -224,7 +250,7 @@ def reasons_against(
     ]
     of_blocks: dict[str, list[str]] = {}
     for name, block in blocks:
-        for reason in dict.fromkeys(_against(block, dtype, to_be)):
+        for reason in dict.fromkeys(_against(block, dtype, planned)):
             of_blocks.setdefault(reason, []).append(name)
     for reason, names in of_blocks.items():
         more = f" and {len(names) - 1} more blocks" if len(names) > 1 else ""
@@ -233,7 +259,7 @@ def reasons_against(
     return reasons
 
 
-def _against(block: Component, dtype: torch.dtype, to_be: Mapping[nn.Module, type]) -> list[str]:
+def _against(block: Component, dtype: torch.dtype, planned: Mapping[nn.Module, type]) -> list[str]:
     reasons = []
     attn = block.attn
     processor = type(attn.processor).__name__
@@ -264,7 +290,7 @@ def _against(block: Component, dtype: torch.dtype, to_be: Mapping[nn.Module, typ
             "only ones that there are kernels for"
         )
     for group in groups:
-        reasons += same_kind(group, dtype, to_be)
+        reasons += same_kind(group, dtype, planned)
     return reasons
 
 
@@ -280,12 +306,12 @@ def _attention(
 
 
 def _misfit(latents: Tensor, text: Tensor, row: Tensor, cos: Tensor) -> str | None:
-    """What does not belong together; None if all does."""
+    """The inputs whose sizes disagree; None if all agree."""
     batch, tokens = len(latents), text.shape[1] + latents.shape[1]
     if not len(text) == len(row) == batch:
         return f"latents are a batch of {batch}, text of {len(text)}, modulations of {len(row)}"
     if len(cos) != tokens:
-        return f"there are {tokens} text and image tokens, and positions of {len(cos)}"
+        return f"there are {tokens} text and image tokens, but {len(cos)} positions"
     return None
 
 

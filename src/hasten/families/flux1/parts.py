@@ -1,6 +1,6 @@
-"""FLUX.1's forward in parts: conditioning, constants of a run, blocks, latents, text.
+"""Parts of FLUX.1's forward: conditioning, constants of a run, blocks, latents, text.
 
-The transformer's own forward is what runs; engines are exported from these parts.
+Pipelines run the transformer's own forward; engines are exported from these parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hasten.step.protocols import Pipeline, Transformer
 
 
 def modulated_norms(transformer: Transformer) -> list[tuple[str, nn.Module]]:
-    """(name, norm) of every norm with a modulation linear, in the order in which they run."""
+    """(name, norm) of every norm with a modulation linear, in execution order."""
     norms: list[tuple[str, nn.Module]] = []
     for index, block in enumerate(transformer.transformer_blocks):
         norms.append((f"transformer_blocks.{index}.norm1", block.norm1))
@@ -29,7 +29,7 @@ def modulated_norms(transformer: Transformer) -> list[tuple[str, nn.Module]]:
 def rows(
     transformer: Transformer, inputs: Mapping[str, Any], timesteps: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """What the modulation linears see, R×D, of a call's inputs at R timesteps (`Conditioning`)."""
+    """The conditioning vectors R×D of a call's inputs at R timesteps; see `Conditioning.rows`."""
     batch = len(inputs["timestep"])
     steps = len(timesteps) // batch
     guidance = inputs.get("guidance")
@@ -49,9 +49,19 @@ def embed_conditioning(
     pooled_projections: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """R×D from R timesteps in [0, 1], guidance scales and pooled texts (R×pooled_dim).
+    """Embed the conditioning inputs.
 
-    The embedding sees timestep and guidance times 1000, after rounding to the latents' dtype.
+    Timestep and guidance are rounded to `dtype` and multiplied by 1000 before the embedding.
+
+    Args:
+        transformer: The transformer.
+        timestep: R timesteps in [0, 1].
+        guidance: R guidance scales, or None.
+        pooled_projections: Pooled text, R×pooled_dim.
+        dtype: The latents' dtype.
+
+    Returns:
+        R×D.
     """
     moments = [timestep.to(dtype) * 1000]
     if guidance is not None:
@@ -68,14 +78,14 @@ def rotary(transformer: Transformer, txt_ids: Tensor, img_ids: Tensor) -> tuple[
 
 
 def embedded(transformer: Transformer, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a body needs besides the row: text, B×T×D; cos and sin, (T+S)×head_dim."""
+    """The constants of a body besides the row: text, B×T×D; cos and sin, (T+S)×head_dim."""
     cos, sin = rotary(transformer, inputs["txt_ids"], inputs["img_ids"])
     text = transformer.context_embedder(inputs["encoder_hidden_states"])
     return {"text": text, "cos": cos, "sin": sin}
 
 
 def decode(pipe: Pipeline, latents: Tensor, height: int, width: int) -> Tensor:
-    """Pictures of packed latents (P×tokens×channels): P×3×height×width in [-1, 1]."""
+    """Decode packed latents (P×tokens×channels) to images, P×3×height×width in [-1, 1]."""
     unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     config = pipe.vae.config
     pictures: Tensor = pipe.vae.decode(
@@ -86,7 +96,7 @@ def decode(pipe: Pipeline, latents: Tensor, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def encode(pipe: Pipeline, prompt: str, max_sequence_length: int) -> dict[str, Any]:
-    """Embeddings of a prompt by T5 and CLIP, as the pipeline's call takes them."""
+    """Encode a prompt with T5 and CLIP; return the embeddings as arguments of the pipeline."""
     text, pooled, _ = pipe.encode_prompt(
         prompt=prompt,
         prompt_2=None,
@@ -98,12 +108,12 @@ def encode(pipe: Pipeline, prompt: str, max_sequence_length: int) -> dict[str, A
 
 @dataclass(frozen=True)
 class FluxState:
-    """What flows between the blocks.
+    """The inputs of a block.
 
     Attributes:
-        image: B×S×D tokens.
-        text: B×T×D tokens.
-        conditioning: B×D: timestep, guidance and pooled text.
+        image: Image tokens, B×S×D.
+        text: Text tokens, B×T×D.
+        conditioning: Embedded timestep, guidance and pooled text, B×D.
         rotary: cos and sin, (T+S)×head_dim each.
     """
 
@@ -114,7 +124,7 @@ class FluxState:
 
 
 class FluxBlocks:
-    """The parts of a step, over the transformer's own modules."""
+    """The parts of a step, made of the transformer's own modules."""
 
     def state(
         self,
@@ -124,7 +134,7 @@ class FluxBlocks:
         conditioning: Tensor,
         rotary: tuple[Tensor, Tensor],
     ) -> FluxState:
-        """The state before the first block: latents are B×S×C, the rest is embedded already."""
+        """The state before the first block: latents are B×S×C, all others are already embedded."""
         return FluxState(transformer.x_embedder(latents), text, conditioning, rotary)
 
     def blocks(self, transformer: Transformer, state: FluxState) -> Iterator[tuple[str, FluxState]]:
@@ -141,7 +151,7 @@ class FluxBlocks:
                 yield f"{name}.{index}", state
 
     def epilogue(self, transformer: Transformer, state: FluxState) -> Tensor:
-        """Modulated output norm and projection: the velocity, B×S×C."""
+        """Apply the modulated output norm and the projection; return the velocity, B×S×C."""
         output: Tensor = transformer.proj_out(transformer.norm_out(state.image, state.conditioning))
         return output
 

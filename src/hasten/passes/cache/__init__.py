@@ -1,1 +1,1 @@
-"""Step caching: skip the transformer on planned steps and let its past outputs stand in."""
+"""Step caching: skip the transformer on some steps and combine its past outputs instead."""

@@ -1,6 +1,6 @@
-"""The step cache: a layer that asks a policy what each transformer call returns.
+"""The step cache: a layer whose policy decides what each transformer call returns.
 
-A decision is made outside of compiled code and CUDA graphs.
+Decisions are made outside compiled code and CUDA graphs.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from hasten.step.run import outside_of_a_run
 
 
 class Branch(Protocol):
-    """One stream of transformer calls within a run, e.g. `cond` or `uncond`."""
+    """One sequence of transformer calls within a run, e.g. `cond` or `uncond`."""
 
     def output_of(self, call: StepCall, inner: Inner) -> Output:
-        """What a call returns; its first call is computed. What is kept changes only once the call
-        has succeeded."""
+        """Return the output of a call; the first call is always computed.
+
+        The stored tensors change only after the call has succeeded.
+        """
 
     def kept(self) -> Iterable[Tensor]:
         """The tensors held for later steps."""
 
 
 class Policy(Protocol):
-    """How the calls of a transformer are answered.
+    """Decides which transformer calls are computed and how the others are filled.
 
     Attributes:
-        stores: What it stores for later steps, as a word for the summary.
-        planner: What plans a run before it starts, where anything does.
+        stores: The kind of tensors stored for later steps, as a word for the summary.
+        planner: Plans a run before it starts; None for policies that do not plan.
     """
 
     stores: str
@@ -44,17 +46,20 @@ class Policy(Protocol):
     def planner(self) -> Planner | None: ...
 
     def begin(self, sigmas: Sequence[float]) -> Callable[[], Branch]:
-        """Begin a run over N falling noise levels and its end (N + 1 entries).
+        """Begin a run.
+
+        Args:
+            sigmas: The run's N noise levels and its end, N + 1 falling values.
 
         Returns:
-            What makes a branch of it, at the branch's first call.
+            A factory for the branches of the run, called at a branch's first call.
         """
 
     def describe(self) -> str:
         """One line for the summary."""
 
     def remove(self) -> None:
-        """Leave the transformer as it was."""
+        """Restore the transformer."""
 
 
 @dataclass
@@ -74,10 +79,10 @@ class Branches:
 
 
 class CacheLayer:
-    """Asks the policy; counts what is computed and kept.
+    """Applies the policy and counts computed calls and stored bytes.
 
     Attributes:
-        peak_bytes: Most bytes that were kept of a run at once.
+        peak_bytes: The most bytes held for a run at any time.
     """
 
     name = "cache"
@@ -97,8 +102,8 @@ class CacheLayer:
         output = branches.of(call.branch).output_of(call, inner)
         if output.computed:
             run.stored += 1
-            held = sum(tensor.nbytes for tensor in branches.kept())
-            self.peak_bytes = max(self.peak_bytes, held)
+            total = sum(tensor.nbytes for tensor in branches.kept())
+            self.peak_bytes = max(self.peak_bytes, total)
         return output
 
     def live(self) -> str:
@@ -106,7 +111,7 @@ class CacheLayer:
 
 
 def cache_steps(chain: StepChain, policy: Policy) -> Applied:
-    """Put a step cache before a transformer."""
+    """Put a step cache in front of a transformer."""
     layer = CacheLayer(policy, chain)
     chain.push(layer)
     return Applied(

@@ -1,8 +1,7 @@
-"""Which steps a run computes, and what fills the others: a plan, made before the run starts. No
-torch.
+"""Step plans: which steps a run computes and how the others are filled. Does not import torch.
 
-A plan is made from the run's noise levels alone, so nothing is read back from the device, compiled
-code sees no decision, and the cost is known beforehand.
+A plan depends only on the run's noise levels and is made before the run starts. So nothing is read
+back from the device, compiled code contains no decision, and the cost is known in advance.
 """
 
 from __future__ import annotations
@@ -23,15 +22,18 @@ from hasten.recipe import (
 )
 from hasten.schedules import nearest_schedule
 
-SAME_SIGMA = 2e-3  # noise levels this near are the same grid
+SAME_SIGMA = 2e-3  # noise levels this close count as the same grid
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """For each step of a run: does the transformer run, and how are known outputs combined.
+    """For each step of a run: whether the transformer runs, and how past outputs are combined.
 
-    `weights[i]` multiply the newest computed outputs, newest first (on a computed step its own is
-    the newest); their sum is the velocity of step i. (1.0,) is the newest output itself.
+    Attributes:
+        compute: Whether each step is computed.
+        weights: For each step, the factors of the computed outputs, newest first; the sum of the
+            products is the velocity. On a computed step, its own output is the newest. (1.0,)
+            selects the newest output itself.
     """
 
     compute: tuple[bool, ...]
@@ -39,17 +41,17 @@ class StepPlan:
 
     @property
     def history(self) -> int:
-        """How many computed outputs have to be kept."""
+        """The number of computed outputs to keep."""
         return max(len(row) for row in self.weights)
 
 
 def interval_steps(
     steps: int, *, start_step: int, interval: int, end_step: int | None
 ) -> list[int]:
-    """Steps < start_step, then every interval-th, then all from end_step on.
+    """The computed steps: all below start_step, then every interval-th, then all from end_step on.
 
-    Step 0 is always computed (there is nothing to stand in). With N steps, start s and interval k
-    (no end) s + ceil((N − s)/k) are computed: 18 of 50 for s = 2, k = 3.
+    Step 0 is always computed because there is no output to reuse. With N steps, start s, interval k
+    and no end, s + ceil((N − s)/k) steps are computed: 18 of 50 for s = 2, k = 3.
     """
     last = steps if end_step is None else end_step
     return [
@@ -60,7 +62,13 @@ def interval_steps(
 
 
 def predicted(sigmas: Sequence[float], computed: Sequence[int], predictor: str) -> StepPlan:
-    """A plan over N steps (`sigmas` has N + 1 entries) whose skipped steps a predictor fills."""
+    """Make a plan over N steps whose skipped steps are filled by a predictor.
+
+    Args:
+        sigmas: The run's N noise levels and its end, N + 1 falling values.
+        computed: The steps to compute.
+        predictor: "reuse", "linear" or "damped".
+    """
     weigh = WEIGHTS[predictor]
     steps = len(sigmas) - 1
     chosen = set(computed)
@@ -74,7 +82,7 @@ def predicted(sigmas: Sequence[float], computed: Sequence[int], predictor: str) 
 
 
 def interval_plan(cache: IntervalCache, sigmas: Sequence[float]) -> StepPlan:
-    """The plan of kind `interval` for a run over `sigmas` (N + 1 entries, the last is the end)."""
+    """The plan of kind `interval` for a run over `sigmas` (N noise levels and the end)."""
     computed = interval_steps(
         len(sigmas) - 1,
         start_step=cache.start_step,
@@ -87,11 +95,18 @@ def interval_plan(cache: IntervalCache, sigmas: Sequence[float]) -> StepPlan:
 def schedule_plan(
     schedule: ScheduleCache, sigmas: Sequence[float], *, budget: int | None = None
 ) -> StepPlan:
-    """A learned schedule on the run's noise levels: as it is on the grid it was learned on.
+    """Apply a learned schedule to the noise levels of a run.
 
-    On another grid (number of steps, shift, resolution, a late start) its density of computed
-    steps is carried over in sigma, in the same proportion or to exactly `budget` steps, and the
-    predictor `damped` replaces the fitted weights, which hold for the learned gaps alone.
+    On the grid that it was learned on, the schedule is used unchanged. On another grid (number of
+    steps, shift, resolution, a late start), the density of its computed steps over sigma is kept.
+    The predictor `damped` then replaces the fitted weights, which are valid only for the learned
+    gaps.
+
+    Args:
+        schedule: The schedule.
+        sigmas: The run's N noise levels and its end, N + 1 falling values.
+        budget: The number of steps to compute on another grid; by default, the same share of the
+            steps as in the schedule.
     """
     steps = len(sigmas) - 1
     same_count = budget is None or budget == len(schedule.compute)
@@ -117,7 +132,7 @@ class Planner:
     fingerprint: str | None
 
     def __call__(self, sigmas: Sequence[float]) -> StepPlan:
-        """The plan of a run over N falling noise levels and its end (N + 1 entries)."""
+        """The plan of a run over N falling noise levels and its end (N + 1 values)."""
         if isinstance(self.cache, IntervalCache):
             return interval_plan(self.cache, sigmas)
         if isinstance(self.cache, ScheduleCache):
@@ -130,7 +145,7 @@ class Planner:
 
     @property
     def calibrated(self) -> bool | None:
-        """Whether the plan was learned on this very model; None for kinds that are not learned."""
+        """Whether the plan was learned on this model; None for kinds that are not learned."""
         if isinstance(self.cache, ScheduleCache):
             own = self.fingerprint is not None and self.cache.fingerprint == self.fingerprint
             return self.cache.calibrated and own
@@ -157,8 +172,7 @@ class Planner:
 
 
 def computed_steps(cache: Cache, steps: int) -> int | None:
-    """How many of `steps` steps a run from the beginning computes; None where only the run itself
-    can say."""
+    """How many of `steps` steps a full run computes; None if that is decided during the run."""
     if isinstance(cache, ResidualCache):
         return None
     if isinstance(cache, IntervalCache):
@@ -187,8 +201,8 @@ def why_none_skipped(cache: Cache | None, steps: int) -> str | None:
 
 def _same_grid(schedule: ScheduleCache, sigmas: Sequence[float]) -> bool:
     return schedule.sigmas is None or all(
-        abs(learned - here) < SAME_SIGMA
-        for learned, here in zip(schedule.sigmas, sigmas, strict=False)
+        abs(learned - sigma) < SAME_SIGMA
+        for learned, sigma in zip(schedule.sigmas, sigmas, strict=False)
     )
 
 
@@ -199,12 +213,19 @@ def resampled(
     *,
     count: int | None = None,
 ) -> list[int]:
-    """Steps to compute on the grid `sigmas` (N' + 1 falling entries, the last is the end).
+    """Transfer the computed steps of one grid of noise levels to another.
 
-    `compute` are indices into the grid `learned` (N falling entries). The learned steps define a
-    cumulative count over sigma, linear between them; the new steps stand where that count, scaled
-    to `count` steps (by default as large a share of the steps as was learned), passes whole
-    numbers. Always distinct, rising, and beginning with step 0.
+    The learned steps define a cumulative count over sigma, linear between them. The new steps are
+    those at which this count, scaled to `count` steps, passes whole numbers.
+
+    Args:
+        compute: Computed steps as indices into `learned`.
+        learned: The original grid: N falling noise levels.
+        sigmas: The new grid: N' falling noise levels and the end.
+        count: The number of steps to compute; by default, the same share as on the original grid.
+
+    Returns:
+        Distinct, rising steps that begin with 0.
     """
     steps = len(sigmas) - 1
     first = sigmas[0]
@@ -219,7 +240,7 @@ def resampled(
     chosen: list[int] = []
     for number in range(count):
         nearest = min(bisect_left(passed, number - 0.5), steps - 1)
-        latest = steps - (count - number)  # leave room for those still to come
+        latest = steps - (count - number)  # leaves enough steps for the remaining ones
         earliest = chosen[-1] + 1 if chosen else 0
         closest = min(
             range(nearest, min(nearest + 2, steps)), key=lambda step: abs(passed[step] - number)
@@ -229,7 +250,7 @@ def resampled(
 
 
 def _position(levels: Sequence[float], sigma: float) -> float:
-    """Index of `sigma` in falling `levels` continued to 0, linear in between, 0 above the first."""
+    """Interpolated index of `sigma` in falling `levels` continued to 0; 0 above the first."""
     if sigma >= levels[0]:
         return 0.0
     extended = [*levels, 0.0] if levels[-1] > 0 else list(levels)

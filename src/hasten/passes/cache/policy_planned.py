@@ -1,7 +1,7 @@
-"""The policy of every planned kind: compute when the plan says so, else combine past outputs.
+"""The policy of all planned kinds: compute the planned steps, combine past outputs on the others.
 
-No value is read back from the device in the loop. What is kept is the model's output (the
-velocity), so a skipped step costs nothing but the scheduler's update.
+No value is read back from the device in the loop. The model's outputs (velocities) are kept, so a
+skipped step costs only the combination and the scheduler's update.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hasten.step.call import Inner, Output, StepCall
 
 
 class PlannedPolicy:
-    """Plans each run as it begins."""
+    """Plans each run when it begins."""
 
     stores = "outputs"
 
@@ -32,11 +32,11 @@ class PlannedPolicy:
         return self.planner.describe()
 
     def remove(self) -> None:
-        """It is in no other place than the chain."""
+        """Do nothing: the policy changes nothing outside the chain."""
 
 
 class PlannedBranch:
-    """The newest computed outputs, newest first, as many as the plan ever combines."""
+    """Keeps the newest computed outputs, newest first, as many as the plan combines at most."""
 
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan

@@ -1,7 +1,7 @@
-"""What stands in for the transformer's output on a skipped step: a sum of known outputs.
+"""Predictors: the output of a skipped step as a weighted sum of past outputs.
 
-A predictor turns noise levels into weights, before the run starts. `known` are the noise levels of
-the steps computed so far, newest first; `sigma` is that of the step to fill.
+A predictor computes the weights from noise levels before the run starts. `known` are the noise
+levels of the steps computed so far, newest first; `sigma` is that of the step to fill.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Weights = tuple[float, ...]
 
 
 def reuse(known: Sequence[float], sigma: float) -> Weights:
-    """The newest output as it is: explicit Euler with a longer step."""
+    """Reuse the newest output: explicit Euler with a longer step."""
     return (1.0,)
 
 
 def linear(known: Sequence[float], sigma: float) -> Weights:
-    """The line through the two newest outputs, in sigma, evaluated at the skipped step.
+    """Extrapolate the two newest outputs linearly in sigma.
 
     v(σ) = v_i + (σ − σ_i) (v_i − v_p)/(σ_i − σ_p): two-step Adams–Bashforth on an uneven grid.
-    With one output known it is `reuse`; on a computed step it is that step's own output.
+    With one past output it equals `reuse`; on a computed step it gives that step's own output.
     """
     if len(known) < 2 or known[0] == known[1] or sigma == known[0]:
         return (1.0,)
@@ -35,11 +35,11 @@ def linear(known: Sequence[float], sigma: float) -> Weights:
 
 
 def damped(known: Sequence[float], sigma: float) -> Weights:
-    """Half way from `reuse` to `linear`: extrapolation overshoots where gaps are long.
+    """The mean of `reuse` and `linear`, because full extrapolation overshoots over long gaps.
 
-    The first-order term of HiCache's scaled Hermite basis (arXiv:2508.16984) with its contraction
-    of 1/2, in sigma. Where less than half of the steps are computed it beats both of its ends on
-    learned plans.
+    This is the first-order term of HiCache's scaled Hermite basis (arXiv:2508.16984) with its
+    contraction of 1/2, in sigma. On learned plans that compute less than half of the steps, it has
+    a lower error than both `reuse` and `linear`.
     """
     weights = linear(known, sigma)
     if len(weights) == 1:
@@ -56,10 +56,10 @@ WEIGHTS: dict[str, Callable[[Sequence[float], float], Weights]] = {
 
 
 def combine(newest_first: Sequence[Tensor], weights: Weights) -> Tensor:
-    """Σ weights[k] · newest_first[k], summed in float32, in the outputs' dtype.
+    """Σ weights[k] · newest_first[k], summed in float32 and returned in the outputs' dtype.
 
-    A single weight of one gives the newest output itself, not a copy. Where fewer outputs are
-    known than weights, the newest one is used.
+    A single weight of one returns the newest output itself, not a copy. The newest output is also
+    returned if there are fewer outputs than weights.
     """
     newest = newest_first[0]
     if len(weights) > len(newest_first) or weights == (1.0,):

@@ -1,21 +1,21 @@
-"""The policy of kind `residual`: run the first blocks, and the others only where it matters.
+"""The policy of kind `residual`: run the first blocks, and the others only if the residual changes.
 
-With H_0 the image tokens before the first block, H_n those after the n-th and H_L those after the
-last, the first blocks' residual is r = H_n − H_0. Where it is close to that of the last computed
-step,
+Let H_0 be the image tokens before the first block, H_n those after the n-th block and H_L those
+after the last. The first blocks' residual is r = H_n − H_0. If it is close to that of the last
+computed step,
 
     mean|r − r_ref| / mean|r_ref| < threshold    (L1 means over tokens and channels, per image),
 
-the other blocks are skipped, and what they added then, H_L − H_n, is added to the H_n of now. The
-embedders, the first blocks and the output layers see the current step.
+the other blocks are skipped, and their last residual, H_L − H_n, is added to the current H_n. The
+embedders, the first blocks and the output layers run on every step.
 
-Sources: TeaCache (arXiv:2411.19108) tells from an early signal how much the output will change;
-FBCache (ParaAttention, github.com/chengzeyi/ParaAttention) takes the first block's residual as
-that signal; DBCache (cache-dit) takes n blocks, a warm-up and a limit of steps skipped in a row,
-and can extrapolate what is added. They compare means over a whole batch; here a batch skips only if
-each of its images would.
+Sources: TeaCache (arXiv:2411.19108) predicts from an early signal how much the output will change.
+FBCache (ParaAttention, github.com/chengzeyi/ParaAttention) uses the first block's residual as that
+signal. DBCache (cache-dit) uses n blocks, a warm-up and a limit of consecutively skipped steps, and
+can extrapolate the residual of the other blocks. They compare means over a whole batch; here a
+batch skips only if each of its images would.
 
-The decision is the host's: each call that may skip waits for the device, once.
+The decision is made on the host, so each call that may skip waits for the device once.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ NO_LIMIT = 1000  # no run has more steps
 
 
 class ResidualPolicy:
-    """Decides from what the first blocks add. Nothing is planned, so there is no planner.
+    """Decides on each step from the residual of the first blocks. It has no planner.
 
     Args:
         cache: The recipe's section.
-        hooks: Around the transformer's blocks.
-        streams: Names of the streams that the output is made of; the first one is compared.
+        hooks: The hooks around the transformer's blocks.
+        streams: Names of the streams that form the output; the first one is compared.
     """
 
     stores = "residuals"
@@ -60,13 +60,13 @@ class ResidualPolicy:
         cache = self.cache
         first = "block" if cache.first_blocks == 1 else f"{cache.first_blocks} blocks"
         most = cache.max_consecutive
-        limit = "" if most >= NO_LIMIT else f" or {most} in a row were skipped"
+        limit = "" if most >= NO_LIMIT else f" or {most} consecutive steps were skipped"
         return (
-            f"computes the first {cache.warmup_steps} steps, then the first {first} of each; the "
-            f"other blocks only where what the first {first} added has changed by "
+            f"computes the first {cache.warmup_steps} steps, then the first {first} of each step; "
+            f"the other blocks run if the residual of the first {first} has changed by "
             f"{cache.threshold:g} or more since they last ran (relative L1, any image of a batch)"
-            f"{limit}; {cache.predictor} of what they added on the other steps; each decision "
-            "waits for the device"
+            f"{limit}; otherwise {cache.predictor} of their residual; each decision waits for the "
+            "device"
         )
 
     def remove(self) -> None:
@@ -74,14 +74,13 @@ class ResidualPolicy:
 
 
 class ResidualBranch:
-    """What the last computed steps added to the image tokens, B×S×D each.
+    """The residuals of the last computed steps, B×S×D each.
 
     Attributes:
-        reference: What the first blocks added at the last computed step.
-        rests: What the other blocks added to each stream, newest first: of one step (`reuse`) or
-            of two.
+        reference: The first blocks' residual at the last computed step.
+        rests: The other blocks' residuals per stream, newest first: of one step (`reuse`) or two.
         known: Noise levels of those steps.
-        skipped: Steps in a row that were skipped up to now.
+        skipped: The number of consecutive skipped steps so far.
     """
 
     def __init__(self, policy: ResidualPolicy, sigmas: Sequence[float]) -> None:
@@ -112,7 +111,7 @@ class ResidualBranch:
         return rests if self.reference is None else [*rests, self.reference]
 
     def is_skipped(self, step: int, change: Tensor) -> bool:
-        """Whether the other blocks are skipped. Waits for the device only where that is open."""
+        """Whether the other blocks are skipped. Waits for the device only to compare residuals."""
         if self.reference is None or step < self.cache.warmup_steps:
             return False
         if self.skipped >= self.cache.max_consecutive:
@@ -120,20 +119,20 @@ class ResidualBranch:
         return bool((relative_change(change, self.reference) < self.cache.threshold).all())
 
     def predicted(self, step: int) -> list[Tensor]:
-        """What the other blocks would add to each stream."""
+        """The predicted residual of the other blocks for each stream."""
         weights = WEIGHTS[self.cache.predictor](self.known, self.sigmas[step])
         return [combine(column, weights) for column in zip(*self.rests, strict=True)]
 
 
 class Visit:
-    """One call of the transformer as its blocks see it.
+    """One call of the transformer, observed between its blocks.
 
-    A stream may be the tail of a longer one (text before image): its own tokens are the last ones.
+    A stream may be the end of a longer one (text before image): its own tokens are the last ones.
 
     Attributes:
-        change: What the first blocks added to the first stream, B×S×D.
-        rests: What the other blocks added to each stream, where they ran.
-        skips: Whether they were skipped.
+        change: The first blocks' residual of the first stream, B×S×D.
+        rests: The other blocks' residual of each stream; empty if they were skipped.
+        skips: Whether the other blocks were skipped.
     """
 
     def __init__(self, branch: ResidualBranch, step: int) -> None:
@@ -161,8 +160,8 @@ class Visit:
             return streams
         ended = dict(streams)
         for name, rest in zip(self.names, self.branch.predicted(self.step), strict=True):
-            whole, own = streams[name], self.first[name] + rest
-            others = whole[:, : whole.shape[1] - own.shape[1]]
+            full, own = streams[name], self.first[name] + rest
+            others = full[:, : full.shape[1] - own.shape[1]]
             ended[name] = torch.cat([others, own], dim=1) if others.shape[1] else own
         return ended
 
@@ -171,9 +170,10 @@ class Visit:
 
 
 def relative_change(now: Tensor, then: Tensor) -> Tensor:
-    """mean|now − then| / mean|then| of each item: two B×S×D -> B, float32.
+    """mean|now − then| / mean|then| per item: two B×S×D tensors -> B, float32.
 
-    Not below any threshold (infinite or NaN) where `then` is zero or a value is not finite.
+    The result is infinite or NaN, and so not below any threshold, if `then` is zero or a value is
+    not finite.
     """
     difference = (now - then).abs().mean(dim=(1, 2), dtype=torch.float32)
     return difference / then.abs().mean(dim=(1, 2), dtype=torch.float32)

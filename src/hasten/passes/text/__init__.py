@@ -1,1 +1,1 @@
-"""Text encoders: answers to past prompts kept (`embeddings`), weights in eight bits (`weights`)."""
+"""The `[text]` pass: a cache of prompt embeddings, and text encoder weights in eight bits."""

@@ -1,12 +1,12 @@
 """A cache of prompt embeddings in front of the text encoders.
 
-It stands before the encoders and not before a pipeline's `encode_prompt`: pipelines made with
-`from_pipe` share the encoders, and between a prompt and its tokens lies much that may change (the
-tokenizer, textual inversion, `max_sequence_length`). Tokens and the encoder's state say exactly
-what the embeddings is. `num_images_per_prompt` is applied behind it; a negative prompt is one more.
+It caches the calls of the encoders, not of a pipeline's `encode_prompt`: pipelines made with
+`from_pipe` share the encoders, and the tokens of a prompt may change (the tokenizer, textual
+inversion, `max_sequence_length`). The tokens and the encoder's state determine the embeddings. A
+negative prompt is a further entry; `num_images_per_prompt` is applied to the cached embeddings.
 
-It is put in the place where `nn.Module.compile` puts compiled code, outside the forward and all
-that offloading wraps around it: an encoder whose embeddings is known stays where it is.
+The cache is installed where `nn.Module.compile` installs compiled code, outside the forward and the
+wrappers of offloading. So an encoder is not moved to the device for cached embeddings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _off: ContextVar[bool] = ContextVar("no prompt embedding is taken from a cache",
 
 @contextmanager
 def cache_off() -> Iterator[None]:
-    """Inside, every prompt is encoded anew and nothing is kept. For timing."""
+    """Encode every prompt again inside the context and cache nothing. For timing."""
     token = _off.set(True)
     try:
         yield
@@ -38,9 +38,9 @@ def cache_off() -> Iterator[None]:
 
 
 class CachedEncoder:
-    """Called in place of one text encoder, with its arguments and its results.
+    """Called in place of one text encoder, with the same arguments and results.
 
-    Embeddings are kept in host memory. A caller gets a copy on the device that they came from.
+    Embeddings are kept in host memory. A caller gets a copy on the device of the original result.
     """
 
     def __init__(self, encoder: nn.Module, name: str, store: EmbeddingStore) -> None:
@@ -69,11 +69,11 @@ class CachedEncoder:
 
 
 class EmbeddingCaches:
-    """One cache before each of a pipeline's text encoders, over one store.
+    """One cache per text encoder of a pipeline, with one common store.
 
     Args:
-        encoders: By their names in the pipeline.
-        limit: Bytes that all answers may have together.
+        encoders: The text encoders by their names in the pipeline.
+        limit: The maximum size of all embeddings together, in bytes.
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], limit: int) -> None:
@@ -85,12 +85,12 @@ class EmbeddingCaches:
         self.attach()
 
     def attach(self) -> None:
-        """Put the caches in their places."""
+        """Install the caches."""
         for cache in self.caches:
             cache.encoder._compiled_call_impl = cache
 
     def remove(self) -> None:
-        """Put back what was there, unless the encoder was compiled or wrapped since."""
+        """Restore the encoders, unless they have been compiled or wrapped since."""
         for cache, previous in zip(self.caches, self.before, strict=True):
             encoder: Any = cache.encoder
             if encoder._compiled_call_impl is cache:
@@ -105,7 +105,7 @@ class EmbeddingCaches:
 
 
 def cache_embeddings(pipe: Pipeline, cache_mb: int) -> Applied:
-    """Put one cache of at most `cache_mb` MiB before the pipeline's text encoders."""
+    """Put one cache of at most `cache_mb` MiB in front of the pipeline's text encoders."""
     encoders = text_encoders(pipe)
     caches = EmbeddingCaches(
         {name: encoder for name, encoder in encoders.items() if encoder is not None},
@@ -124,7 +124,7 @@ def cache_embeddings(pipe: Pipeline, cache_mb: int) -> Applied:
 
 
 def text_encoders(pipe: Pipeline) -> dict[str, nn.Module | None]:
-    """A pipeline's text encoders by name, in order; None for one that is not loaded."""
+    """A pipeline's text encoders by name, in order; None for encoders that are not loaded."""
     return {
         name: component
         for name, component in pipe.components.items()
@@ -133,7 +133,7 @@ def text_encoders(pipe: Pipeline) -> dict[str, nn.Module | None]:
 
 
 class _Held:
-    """A tensor's copy in host memory, and where it came from."""
+    """A copy of a tensor in host memory, and the tensor's device."""
 
     def __init__(self, tensor: object) -> None:
         if not isinstance(tensor, Tensor):
@@ -146,7 +146,7 @@ class _Held:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The same tuple, list or Transformers output with its leaves changed."""
+    """The same tuple, list or Transformers output with `change` applied to its leaves."""
     if isinstance(value, Mapping):
         return type(value)(**{name: _mapped(item, change) for name, item in value.items()})
     if isinstance(value, tuple | list):
@@ -155,7 +155,7 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _size(value: Any) -> int:
-    """Bytes of the tensors and byte strings in a value, however nested."""
+    """Bytes of all tensors and byte strings in a nested value."""
     if isinstance(value, _Held):
         return value.tensor.nbytes
     if isinstance(value, Mapping):
@@ -166,9 +166,11 @@ def _size(value: Any) -> int:
 
 
 class EmbeddingStore:
-    """A bounded dictionary. Safe to use from several threads.
+    """A bounded, thread-safe dictionary that drops the least recently used values.
 
-    limit: bytes that all values may have together; size: bytes that they have.
+    Attributes:
+        limit: The maximum size of all values together, in bytes.
+        size: The current size of all values together, in bytes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -180,7 +182,7 @@ class EmbeddingStore:
         self._lock = Lock()
 
     def get(self, key: Hashable) -> Any:
-        """The value, which is then the most recently used one; None where there is none."""
+        """Return the value and mark it as most recently used; None if there is none."""
         with self._lock:
             if key not in self._values:
                 self.misses += 1
@@ -190,7 +192,7 @@ class EmbeddingStore:
             return self._values[key][0]
 
     def put(self, key: Hashable, value: object, size: int) -> None:
-        """Keep a value of `size` bytes; one larger than the limit is not kept."""
+        """Store a value of `size` bytes, unless it is larger than the limit."""
         with self._lock:
             self._drop(key)
             if size > self.limit:
@@ -211,5 +213,5 @@ class EmbeddingStore:
         self.size -= size
 
     def __deepcopy__(self, _: object) -> EmbeddingStore:
-        """A copy of what holds a store begins with an empty one."""
+        """A deep copy is empty."""
         return EmbeddingStore(self.limit)

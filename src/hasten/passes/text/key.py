@@ -1,10 +1,10 @@
-"""What a text encoder's answer depends on: its arguments and its state, as one comparable key.
+"""Cache keys of text encoder calls: everything that the embeddings depend on.
 
-The answer is a function of the token ids and other arguments, of the weights, of the adapters in
-them and their scales, and of autocast. Weights are not read whole: their shapes, dtypes and torch's
-count of writes to them enter the key, and so do 16 values of each, the last one among them. The
-values notice writes that torch does not count, such as a LoRA adapter fused into the weights and
-then unloaded. Where the weights lie is of no account: offloading moves them at every call.
+Embeddings are a function of the token ids and other arguments, of the weights, of their adapters
+and adapter scales, and of autocast. Weights are not read completely: the key contains their shapes,
+dtypes, torch's count of writes, and 16 values of each, including the last one. The values detect
+writes that torch does not count, such as a LoRA adapter that was fused and then unloaded. The
+device of the weights is not part of the key, because offloading moves them at every call.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 class _NoKeyError(Exception):
-    """The answer depends on something that cannot be compared."""
+    """The embeddings depend on something that cannot be compared."""
 
 
 def key_of(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
-    """Equal keys mean equal answers. None where an answer must not be kept: it is random (dropout),
-    carries gradients, or somebody listens to the encoder through hooks."""
+    """The cache key of a call; calls with equal keys have equal embeddings.
+
+    Returns:
+        The key; None if the embeddings must not be cached because they are random (dropout), carry
+        gradients, or the encoder has hooks.
+    """
     try:
         arguments = (
             *map(_frozen, args),
@@ -49,7 +53,7 @@ def _frozen(value: object) -> Hashable:
 
 
 def _arithmetic(device: torch.device) -> tuple[str, torch.dtype | None]:
-    """A device, and the dtype that autocast imposes there now."""
+    """A device, and the dtype that autocast currently uses there."""
     on = torch.is_autocast_enabled(device.type)
     return str(device), torch.get_autocast_dtype(device.type) if on else None
 
@@ -73,8 +77,8 @@ def _state(encoder: nn.Module) -> bytes:
 
 
 def _listened_to(module: nn.Module) -> bool:
-    """Whether hooks are on the module, but for those that Transformers collects its outputs with
-    and that stay for good."""
+    """Whether the module has hooks other than the permanent ones of Transformers, which collect
+    its outputs."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not str(hook.__module__).startswith("transformers.") for hook in hooks)
 
@@ -83,11 +87,11 @@ ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "sca
 
 
 class _Empty:
-    """Stands in for a missing config."""
+    """Placeholder for a missing config."""
 
 
 def _tensors(own: dict[str, Any]) -> Iterator[Tensor]:
-    """A module's own parameters and buffers; quantised ones as the tensors that make them up."""
+    """A module's own parameters and buffers; quantised ones as their component tensors."""
     for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
         if tensor is None:
             continue
@@ -97,7 +101,7 @@ def _tensors(own: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _plain_parts(tensor: Any) -> Iterator[Tensor]:
-    if tensor.is_meta:  # Accelerate's sequential offload: the values are somewhere else
+    if tensor.is_meta:  # Accelerate's sequential offload keeps the values elsewhere
         raise _NoKeyError
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
@@ -107,7 +111,7 @@ def _plain_parts(tensor: Any) -> Iterator[Tensor]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Evenly spaced values in the order in which they lie in memory, as raw bytes' dtype."""
+    """Evenly spaced values in memory order; one-byte dtypes as uint8."""
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     flat = tensor.permute(order).reshape(-1)  # a view of any dense tensor
     step = max(1, flat.numel() // SAMPLES)

@@ -16,11 +16,15 @@ WeightScheme = Literal["fp8-weight", "int8-weight"]
 
 
 class FeedForwardOutput(nn.Module):
-    """The last linear (`wo`) of T5's feed-forward, which looks at `wo.weight` before calling it.
+    """Replaces the last linear (`wo`) of T5's feed-forward.
 
-    Transformers casts the activations to the dtype of that weight, which must not be that of the
-    codes; here there is no `weight` to see. dtype: what to cast to, as before, where `wo` was kept
-    in float32 in a float16 encoder whose activations overflow; None casts nothing.
+    Transformers casts the activations to the dtype of `wo.weight`, which must not be that of the
+    codes, so `weight` is None here.
+
+    Args:
+        linear: The quantised linear.
+        dtype: The dtype to cast activations to: float32 if `wo` was kept in float32 because the
+            activations of a float16 encoder overflow; None for no cast.
     """
 
     def __init__(self, linear: WeightOnlyLinear, dtype: torch.dtype | None) -> None:
@@ -30,16 +34,17 @@ class FeedForwardOutput(nn.Module):
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """… × K -> … × N in `dtype`, or x's."""
+        """… × K -> … × N in `dtype`, or in x's dtype."""
         output: Tensor = self.linear(x if self.dtype is None else x.to(self.dtype))
         return output
 
 
 def store_in_eight_bits(encoder: Component, scheme: WeightScheme) -> Applied:
-    """Replace each linear of the encoder in its parent, one scale per output channel.
+    """Replace each linear of the encoder by an eight-bit one with one scale per output channel.
 
-    Embeddings, the relative position bias and norms stay. Each original is freed as it is replaced,
-    the largest first; an error in the middle carries a note of how many were.
+    Embeddings, the relative position bias and norms are unchanged. Each original is freed when it
+    is replaced, the largest first. If an error is raised after some linears were replaced, a note
+    on it gives their number.
     """
     names = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     before = after = 0
@@ -52,7 +57,7 @@ def store_in_eight_bits(encoder: Component, scheme: WeightScheme) -> Applied:
             )
         except BaseException as error:
             if done:
-                error.add_note(f"text: {done} linears are replaced already; load the model again")
+                error.add_note(f"text: {done} linears were already replaced; load the model again")
             raise
         before, after = before + _bytes(old), after + _bytes(linear)
         _replace(encoder, name, linear, old.weight.dtype)
