@@ -17,8 +17,9 @@ from studies.caching.figure import lpips_of, read_budgets
 from studies.caching.results import package_of
 
 from hasten.recipe import preset_names, resolve
-from hasten.report.table import METRIC_FORMAT, format_seconds
 from hasten.report.table import columns as table_columns
+from hasten.report.table import format_seconds
+from hasten.report.table import metric as cell_of
 from hasten.results import Results, Row
 from hasten.results_file import read_results
 from studies import linears, quantization, tensorrt
@@ -292,7 +293,7 @@ def _quality(results: str, row: str, metric: str) -> Figure:
     value = getattr(quality, metric, None)
     if value is None:
         raise KeyError(f"{results}: row {row!r} has no {metric}")
-    return Figure(value, METRIC_FORMAT[metric](value))
+    return Figure(value, cell_of(_row(results, row), metric).text)
 
 
 def _caching(model: str, budget: int) -> dict[str, tuple[float, str]]:

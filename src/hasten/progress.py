@@ -12,7 +12,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is happening, how much of it is done, and of how much."""
 
 
-def bar(what: str, total: int | None, *, wanted: bool = True) -> Any:
+def bar(stage: str, total: int | None, *, wanted: bool = True) -> Any:
     """A bar of tqdm's, which Diffusers brings; it is gone once it is closed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it misses a package in some notebooks
@@ -20,7 +20,7 @@ def bar(what: str, total: int | None, *, wanted: bool = True) -> Any:
 
     notebook = type(sys.stderr).__module__.startswith("ipykernel")
     return tqdm(
-        desc=what,
+        desc=stage,
         total=total,
         disable=not (wanted and (notebook or sys.stderr.isatty())),
         leave=False,
@@ -36,8 +36,8 @@ def shown(progress: Progress | None) -> Iterator[Progress]:
         return
     with bar("starting", None) as line:
 
-        def show(what: str, done: int, total: int) -> None:
+        def show(stage: str, done: int, total: int) -> None:
             line.n, line.total = done, total
-            line.set_description_str(what)
+            line.set_description_str(stage)
 
         yield show

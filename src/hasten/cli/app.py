@@ -158,6 +158,6 @@ def _of_the_system(error: OSError) -> HastenError:
     return _Failure(f"{where}{error.strerror}", f"{fix}, then run again")
 
 
-def _with_message(what: str, error: BaseException) -> str:
+def _with_message(text: str, error: BaseException) -> str:
     message = str(error).strip().partition("\n")[0]
-    return f"{what}: {message}" if message else what
+    return f"{text}: {message}" if message else text

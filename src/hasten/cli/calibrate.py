@@ -81,19 +81,19 @@ def calibrate_command(
             check_budget(budget, settings.steps)
     faults.raise_any()
     wanted = {"budget": budget, "objective": objective, "climb": climb, "held_back": HELD_BACK}
-    found = _learn(call, texts, settings, wanted, out, resume=resume)
+    learned = _learn(call, texts, settings, wanted, out, resume=resume)
     if as_json:
         names = ("error", "interval_error", "lpips", "interval_lpips", "better")
-        values = {name: getattr(found, name) for name in names}
+        values = {name: getattr(learned, name) for name in names}
         print(json.dumps({"path": str(out), **values}, indent=2))
         return
     from hasten.cli.terminal import print_text
 
-    verdict = "" if found.better else "; no better than the interval: use that"
+    verdict = "" if learned.better else "; no better than the interval: use that"
     print_text(
-        f"{out}: on {HELD_BACK} held-back prompts, error of the final latents {found.error:.4f}, "
-        f"plain interval {found.interval_error:.4f}; LPIPS {found.lpips:.4f}, "
-        f"plain interval {found.interval_lpips:.4f}{verdict}"
+        f"{out}: on {HELD_BACK} held-back prompts, error of the final latents {learned.error:.4f}, "
+        f"plain interval {learned.interval_error:.4f}; LPIPS {learned.lpips:.4f}, "
+        f"plain interval {learned.interval_lpips:.4f}{verdict}"
     )
 
 
@@ -118,12 +118,12 @@ def calibrate_scales(
         dynamic(chosen)
     texts, settings = _inputs(call, prompts, (limit, 0), chosen.sampling, out, faults)
     faults.raise_any()
-    found = _measure(call, texts, settings, chosen)
-    _write_recipe(found, out)
-    assert found.quantize is not None
-    amax = dict(found.quantize.amax or {})
+    calibrated = _measure(call, texts, settings, chosen)
+    _write_recipe(calibrated, out)
+    assert calibrated.quantize is not None
+    amax = dict(calibrated.quantize.amax or {})
     if as_json:
-        result = {"path": str(out), "recipe": found.name, "prompts": len(texts), "amax": amax}
+        result = {"path": str(out), "recipe": calibrated.name, "prompts": len(texts), "amax": amax}
         print(json.dumps(result, indent=2))
         return
     from hasten.cli.terminal import print_text
@@ -170,7 +170,7 @@ def _learn(
     *,
     resume: bool,
 ) -> Calibration:
-    """Learn the schedule and write it. Until then, a folder beside it keeps what is done."""
+    """Learn the schedule and write it. Until then, a folder next to it holds the trials."""
     from hasten.calibration.store import remove_store
 
     state = out.with_name(f"{out.name}.partial")
@@ -181,14 +181,14 @@ def _learn(
             if not resume:
                 remove_store(state)
             arguments = wanted | _arguments(call, settings, progress)
-            found = calibrate(pipe, texts, state=state, **arguments)
-        _write_recipe(found.recipe, out)
+            learned = calibrate(pipe, texts, state=state, **arguments)
+        _write_recipe(learned.recipe, out)
         remove_store(state)
     except KeyboardInterrupt:
         if state.is_dir():
             print(f"{state} keeps what is done; --resume continues there", file=sys.stderr)
         raise
-    return found
+    return learned
 
 
 def _measure(call: CallOptions, texts: list[str], settings: Settings, recipe: Recipe) -> Recipe:

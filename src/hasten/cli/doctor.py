@@ -42,7 +42,7 @@ extern "C" int probe() { return omp_get_max_threads() + PY_MAJOR_VERSION; }
 class Finding:
     """One thing that was looked at; where it is `required` and `no`, the command fails."""
 
-    what: str
+    subject: str
     status: Literal["ok", "no", "not checked"]
     detail: str
     fix: str = ""
@@ -72,13 +72,13 @@ def doctor(
 
         here = machine()
         findings = []
-        for what, look in _checks(here, call.model, thorough=thorough, hub=hub):
-            progress.stage(what)
-            findings.append(_finding(what, look))
+        for subject, look in _checks(here, call.model, thorough=thorough, hub=hub):
+            progress.stage(subject)
+            findings.append(_finding(subject, look))
     if not hub:
         detail = "only needed for hub models; --hub checks"
         findings.append(Finding("model hub", "not checked", detail))
-    start = _start_with(here, call.model, {found.what: found.status for found in findings})
+    start = _start_with(here, call.model, {finding.subject: finding.status for finding in findings})
     if as_json:
         data = {"machine": asdict(here), "findings": [asdict(finding) for finding in findings]}
         print(json.dumps(data | {"start_with": start}, indent=2))
@@ -86,9 +86,11 @@ def doctor(
         _print(here, findings)
         if start:
             print(f"\nstart with: {shlex.join(start)}")
-    broken = [found for found in findings if found.required and found.status == "no"]
+    broken = [finding for finding in findings if finding.required and finding.status == "no"]
     if broken:
-        raise unsupported((f"{found.what}: {found.detail}", found.fix) for found in broken)
+        raise unsupported(
+            (f"{finding.subject}: {finding.detail}", finding.fix) for finding in broken
+        )
 
 
 Look = Callable[[], str | Problem]  # what works, or why it does not
@@ -100,7 +102,7 @@ def _start_with(here: Machine, model: str, statuses: dict[str, str]) -> list[str
     from hasten.recipe import resolve
 
     device = here.default_device()
-    compiles = statuses[f"torch.compile ({device})"] == "ok"  # a compiler that really compiles
+    compiles = statuses[f"torch.compile ({device})"] == "ok"  # it compiled something, if --thorough
     if "no" in (statuses.get("diffusers"), statuses.get("bundled model"), statuses.get("model")):
         return []
     works = [
@@ -130,16 +132,16 @@ def _checks(here: Machine, model: str, *, thorough: bool, hub: bool) -> Iterator
         yield "model hub", _hub
 
 
-def _finding(what: str, look: Look) -> Finding:
-    """What `look` found; an error of hasten's own is a finding as well."""
-    required = what in REQUIRED
+def _finding(subject: str, look: Look) -> Finding:
+    """What `look` returns; an error of hasten's own is a finding as well."""
+    required = subject in REQUIRED
     try:
-        found = look()
+        outcome = look()
     except HastenError as error:
-        return Finding(what, "no", "; ".join(error.faults), error.fix, required=True)
-    if isinstance(found, Problem):
-        return Finding(what, "no", found.fault, found.fix, required)
-    return Finding(what, "ok", found, required=required)
+        return Finding(subject, "no", "; ".join(error.faults), error.fix, required=True)
+    if isinstance(outcome, Problem):
+        return Finding(subject, "no", outcome.fault, outcome.fix, required)
+    return Finding(subject, "ok", outcome, required=required)
 
 
 def _diffusers() -> str | Problem:
@@ -174,8 +176,8 @@ def _compile(here: Machine, device: str, *, thorough: bool) -> str | Problem:
     if problem is not None:
         return problem
     if not thorough:
-        found = here.cxx_compiler if device == "cpu" else f"triton {here.triton}"
-        return f"{found} (--thorough compiles something)"
+        compiler = here.cxx_compiler if device == "cpu" else f"triton {here.triton}"
+        return f"{compiler} (--thorough compiles something)"
     import torch
 
     try:
@@ -195,8 +197,8 @@ def _sum_of_cosines(x: Any) -> Any:
 def _tensorrt(here: Machine, device: str) -> str | Problem:
     missing = here.missing_for_engines()
     if missing:
-        what = f"{', '.join(missing)} not installed: no engines, no graphs"
-        return Problem(what, "pip install 'hasten[tensorrt]'")
+        fault = f"{', '.join(missing)} not installed: no engines, no graphs"
+        return Problem(fault, "pip install 'hasten[tensorrt]'")
     running = here.engine_problems(device, "tensorrt", "fp16")
     runs = running[0].fault if running else "they run here"
     return f"TensorRT for RTX {here.tensorrt} builds engines here; {runs}{_kept_engines()}"
@@ -273,10 +275,10 @@ def _preset(name: str, here: Machine, device: str) -> str | Problem:
     from hasten.check import problems
     from hasten.recipe import resolve
 
-    found = problems(resolve(name), here, device)
-    if not found:
+    faulty = problems(resolve(name), here, device)
+    if not faulty:
         return f"runs on {device}"
-    faults, fixes = zip(*found, strict=True)
+    faults, fixes = zip(*faulty, strict=True)
     return Problem("; ".join(faults), join_fixes(fixes))
 
 
@@ -300,8 +302,8 @@ def _print(here: Machine, findings: list[Finding]) -> None:
 
     print_table(("machine", ""), _about(here))
     print()
-    print_table(("check", "status", "detail"), [(f.what, f.status, f.detail) for f in findings])
-    fixes = dict.fromkeys((f.what, f.fix) for f in findings if f.status == "no" and f.fix)
+    print_table(("check", "status", "detail"), [(f.subject, f.status, f.detail) for f in findings])
+    fixes = dict.fromkeys((f.subject, f.fix) for f in findings if f.status == "no" and f.fix)
     if fixes:
         print()
         print_table(("to fix", ""), list(fixes))

@@ -186,9 +186,9 @@ def _print_result(manifest: Manifest, request: ExportRequest, *, before: bool) -
     from hasten.engines.tensorrt.folder import RECIPE
 
     out, call = request.out, request.called
-    what = f"engine for {', '.join(manifest.targets)}" if manifest.targets else "graph"
+    product = f"engine for {', '.join(manifest.targets)}" if manifest.targets else "graph"
     facts = [_sizes(manifest), _error(manifest), *(["made before"] if before else [])]
-    print_text(f"{out}: {manifest.precision} {what} of {manifest.model}; {'; '.join(facts)}")
+    print_text(f"{out}: {manifest.precision} {product} of {manifest.model}; {'; '.join(facts)}")
     command = ["hasten", "generate", "a rocket", "--recipe", str(out / RECIPE)]
     command += [] if call.model == "tiny" else ["--model", call.model]
     command += [] if call.dtype == "auto" else ["--dtype", call.dtype]
@@ -208,9 +208,9 @@ def _sizes(manifest: Manifest) -> str:
 
 def _error(manifest: Manifest) -> str:
     """The graph's error against torch, in a few words."""
-    found = manifest.verification
-    if found is None:
+    verification = manifest.verification
+    if verification is None:
         return "the graph was not verified"
     if manifest.precision == "fp8":
-        return f"error of a block against torch at most {found.worst_block:.1e}"
-    return f"error against torch at most {found.worst_whole:.1e}"
+        return f"error of a block against torch at most {verification.worst_block:.1e}"
+    return f"error against torch at most {verification.worst_whole:.1e}"

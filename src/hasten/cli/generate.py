@@ -93,6 +93,6 @@ def _draw(request: Request, call: CallOptions, *, force: bool) -> tuple[Picture,
 
         fast = optimize(pipe, request.recipe, force=force)
         load_seconds = time.perf_counter() - start
-        what = "compiling, then steps" if request.recipe.compile else "steps"
-        progress.stage(what, total=request.settings.steps)
+        stage = "compiling, then steps" if request.recipe.compile else "steps"
+        progress.stage(stage, total=request.settings.steps)
         return render(fast, request, progress.at), load_seconds

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STEPS = 4  # of the one run that is measured: from pure noise to almost none
 SHOWN = 20
 TOGETHER = (
-    "with [fuse], skip a whole block, or all linears that read one input (in FLUX's attention: "
+    "with [fuse], skip a whole block, or all linears with the same input (in FLUX's attention: "
     "to_q, to_k, to_v and add_*_proj or proj_mlp): else all blocks leave the kernels"
 )
 

@@ -84,14 +84,14 @@ def check_recipe(
         if as_json:
             print(json.dumps({"valid": False, "works_here": None, "faults": list(error.faults)}))
         raise
-    where, found = ("", []) if schema_only else _problems_here(recipe, call.device)
+    where, problems_here = ("", []) if schema_only else _problems_here(recipe, call.device)
     if as_json:
-        works = None if schema_only else not found
-        faults = [fault for fault, _ in found]
+        works = None if schema_only else not problems_here
+        faults = [fault for fault, _ in problems_here]
         result = {"valid": True, "works_here": works, "faults": faults}
         print(json.dumps(result | {"changes_nothing": recipe.changes_nothing}))
-    if found:
-        raise unsupported((f"{name}: {fault}", fix) for fault, fix in found)
+    if problems_here:
+        raise unsupported((f"{name}: {fault}", fix) for fault, fix in problems_here)
     if not as_json:
         here = f", and works here on {where}" if where else ""
         nothing = "; it has no sections, so it changes nothing" if recipe.changes_nothing else ""
@@ -116,8 +116,8 @@ def _problems_here(recipe: Recipe, device: str) -> tuple[str, list[tuple[str, st
     missing = here.device_problem(device)
     if missing is not None:
         return device, [missing]
-    found = problems(recipe, here, device.partition(":")[0])
-    return device, [*found, *_export_problems(recipe, here, device)]
+    own = problems(recipe, here, device.partition(":")[0])
+    return device, [*own, *_export_problems(recipe, here, device)]
 
 
 def _export_problems(recipe: Recipe, here: Machine, device: str) -> list[tuple[str, str]]:

@@ -108,7 +108,7 @@ class ProgressBar:
             disable=not sys.stderr.isatty(),
         )
         self._task = self._bar.add_task("", total=None)
-        self._what = ""
+        self._stage = ""
         self._total: int | None = None
 
     def __enter__(self) -> Self:
@@ -118,21 +118,21 @@ class ProgressBar:
         if not self._bar.disable:  # rich before 14.3 would print an empty line into a pipe
             self._bar.stop()
 
-    def stage(self, what: str, total: int | None = None) -> None:
+    def stage(self, stage: str, total: int | None = None) -> None:
         """Begin another stage of `total` units; None where their number is not known."""
-        what = printable(what)
+        stage = printable(stage)
         self._bar.start()
-        self._bar.reset(self._task, description=what, total=total)
-        self._what, self._total = what, total
+        self._bar.reset(self._task, description=stage, total=total)
+        self._stage, self._total = stage, total
 
     def at(self, done: int) -> None:
         """`done` units of the stage are finished."""
-        self.show(self._what, done, self._total)
+        self.show(self._stage, done, self._total)
 
-    def show(self, what: str, done: int, total: int | None) -> None:
+    def show(self, stage: str, done: int, total: int | None) -> None:
         """Stage, units done and their number in one call, as `hasten.bench` reports them."""
         self._bar.start()
-        text = printable(f"{what} {done}/{total}" if total else what)
+        text = printable(f"{stage} {done}/{total}" if total else stage)
         self._bar.update(self._task, description=text, completed=done, total=total)
 
 

@@ -18,7 +18,7 @@ def write_report(
 ) -> Path:
     """Write `table.md`, `speedup.png` and `report.html` to `out_dir`; return the page's path.
 
-    Pictures are looked for beside the results file, or in `out_dir` where `results` is not a path.
+    Pictures are looked for next to the results file, or in `out_dir` where `results` is not a path.
     Raises InputError where the file is not valid results or `out_dir` cannot be written.
     """
     # Imported here: matplotlib and jinja2 take longer to load than `hasten --help` may take.

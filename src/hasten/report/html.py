@@ -117,9 +117,9 @@ def _pictured(results: Results, album: Album) -> list[Row]:
     those of the first."""
 
     def worth_showing(row: Row) -> bool:
-        found = [album.pictures[row.recipe, index] for index in range(len(row.images))]
-        repeated = all(picture.same_as == BASELINE for picture in found)
-        readable = not all(picture.problem for picture in found)
+        pictures_of_row = [album.pictures[row.recipe, index] for index in range(len(row.images))]
+        repeated = all(picture.same_as == BASELINE for picture in pictures_of_row)
+        readable = not all(picture.problem for picture in pictures_of_row)
         return readable and not (row.recipe == BASELINE_AGAIN and repeated)
 
     return [row for row in results.rows if worth_showing(row)]

@@ -113,8 +113,8 @@ def columns(results: Results) -> list[Column]:
 
 def other_references(results: Results) -> list[str]:
     """Rows other than the baseline that pictures were scored against, in order of appearance."""
-    found = dict.fromkeys(entry.reference for row in results.rows for entry in row.quality)
-    return [name for name in found if name != BASELINE]
+    references = dict.fromkeys(entry.reference for row in results.rows for entry in row.quality)
+    return [name for name in references if name != BASELINE]
 
 
 def metric(row: Row, name: str, reference: str = BASELINE) -> Cell:
@@ -133,21 +133,21 @@ def speedup(row: Row, results: Results) -> Cell:
 
 def notes(row: Row, results: Results) -> list[str]:
     """Everything a reader must know before quoting the row, one short text each."""
-    found = []
+    notes = []
     if row.status != "ok":
-        found.append(f"{row.status}: {row.reason}")
+        notes.append(f"{row.status}: {row.reason}")
     if row.role == "graph":
-        found.append(QUALITY_ONLY)
+        notes.append(QUALITY_ONLY)
     if row.calibrated is False:
-        found.append("calibrated: false")
+        notes.append("calibrated: false")
     shared = common_notes(results)
-    found += [note for note in row.notes if note not in shared]
+    notes += [note for note in row.notes if note not in shared]
     if row.status == "ok":
         common = common_quality_reason(results)
         reasons = dict.fromkeys(entry.reason for entry in row.quality if entry.reason)
-        found += [f"quality: {reason}" for reason in reasons if reason != common]
-        found += _missing(row, results)
-    return found
+        notes += [f"quality: {reason}" for reason in reasons if reason != common]
+        notes += _missing(row, results)
+    return notes
 
 
 def lacks_rival(row: Row, results: Results) -> bool:
@@ -159,15 +159,15 @@ def lacks_rival(row: Row, results: Results) -> bool:
 
 def _missing(row: Row, results: Results) -> list[str]:
     """What a whole benchmark would have of a row that was measured, and this one has not."""
-    found = []
+    notes = []
     work, samples = results.workload, row.seconds_per_image.n if row.seconds_per_image else 0
     if _any_timed(results) and samples < len(work.prompts) * work.rounds:
-        found.append(f"{samples // len(work.prompts)} of {work.rounds} rounds measured")
+        notes.append(f"{samples // len(work.prompts)} of {work.rounds} rounds measured")
     if row.recipe != BASELINE and row.quality_against(BASELINE) is None:
-        found.append("not scored against the baseline")
+        notes.append("not scored against the baseline")
     if lacks_rival(row, results):
-        found.append("its rival, as few steps without the cache, was not measured")
-    return found
+        notes.append("its rival, as few steps without the cache, was not measured")
+    return notes
 
 
 def common_notes(results: Results) -> list[str]:
