@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from hasten.engines.tensorrt.files import facts_of_file
+from hasten.engines.tensorrt.folder import RECIPE
 from hasten.engines.tensorrt.manifest import MANIFEST, Manifest
 from hasten.engines.tensorrt.targets import TARGETS
 from hasten.sealed import unseal
@@ -150,9 +152,10 @@ def test_a_model_that_changes_meanwhile_is_exported_again(
         for name in manifest.files:
             (out / name).touch()
         manifest.write(out / MANIFEST)
+        (out / RECIPE).touch()
         return manifest
 
-    monkeypatch.setattr("hasten.models.load_pipeline", lambda *_, **__: None)
+    monkeypatch.setattr("hasten.models.load_pipeline", lambda *_, **__: MagicMock())
     monkeypatch.setattr("hasten.engines.tensorrt.stages.export_tensorrt", export_tensorrt)
     arguments = ["--model", str(saved_model), "--precision", "bf16", "--target", "sm89"]
     for _ in range(2):
