@@ -33,7 +33,7 @@ def needed(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            f"the Python module {error.name}, which TensorRT export needs, is not installed",
+            f"the Python module {error.name} is not installed, and TensorRT export needs it",
             INSTALL,
         ) from error
 
