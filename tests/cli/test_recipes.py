@@ -172,7 +172,7 @@ def test_every_preset_has_its_guide_and_every_guide_its_preset() -> None:
 
 
 STUDIES = Path(__file__).parents[2] / "studies" / "results"
-MEASURED_IN = ("peers/h100-presets/1024*", "peers/h100-int8/1024", "flux-dev-shape-1024")
+MEASURED_IN = ("presets/1024-50", "flux-dev-shape-1024")
 
 
 def test_speeds_are_those_of_committed_results() -> None:

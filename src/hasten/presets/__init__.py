@@ -1,4 +1,4 @@
-"""The presets in the order of their use, and what to choose one by."""
+"""The presets, the recommended ones first, with their speed, quality and requirements."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class Guide(NamedTuple):
-    """What to choose a preset by.
+    """How to choose a preset.
 
     Attributes:
-        speed: Times as fast as the plain pipeline, see MEASURED; empty where it was not timed.
-        images: How close they are to the plain pipeline's.
-        needs: The hardware.
+        speed: Speed-up over the plain pipeline, see MEASURED; empty if it was not timed.
+        images: How close the images are to the plain pipeline's.
+        needs: The required hardware.
     """
 
     speed: str
@@ -21,15 +21,15 @@ class Guide(NamedTuple):
 
 FP8 = "GPU 8.9+, or a CPU with FP8"
 GUIDES = {
-    "balanced": Guide("6.1×", "close", FP8),
+    "balanced": Guide("5.8×", "close", FP8),
     "int8": Guide("2.0×", "very close", "GPU 7.5+, or any CPU"),
-    "fp8": Guide("2.2×", "close", FP8),
+    "fp8": Guide("2.1×", "close", FP8),
     "lossless": Guide("1.5×", "same but for rounding", "any; fast on a GPU"),
-    "max": Guide("10.0×", "less close", FP8),
+    "max": Guide("9.3×", "less close", FP8),
     "tensorrt-fp8": Guide("", "close", "RTX GPU 8.9+"),
     "cache-compile": Guide("3.7×", "close", "GPU 7.0+, or a CPU with a C++ compiler"),
     "cache": Guide("2.7×", "close", "any"),
-    "compile": Guide("1.3×", "same but for rounding", "GPU 7.0+, or a CPU with a C++ compiler"),
+    "compile": Guide("1.4×", "same but for rounding", "GPU 7.0+, or a CPU with a C++ compiler"),
     "fewer-steps": Guide("2.7×", "close", "any"),
     "baseline": Guide("1.0×", "the reference", "any"),
 }
