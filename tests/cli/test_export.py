@@ -234,13 +234,14 @@ def test_a_repeat_for_a_model_of_the_hub_loads_no_torch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
-def test_the_bundled_model(run: Run, precision: str) -> None:
+def test_the_bundled_model(tmp_path: Path, precision: str) -> None:
     """Alone on two cores each takes less than 60 s, which `studies.tensorrt` measures; here
     other tests share them."""
     arguments = ["--precision", precision, "--target", "sm89", "--limit", "1", "--steps", "4"]
-    done = run("export", "tensorrt", *arguments, "--json")
-    assert done.code == 0, done.err
-    told: dict[str, Any] = json.loads(done.out)
+    program = [*PROGRAM, "export", "tensorrt", *arguments, "--json"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
     stages = {stage["name"]: stage["seconds"] for stage in told["stages"]}
     assert stages["export"] + stages["verify"] + stages["build"] < 120
     for size in told["verification"]["sizes"]:

@@ -220,8 +220,8 @@ for line in sys.stdin:
         code = main(request["arguments"])
         sys.stderr.flush()
         os._exit(code)
-    os.write(1, f"{child}\\n".encode())
-    os.write(1, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\\n".encode())
+    os.write(1, f"started {child}\\n".encode())
+    os.write(1, f"ended {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\\n".encode())
 """
 
 
@@ -243,18 +243,20 @@ class Server:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{json.dumps(request)}\n".encode())
         self.process.stdin.flush()
-        return self.number(PATIENCE * 5)
+        return self.read("started", PATIENCE * 5)
 
-    def number(self, seconds: float) -> int:
-        """What the server says next: a process id or an exit code.
+    def read(self, event: str, seconds: float) -> int:
+        """The process id of a command that has started, or the exit code of one that has ended.
 
         Raises:
-            TimeoutExpired: It says nothing for this long.
+            TimeoutExpired: The server prints nothing for this long.
         """
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], seconds)[0]:
             raise subprocess.TimeoutExpired("the command", seconds)
-        return int(self.process.stdout.readline())
+        name, number = self.process.stdout.readline().split()
+        assert name.decode() == event
+        return int(number)
 
     def close(self) -> None:
         with self.process:
@@ -296,7 +298,12 @@ class Started:
         self.pid = self.process.pid
 
     def wait(self, seconds: float) -> int:
-        return self.process.wait(seconds) if self.process else self.server.number(seconds)
+        return self.process.wait(seconds) if self.process else self.server.read("ended", seconds)
+
+    def end(self) -> None:
+        """Kill it, for a test that has failed."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait(PATIENCE)
 
     def errors(self) -> str:
         return self.log.read_text("utf-8")
@@ -428,7 +435,11 @@ def test_a_killed_command_leaves_nothing_half_done_and_is_run_again(
             code = process.wait(kill.moment * whole.seconds)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, kill.signal)
-            code = process.wait(PATIENCE)
+            try:
+                code = process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.end()
+                raise
         process.assert_nothing_is_left()
         assert_whole(tmp_path, cut_line=kill.signal == signal.SIGKILL)
         record_property(f"ended {kill.signal.name}", code)
