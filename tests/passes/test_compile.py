@@ -113,6 +113,7 @@ def test_a_failing_compiler_is_one_line_and_the_fix_works(pipe: Any, call: Call)
     assert torch.equal(call(fast.restore()), expected)
 
 
+@pytest.mark.usefixtures("no_code")
 def test_the_recompile_limit_says_what_to_declare(pipe: Any, call: Call) -> None:
     fast = hasten.optimize(pipe, Recipe.from_dict({"compile": {"dynamic": False}}))
 
@@ -128,6 +129,7 @@ def test_the_recompile_limit_says_what_to_declare(pipe: Any, call: Call) -> None
     assert "compile.dynamic = true" in caught.value.fix
 
 
+@pytest.mark.usefixtures("no_code")
 def test_pipelines_beyond_torchs_limit_compile_and_restore_frees_code(
     make_pipe: Callable[[], Any], call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
