@@ -40,15 +40,6 @@ def _fresh_dynamo() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def _no_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured and counted, and run as they are: generating code takes most of the
-    time, and what only counts compilations needs none."""
-    monkeypatch.setattr(
-        "torch._inductor.compile_fx.compile_fx", lambda graph, _inputs, **_options: graph.forward
-    )
-
-
 def test_blocks_compile_once_a_class_and_match_eager(pipe: Any, call: Call) -> None:
     expected = call(pipe)
     fast = hasten.optimize(pipe, "compile")
@@ -122,7 +113,7 @@ def test_a_failing_compiler_is_one_line_and_the_fix_works(pipe: Any, call: Call)
     assert torch.equal(call(fast.restore()), expected)
 
 
-@pytest.mark.usefixtures("_no_code")
+@pytest.mark.usefixtures("no_code")
 def test_the_recompile_limit_says_what_to_declare(pipe: Any, call: Call) -> None:
     fast = hasten.optimize(pipe, Recipe.from_dict({"compile": {"dynamic": False}}))
 
@@ -138,7 +129,7 @@ def test_the_recompile_limit_says_what_to_declare(pipe: Any, call: Call) -> None
     assert "compile.dynamic = true" in caught.value.fix
 
 
-@pytest.mark.usefixtures("_no_code")
+@pytest.mark.usefixtures("no_code")
 def test_pipelines_beyond_torchs_limit_compile_and_restore_frees_code(
     make_pipe: Callable[[], Any], call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,6 +259,7 @@ def test_one_compilation_serves_all_sizes(pipe: Any, picture: Call, fresh_dynamo
 
 
 @needs_compiler
+@pytest.mark.usefixtures("no_code")
 def test_compilations_are_bounded(
     pipe: Any, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
