@@ -14,6 +14,7 @@ from hasten.models.architecture import Shape
 from hasten.models.random_weights import build_shape
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # Diffusers imports onnxruntime
+os.environ.pop("COLUMNS", None)  # of the terminal: what is printed into a pipe would be wrapped
 
 SMALL = Shape(
     name="small",

@@ -362,6 +362,7 @@ def test_force_is_part_of_the_plan(
     here = DetectedEnvironment(environment=ENVIRONMENT, device="cpu", dtype="float32")
     monkeypatch.setattr("hasten.benchmark.plan.detect_in_process", lambda *_: here)
     monkeypatch.setattr("hasten.benchmark.run.run_plan", lambda plan, *_, **__: plan)
+    monkeypatch.setattr("hasten.benchmark.run.ShownResults.of", lambda plan, _: plan)
     plan: Any = hasten.bench("owner/name", ["baseline"], tmp_path, limit=1, force=force)
     assert plan.force is force
 
@@ -372,10 +373,11 @@ def test_results_have_the_command_that_repeats_them(
     here = DetectedEnvironment(environment=ENVIRONMENT, device="cpu", dtype="float32")
     monkeypatch.setattr("hasten.benchmark.plan.detect_in_process", lambda *_: here)
     monkeypatch.setattr("hasten.benchmark.run.run_plan", lambda plan, *_, **__: plan)
+    monkeypatch.setattr("hasten.benchmark.run.ShownResults.of", lambda plan, _: plan)
     recipes = ["compile", resolve("cache")]
     plan: Any = hasten.bench("tiny", recipes, tmp_path, limit=1, force=True, references=["cache"])
     command = "hasten bench --recipes compile,cache --limit 1 --reference cache --force"
-    assert plan.command == plan.joined_by_rivals({}).command == command
+    assert plan.command == plan.with_rivals({}).command == command
 
 
 def test_the_bundled_model_from_python(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_calibration_is_deterministic_and_leaves_the_pipeline_alone(learned: Any
         ({"budget": 0}, "budget = 0"),
         ({"budget": 13}, "budget = 13"),
         ({"budget": 3, "held_back": 0}, "held_back = 0"),
-        ({"budget": 3, "held_back": 9}, "9 prompts are too few: held_back = 9"),
+        ({"budget": 3, "held_back": 9}, "9 prompts are too few for held_back = 9"),
     ],
 )
 def test_bad_input(learned: Any, arguments: dict[str, Any], fault: str) -> None:

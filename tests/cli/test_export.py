@@ -45,7 +45,7 @@ def test_every_fault_at_once_and_nothing_written(run: Run, tmp_path: Path) -> No
     assert len(lines) == len(ended.errors) + len(ended.fixes)
     for target in ("sm86", "sm90"):  # each is followed by what mends it
         (at,) = (number for number, line in enumerate(lines) if f"target {target}" in line)
-        assert lines[at + 1].startswith(f"fix: leave {target} out")
+        assert lines[at + 1].startswith(f"fix: remove {target}")
     assert "fix: the closest valid size is 112x112" in lines
     assert list(tmp_path.iterdir()) == []
 
@@ -57,7 +57,7 @@ def test_every_fault_at_once_and_nothing_written(run: Run, tmp_path: Path) -> No
         (["--target", "ada"], 2, "'ada' is not a target", "sm89"),
         (["--target", "sm88"], 2, "unknown target sm88", "did you mean"),
         (["--target", "sm90"], 1, "datacenter", 'recipe "fp8"'),
-        (["--target", "sm90,sm100"], 1, "sm90 (Hopper", "leave sm90 out"),
+        (["--target", "sm90,sm100"], 1, "sm90 (Hopper", "remove sm90"),
         (["--target", "sm86"], 1, "sm86 (Ampere: RTX 30, A10, A40) does not support fp8", "bf16"),
         (["--target", "sm89", "--precision", "int4"], 2, "'int4' is not one of", "fp8"),
         (["--target", "sm89", "--model", "./none"], 1, "no such model directory", "path"),

@@ -103,7 +103,11 @@ def engine(folder: Path) -> Any:
     """The digests of all files of the export."""
     manifest = Manifest.read(folder / "engine")
     assert manifest.damaged(folder / "engine") == {}
-    assert {path.name for path in (folder / "engine").iterdir()} == {MANIFEST, *manifest.files}
+    assert {path.name for path in (folder / "engine").iterdir()} == {
+        MANIFEST,
+        "recipe.toml",
+        *manifest.files,
+    }
     return manifest.files
 
 

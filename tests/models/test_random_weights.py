@@ -71,5 +71,5 @@ def test_token_ids_have_true_length_and_depend_on_the_prompt_alone() -> None:
 
 
 def test_an_unknown_shape_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"known: shape:flux\.1-dev"):
+    with pytest.raises(InputError, match=r"use one of shape:flux\.1-dev"):
         shape_named("flux.9")

@@ -80,7 +80,10 @@ def doctor(
         findings.append(Finding("model hub", "not checked", detail))
     start = _start_with(here, call.model, {finding.subject: finding.status for finding in findings})
     if as_json:
-        data = {"machine": asdict(here), "findings": [asdict(finding) for finding in findings]}
+        shown = [asdict(finding) for finding in findings]
+        for finding in shown:
+            finding["what"] = finding.pop("subject")  # the name that scripts read
+        data = {"machine": asdict(here), "findings": shown}
         print(json.dumps(data | {"start_with": start}, indent=2))
     else:
         _print(here, findings)

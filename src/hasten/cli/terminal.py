@@ -52,8 +52,8 @@ def discard_stdout(*, only_if_unwritable: bool = False) -> None:
 
 
 def columns_of(stream: TextIO) -> int:
-    """How wide text on this stream may be."""
-    limited = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    """How wide text on this stream may be. In a pipe, an error always stays one line."""
+    limited = stream.isatty() or (stream is sys.stdout and os.environ.get("COLUMNS", "").isdigit())
     return shutil.get_terminal_size().columns if limited else UNLIMITED
 
 

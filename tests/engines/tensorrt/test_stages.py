@@ -91,7 +91,7 @@ def test_an_engine_too_small_for_the_model_s_own_size_is_noted() -> None:
     for width in (64, 80):
         settings = Settings.of_model(ModelDefaults(width=width, height=64))
         with forward_log(said.append, lambda _: None):
-            stages._note_own_size(asked, settings)
+            stages._log_own_size(asked, settings)
     (line,) = said
     assert "up to 64x64, and the model's own size is 80x64" in line
     assert "--max-size 80x64 (engine.max_size)" in line
@@ -102,8 +102,8 @@ def made_before(said: list[str]) -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, Any]:
-    """All but the manifest, in which the seconds differ."""
-    paths = [path for path in folder.iterdir() if path.name != MANIFEST]
+    """All but the recipe, and the manifest, in which the seconds differ."""
+    paths = [path for path in folder.iterdir() if path.name not in (MANIFEST, "recipe.toml")]
     return {path.name: facts_of_file(path) for path in paths}
 
 

@@ -464,11 +464,17 @@ def test_held_memory_is_counted(pipe: Any, call: Call, predictor: str, kept: int
 
 def test_the_summary_says_what_is_decided_and_what_that_costs(pipe: Any) -> None:
     with optimized(pipe, {"kind": "residual", "threshold": 0.25, "first_blocks": 2}) as fast:
-        for words in ("0.25", "first 2 blocks", "first 4 steps", "4 in a row", "waits for the"):
+        for words in (
+            "0.25",
+            "first 2 blocks",
+            "first 4 steps",
+            "4 consecutive steps",
+            "waits for the",
+        ):
             assert words in fast.summary()
         assert fast.calibrated is None
     with optimized(pipe, {"kind": "residual", "max_consecutive": 1000}) as fast:
-        assert "in a row" not in fast.summary()
+        assert "consecutive" not in fast.summary()
 
 
 # --- odd calls of the transformer -----------------------------------------------------------------

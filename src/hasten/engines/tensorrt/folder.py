@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from hasten.atomic import drafted, write_text
+from hasten.atomic import drafted, remove_drafts, write_text
 from hasten.engines.tensorrt.files import (
     AMAX,
     DATA,
@@ -83,7 +83,8 @@ def check_folder(given: Path) -> None:
         names = {path.name for path in out.iterdir()} if place == out else set()
     except OSError as error:
         raise _unwritable(place, error) from None
-    _refuse_others(out, {name for name in names if not name.startswith(PROBE)} - {SCRATCH})
+    ignored = (PROBE, f".{RECIPE}.")  # probes, and drafts that a killed run left
+    _refuse_others(out, {name for name in names if not name.startswith(ignored)} - {SCRATCH})
 
 
 def write_export(
@@ -113,6 +114,7 @@ def write_export(
             wanted = {name: files[name] for name in missing}
             _put(folder, manifest, wanted, shared=out is None)
             if out is not None:
+                remove_drafts(out)
                 _write_recipe(before, manifest, out)
         except OSError as error:
             if out_of_space(error):
