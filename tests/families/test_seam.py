@@ -81,7 +81,7 @@ def test_its_table_is_made_once_a_run() -> None:
     hasten.optimize(pipe, Recipe.from_dict({"fuse": {}}))
     draw(pipe)
     draw(pipe, num_inference_steps=4)
-    assert pipe.transformer.forward.layer("constants").made == 2
+    assert pipe.transformer.forward.constants.made == 2
 
 
 def test_its_linears_are_quantised_but_for_the_modulations() -> None:

@@ -74,7 +74,7 @@ def test_the_kernels_run(pipe: Any, call: Call, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_table_is_made_once_a_run_and_branch(pipe: Any, call: Call) -> None:
     fast = hasten.optimize(pipe, TABLE)
-    constants = pipe.transformer.forward.layer("constants")
+    constants = pipe.transformer.forward.constants
     call(fast)
     assert constants.made == 1
     call(fast, true_cfg_scale=2.0, negative_prompt="blurry")

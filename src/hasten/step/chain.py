@@ -125,6 +125,11 @@ class StepChain:
         """The layer of that name; None if there is none."""
         return next((layer for layer in self.layers if layer.name == name), None)
 
+    @property
+    def constants(self) -> Any:
+        """The layer that makes a run's constants; its `made` counts them. None if there is none."""
+        return self.layer("constants")
+
     def end_run(self, scheduler: Scheduler | None = None) -> None:
         """Drop the current run of a scheduler, by default that of the current call."""
         self.runs.end(scheduler or self.driving())
