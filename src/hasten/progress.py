@@ -13,7 +13,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def bar(stage: str, total: int | None, *, wanted: bool = True) -> Any:
-    """A bar of tqdm's, which Diffusers brings; it is gone once it is closed."""
+    """A progress bar of tqdm, which is removed when it is closed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it misses a package in some notebooks
         from tqdm.auto import tqdm

@@ -191,7 +191,7 @@ class Model:
         again = self.render(self.plain, [_prompt(int(number))], batch=1).images[0]
         drift = (again - kept).abs().max().item()
         if drift > DRIFT:
-            print(f"{self._reference_file} is stale, off by {drift:.2g}: all rendered anew")
+            print(f"{self._reference_file} is stale, off by {drift:.2g}: all are rendered again")
             self._known.clear()
 
     def synchronize(self) -> None:

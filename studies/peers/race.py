@@ -147,7 +147,9 @@ class Race:
             members += self._set_up(remote, rows)
             lost = remote.lost
             if lost is not None and lost.status == "out of memory" and members:
-                waiting.appendleft((self._start_again(remote.spec), self._anew(remote.spec, rows)))
+                waiting.appendleft(
+                    (self._start_again(remote.spec), self._new_records(remote.spec, rows))
+                )
                 break
         for one in members:
             one.row.group = group
@@ -245,7 +247,7 @@ class Race:
             row.timings[size].warm_image_seconds = timing.first_image_seconds
         self.say(f"{before.spec.text}: started with warm caches")
 
-    def _anew(self, spec: Spec, rows: list[Record]) -> list[Record]:
+    def _new_records(self, spec: Spec, rows: list[Record]) -> list[Record]:
         """New rows in the places of `rows`, as if nothing had happened."""
         fresh = self._new_rows(spec)
         place = next(index for index, row in enumerate(self.rows) if row is rows[0])

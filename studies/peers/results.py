@@ -39,7 +39,7 @@ def all_results(
 
 def _workload(workload: Workload, size: int) -> results.Workload:
     """Images are drawn from random text embeddings: there is one prompt, which every round draws
-    anew."""
+    again."""
     return results.Workload(
         model=workload.model,
         width=size,

@@ -149,7 +149,7 @@ def test_a_learned_schedule_beats_the_interval_of_the_same_budget(learned: Any) 
 
 
 def test_its_error_is_what_a_user_gets(learned: Any) -> None:
-    """Sampled anew through the public interface, on the held-back prompts."""
+    """Sampled again through the public interface, on the held-back prompts."""
     pipe, prompts, found = learned
     ids = range(6, 9)
 

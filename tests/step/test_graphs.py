@@ -253,7 +253,7 @@ def test_lora_layers_are_not_recorded(
 
 
 @pytest.mark.parametrize("recipe", [FORWARD, TABLE], ids=["forward", "table"])
-def test_weights_that_have_moved_are_recorded_anew(
+def test_weights_that_have_moved_are_recorded_again(
     recipe: dict[str, Any], captures: list[Any], pipe: Any, call: Call
 ) -> None:
     fast = hasten.optimize(pipe, Recipe.from_dict(recipe))

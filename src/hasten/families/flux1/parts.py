@@ -155,19 +155,5 @@ class FluxBlocks:
         output: Tensor = transformer.proj_out(transformer.norm_out(state.image, state.conditioning))
         return output
 
-    def conditioning(
-        self,
-        transformer: Transformer,
-        timestep: Tensor,
-        guidance: Tensor | None,
-        pooled_projections: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """See `embed_conditioning`."""
-        return embed_conditioning(transformer, timestep, guidance, pooled_projections, dtype)
-
-    def rotary(
-        self, transformer: Transformer, txt_ids: Tensor, img_ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `rotary`."""
-        return rotary(transformer, txt_ids, img_ids)
+    conditioning = staticmethod(embed_conditioning)
+    rotary = staticmethod(rotary)
